@@ -1,0 +1,186 @@
+"""Ceilings of one core, measured with the kernels: multiply-add peaks and read rates out of each level of the caches.
+
+A neighbour on the same core or socket moves the peak, so a ceiling taken once is worth little: `Ceiling.call` does a
+fixed amount of work and goes into `clock.measure` beside the kernels, in the same rounds.
+
+    python -m benchmarks.ceilings
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cffi
+import numpy as np
+
+from benchmarks.clock import SAMPLE_S, Timing, measure
+
+SOURCE = Path(__file__).with_suffix(".c")
+CDEF = """
+struct peak { const char *level, *dtype, *operand; int lanes, accumulators; void (*run)(const char *, ptrdiff_t); };
+struct read { const char *level; int vector_bytes; void (*run)(const char *, ptrdiff_t, ptrdiff_t); };
+extern const struct peak peaks[];
+extern const struct read reads[];
+int has_level(const char *level);
+"""
+STEP_BYTES = 1024  # a read pass is a multiple of 16 vectors of at most 64 bytes
+WINDOW_BYTES = 4 << 20  # one call's share of a buffer too large to be read in one
+FALLBACK = {"L1": 32 << 10, "L2": 1 << 20, "L3": 16 << 20}
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """A call that does `work` flop or bytes, and the row of ceilings.c that does it fastest here."""
+
+    name: str
+    work: float
+    call: Callable[[], object]
+    row: str
+
+    def rate(self, timing: Timing) -> float:
+        """Best rate seen, in flop/s or bytes/s."""
+        return self.work / timing.min_s
+
+    def share(self, timing: Timing, kernel: Timing, kernel_work: float) -> float:
+        """The rate of a kernel as a share of this ceiling: the median over rounds that took both side by side."""
+        return kernel.ratio(timing) * kernel_work / self.work
+
+
+def cache_bytes() -> dict[str, int]:
+    """Bytes of the L1 data, L2 and L3 cache of the first core, as Linux tells them."""
+    sizes = dict(FALLBACK)
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        if (index / "type").read_text().strip() != "Instruction":
+            size = (index / "size").read_text().strip()
+            sizes["L" + (index / "level").read_text().strip()] = int(size.rstrip("K")) << 10
+    return sizes
+
+
+def _load() -> tuple[cffi.FFI, Any]:
+    ffi = cffi.FFI()
+    ffi.cdef(CDEF)
+    with tempfile.TemporaryDirectory() as folder:
+        lib = Path(folder) / "ceilings.so"
+        cc = os.environ.get("BSRGEN_CC", os.environ.get("CC", "cc"))
+        subprocess.run([cc, "-O2", "-shared", "-fPIC", "-o", str(lib), str(SOURCE)], check=True)
+        return ffi, ffi.dlopen(str(lib))
+
+
+class Ceilings:
+    """Compiles ceilings.c and offers its rows as `Ceiling`s; the fastest row is found once for each question."""
+
+    def __init__(self) -> None:
+        self._ffi, self._lib = _load()
+        sizes = cache_bytes()
+        self.sizes = {
+            "L1": sizes["L1"] // 2,
+            "L2": sizes["L2"] // 2,
+            "L3": sizes["L3"] // 4,  # shared, and a part of it may be all that a virtual machine gets
+            "DRAM": min(max(4 * sizes["L3"], 128 << 20), 1 << 30),
+        }
+
+    def _rows(self, table: Any, level: str | None) -> list[Any]:
+        rows = []
+        while table[len(rows)].level != self._ffi.NULL:
+            rows.append(table[len(rows)])
+        name = None if level is None else level.encode()
+        return [r for r in rows if self._lib.has_level(r.level) and name in (None, self._ffi.string(r.level))]
+
+    def _text(self, value: Any) -> str:
+        return str(self._ffi.string(value), "ascii")
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The ISA levels of this CPU that have rows, lowest first."""
+        return tuple(dict.fromkeys(self._text(r.level) for r in self._rows(self._lib.reads, None)))
+
+    @functools.cache  # noqa: B019  the instance lives as long as the run
+    def _buffer(self, nbytes: int) -> np.ndarray:
+        """`nbytes` of values near 1, cut 64-byte aligned out of an array large enough for huge pages."""
+        rng = np.random.default_rng(0)
+        block = rng.uniform(0.5, 1.0, (8 << 20) // 8)
+        array = np.resize(block, max(nbytes // 8 + 8, block.size))
+        return array[-(array.ctypes.data // 8) % 8 :].view(np.uint8)[:nbytes]
+
+    def _best(self, name: str, work: float, calls: dict[str, Callable[[], object]]) -> Ceiling:
+        if not calls:
+            raise ValueError(f"{name}: no row of {SOURCE.name} runs on this CPU; it has {', '.join(self.levels)}")
+        timings = measure(calls, rounds=5)
+        row = min(timings, key=lambda r: timings[r].min_s)
+        return Ceiling(name, work, calls[row], row)
+
+    @functools.cache  # noqa: B019
+    def fma(self, dtype: str = "f32", operand: str = "reg", level: str | None = None) -> Ceiling:
+        """Multiply-add peak for `dtype` f32 or f64 with operands in registers (`reg`), or one a vector (`mem`) or a
+        broadcast scalar (`bcast`) out of L1; at `level` (sse2: multiply and add) or at the fastest one."""
+        buffer = self._ffi.from_buffer("char[]", self._buffer(4096))
+        work, calls = 12e6 if dtype == "f32" else 6e6, {}
+        for r in self._rows(self._lib.peaks, level):
+            if (self._text(r.dtype), self._text(r.operand)) == (dtype, operand):
+                n = round(work / (2 * r.lanes * r.accumulators))
+                calls[f"{self._text(r.level)}, {r.accumulators} accumulators"] = functools.partial(r.run, buffer, n)
+        return self._best(" ".join(["fma", dtype, operand, *([level] if level else [])]), work, calls)
+
+    @functools.cache  # noqa: B019
+    def read(self, nbytes: int, level: str | None = None) -> Ceiling:
+        """Read rate of a buffer of `nbytes` that was read just before: out of the smallest cache that holds it."""
+        nbytes = max(nbytes // STEP_BYTES, 1) * STEP_BYTES
+        buffer = self._ffi.from_buffer("char[]", self._buffer(nbytes))
+        windows = max(nbytes // WINDOW_BYTES, 1)
+        window = nbytes // windows // STEP_BYTES * STEP_BYTES
+        passes = max(round(20e9 * SAMPLE_S / window), 1)
+        rows = self._rows(self._lib.reads, level)
+        calls = {self._text(r.level): _walk(r.run, buffer, window, windows, passes) for r in rows}
+        return self._best(f"read {nbytes} bytes", float(window * passes), calls)
+
+    def standard(self, dtype: str = "f32") -> dict[str, Ceiling]:
+        """The ceilings a report shows: three peaks for `dtype` and the read rates of the memory levels."""
+        peaks = {f"fma {operand}": self.fma(dtype, operand) for operand in self.operands(dtype)}
+        return peaks | {f"read {name}": self.read(nbytes) for name, nbytes in self.sizes.items()}
+
+    def operands(self, dtype: str) -> tuple[str, ...]:
+        """The kinds of operand that have rows here."""
+        rows = self._rows(self._lib.peaks, None)
+        return tuple(dict.fromkeys(self._text(r.operand) for r in rows if self._text(r.dtype) == dtype))
+
+
+def _walk(run: Any, buffer: Any, window: int, windows: int, passes: int) -> Callable[[], None]:
+    """Read the next window of `buffer` `passes` times at every call, round and round."""
+    starts = [buffer + i * window for i in range(windows)]
+    position = 0
+
+    def call() -> None:
+        nonlocal position
+        run(starts[position], window, passes)
+        position = (position + 1) % windows
+
+    return call
+
+
+def main() -> None:
+    """Print the ceilings of this core, per ISA level."""
+    ceilings = Ceilings()
+    print("sizes", {k: f"{v >> 10} KB" for k, v in ceilings.sizes.items()})
+    rows = {
+        f"{dtype} {operand:5} {level}": ceilings.fma(dtype, operand, level)
+        for dtype in ("f32", "f64")
+        for level in ceilings.levels
+        for operand in ceilings.operands(dtype)
+        if operand != "bcast" or level != "sse2"
+    }
+    rows |= {name: c for name, c in ceilings.standard().items() if name.startswith("read")}
+    timings = measure({name: c.call for name, c in rows.items()}, rounds=30)
+    for name, ceiling in rows.items():
+        best, median = ceiling.rate(timings[name]), ceiling.work / timings[name].median_s
+        print(f"{name:18} {best * 1e-9:8.1f} G/s best {median * 1e-9:8.1f} median   ({ceiling.row})")
+
+
+if __name__ == "__main__":
+    main()

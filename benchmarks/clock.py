@@ -1,0 +1,133 @@
+"""Fair timing on a noisy machine: one core, warm, contenders in alternation, minimum and median of many samples."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+Call = Callable[[], object]
+HANDICAPS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE")
+HANDICAPS += ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+SAMPLE_S = 200e-6  # a shorter sample is mostly clock (30 ns) and Python's call (50 ns); a longer one catches more noise
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds per call of one contender: one sample a round, so samples of equal index were taken side by side."""
+
+    samples: tuple[float, ...]
+    calls: int  # calls in one sample
+
+    @property
+    def min_s(self) -> float:
+        return min(self.samples)
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.samples)
+
+    def ratio(self, other: Timing) -> float:
+        """How many times faster than `other`: the median over the rounds, so a slow phase of the machine cancels."""
+        return statistics.median(o / s for s, o in zip(self.samples, other.samples, strict=True))
+
+
+@contextlib.contextmanager
+def pinned(cpus: Sequence[int] | None) -> Iterator[None]:
+    """Keep this thread, and threads it starts, on `cpus`; None means the last usable core, () means anywhere."""
+    if cpus == () or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    usable = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(usable)} if cpus is None else cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, usable)
+
+
+def _sample(call: Call, calls: int) -> float:
+    start = time.perf_counter_ns()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter_ns() - start) * 1e-9 / calls
+
+
+def _calls_per_sample(call: Call, sample_s: float) -> int:
+    """Warm `call` up and return how many calls make a sample of at least `sample_s`."""
+    seconds = min(_sample(call, 1) for _ in range(3))
+    calls = 1
+    while seconds * calls < sample_s and calls < 1 << 20:
+        calls = max(2 * calls, int(0.5 * sample_s / max(seconds, 1e-9)))
+        seconds = min(_sample(call, calls), _sample(call, calls))
+    return calls
+
+
+def measure(
+    contenders: Mapping[str, Call],
+    *,
+    rounds: int = 30,
+    seconds: float | None = None,
+    sample_s: float = SAMPLE_S,
+    cpus: Sequence[int] | None = None,
+) -> dict[str, Timing]:
+    """Time zero-argument callables in alternation on one core (or on `cpus`).
+
+    Every round takes one sample of each contender: one untimed call (the others have cooled its caches), then as
+    many calls as make `sample_s`.  `rounds` are taken, or as many as fit into `seconds`, but never fewer than 3.
+    """
+    with pinned(cpus):
+        calls = {name: _calls_per_sample(call, sample_s) for name, call in contenders.items()}
+        samples: dict[str, list[float]] = {name: [] for name in contenders}
+        start = time.perf_counter()
+        done = 0
+        while done < 3 or (done < rounds if seconds is None else time.perf_counter() - start < seconds):
+            for name, call in contenders.items():
+                call()
+                samples[name].append(_sample(call, calls[name]))
+            done += 1
+    return {name: Timing(tuple(samples[name]), calls[name]) for name in contenders}
+
+
+@functools.cache
+def importable(name: str) -> bool:
+    """Whether `name` can be imported here; it is imported, so that no later call pays for that."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """OpenBLAS, OpenMP and torch on one thread; without threadpoolctl only where OMP_NUM_THREADS=1 already says so."""
+    with contextlib.ExitStack() as stack:
+        if importable("torch"):
+            import torch
+
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
+        if importable("threadpoolctl"):
+            import threadpoolctl
+
+            stack.enter_context(threadpoolctl.threadpool_limits(1))
+        elif os.environ.get("OMP_NUM_THREADS") != "1":
+            raise RuntimeError("one_thread: pip install threadpoolctl, or start with OMP_NUM_THREADS=1")
+        yield
+
+
+def at_their_best() -> None:
+    """Start this process again without the variables that hold a peer below what it would choose for this CPU.
+
+    With OPENBLAS_CORETYPE=Haswell in the environment, numpy's dense product runs at half its speed on an AVX-512 core;
+    a win over that would say nothing.  Call it before numpy has done any work, first thing in a benchmark's main.
+    """
+    kept = {name: value for name, value in os.environ.items() if name not in HANDICAPS}
+    if kept != dict(os.environ):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], kept)

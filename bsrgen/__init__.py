@@ -1,0 +1,55 @@
+"""bsrgen: one fixed block-sparse weight matrix in, one fast kernel out."""
+
+from bsrgen.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ArtifactCorruptError,
+    ArtifactError,
+    BsrgenError,
+    BuildError,
+    CompilerNotFoundError,
+    IncompatibleCPUError,
+    PatternError,
+    PatternMismatchError,
+    StoreError,
+    UnsupportedError,
+)
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Import the stages on first use: `import bsrgen` itself costs a few milliseconds over numpy."""
+    if name == "compile":
+        from bsrgen.api import compile
+
+        return compile
+    if name == "load":
+        from bsrgen.kernel import load
+
+        return load
+    if name == "Kernel":
+        from bsrgen.kernel import Kernel
+
+        return Kernel
+    raise AttributeError(f"module 'bsrgen' has no attribute {name!r}")
+
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "ArtifactCorruptError",
+    "ArtifactError",
+    "BsrgenError",
+    "BuildError",
+    "CompilerNotFoundError",
+    "IncompatibleCPUError",
+    "Kernel",
+    "PatternError",
+    "PatternMismatchError",
+    "StoreError",
+    "UnsupportedError",
+    "__version__",
+    "compile",
+    "load",
+]

@@ -1,0 +1,7 @@
+"""The C backend: plans, their text, and what may be tried for a problem."""
+
+from bsrgen.backends.c.candidates import candidates
+from bsrgen.backends.c.plan import CPlan
+from bsrgen.backends.c.text import emit
+
+__all__ = ["CPlan", "candidates", "emit"]

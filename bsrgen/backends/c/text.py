@@ -1,0 +1,201 @@
+"""From plans to text: everything the C templates may see is computed here."""
+
+from typing import Any
+
+import numpy as np
+
+from bsrgen.backends.c.plan import CPlan, Group, TokenTile
+from bsrgen.emit import Source, Unit, banner, render, runtime_file
+from bsrgen.pattern import Weight
+from bsrgen.problem import Problem
+
+FLOP_PER_PART = 500_000  # a thread's least share: about 5 microseconds against 2 for the fork and join
+
+_C_KIND = {
+    "row": "const {real} *{name}",
+    "scalar": "{real} {name}",
+    "element": "const {real} *{name}, int64_t ld_{name}",
+}
+_KIND_TEXT = {
+    "row": "[M], one for each output feature",
+    "scalar": "one number",
+    "element": "like y, ld_{name} elements from row to row",
+}
+
+
+def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
+    """The sources and data of one artifact: one kernel text per ISA level, best first.  Pure: equal inputs, equal bytes."""
+    problem = plans[0].problem
+    name = problem.name
+    files: dict[str, bytes] = {}
+    blobs: list[dict[str, str]] = []
+    packings: list[dict[str, Any]] = []
+    levels = [_level(plan, weight, files, blobs, packings) for plan in plans]
+    _blob(files, blobs, f"{name}_work", plans[0].work, "uint64_t")
+    artifact = _artifact(problem, levels, blobs, packings)
+    head = banner(problem, plans)
+    for plan, level in zip(plans, levels, strict=True):
+        text = render("c/kernel.c.j2", k=_kernel(plan, level), banner=head)
+        files[f"{level['name']}.c"] = text.encode()
+    manifest = {"name": name, "problem": str(problem), "pattern": problem.pattern.digest}
+    artifact["manifest_lines"] = [_c_string(f"{key}: {value}\\n") for key, value in manifest.items()]
+    files[f"{name}.c"] = render("c/main.c.j2", a=artifact, banner=head).encode()
+    files[f"{name}.h"] = render("c/header.h.j2", a=artifact, banner=head).encode()
+    math = ("bsrgen_math.h",) if _needs_math(problem) else ()
+    for runtime in ("bsrgen.h", "bsrgen_simd.h", "bsrgen_scratch.h", "bsrgen_parallel.h", *math):
+        files[runtime] = runtime_file(runtime)
+    units = [Unit(f"{name}.c", plans[-1].target.flags if len(plans) == 1 and not plans[-1].target.requires else ())]
+    units += [Unit(f"{level['name']}.c", plan.target.flags) for plan, level in zip(plans, levels, strict=True)]
+    return Source(name, plans, files, tuple(units), artifact["prototype"])
+
+
+def _needs_math(problem: Problem) -> bool:
+    return any("v_" in step.c for step in problem.epilogue)
+
+
+def _artifact(
+    problem: Problem, levels: list[dict[str, Any]], blobs: list[dict[str, str]], packings: list[dict[str, Any]]
+) -> dict[str, Any]:
+    p, real = problem.pattern, problem.dtype.c
+    operands = [
+        {"name": o.name, "kind": o.kind, "text": _KIND_TEXT[o.kind].format(name=o.name)} for o in problem.operands
+    ]
+    arguments = [_C_KIND[o.kind].format(real=real, name=o.name) for o in problem.operands]
+    prototype = (
+        f"int {problem.name}(int64_t n, const {real} *x, int64_t ldx, {real} *y, int64_t ldy, "
+        f"{''.join(f'{a}, ' for a in arguments)}const {real} *values, int threads)"
+    )
+    return {
+        "name": problem.name, "real": real, "levels": levels, "blobs": blobs, "packings": packings,
+        "operands": operands, "prototype": prototype, "linear": problem.operator.token_axis == 0,
+        "x86": levels[0]["family"] == "x86_64", "block_rows": p.block_rows, "work": f"{problem.name}_work",
+        "M": p.M, "K": p.K, "R": p.R, "C": p.C, "nnzb": p.nnzb,
+        "flop_per_token": max(problem.flop(1), 1), "flop_per_part": FLOP_PER_PART,
+        "missing_bytes": 1 + sum(len(f) + 1 for f in levels[-1]["requires"]),
+        "formula": problem.operator.formula, "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
+        "epilogue_formula": epilogue_formula(problem),
+    }  # fmt: skip
+
+
+def epilogue_formula(problem: Problem) -> str:
+    """The epilogue as one line of mathematics for people."""
+    return "; then ".join(f"{step.name}: v = {step.c}" for step in problem.epilogue) or "no epilogue"
+
+
+def _level(
+    plan: CPlan,
+    weight: Weight,
+    files: dict[str, bytes],
+    blobs: list[dict[str, str]],
+    packings: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """One ISA level: its data files, shared with an earlier level where the packing is the same."""
+    problem, name = plan.problem, plan.problem.name
+    values = plan.pack(weight.data)
+    real = problem.dtype.c
+    tables = f"{name}_{'u16' if plan.offsets.dtype == np.uint16 else 'u32'}_{plan.k_panel}"
+    if plan.panels == 1:
+        tables = f"{name}_{'u16' if plan.offsets.dtype == np.uint16 else 'u32'}"
+    if f"{tables}_pointers.bin" not in files:
+        _blob(files, blobs, f"{tables}_pointers", plan.pointers, "uint32_t")
+        _blob(files, blobs, f"{tables}_offsets", plan.offsets, _offset_type(plan))
+        if plan.panels > 1:
+            _blob(files, blobs, f"{tables}_order", plan.order, "uint32_t")
+    key = (plan.groups, plan.k_lanes, plan.k_panel)
+    keys = [packing["key"] for packing in packings]
+    if key not in keys:
+        symbol = f"{name}_values_{len(packings)}"
+        _blob(files, blobs, symbol, values, real)
+        p = problem.pattern
+        packings.append(
+            {
+                "key": key, "symbol": symbol, "R": p.R, "C": p.C, "k_lanes": plan.k_lanes, "tables": tables,
+                "segments": len(plan.pointers) - 1, "groups": plan.groups, "ordered": plan.panels > 1,
+            }
+        )  # fmt: skip
+        keys.append(key)
+    packing = packings[keys.index(key)]
+    return {
+        "name": f"{name}_{plan.target.name.replace('-', '_')}", "target": plan.target.name,
+        "family": plan.target.family, "requires": plan.target.requires, "tables": tables,
+        "data": packing["symbol"], "packing": keys.index(key), "values_count": len(values),
+    }  # fmt: skip
+
+
+def _blob(files: dict[str, bytes], blobs: list[dict[str, str]], symbol: str, array: Any, c: str) -> None:
+    files[f"{symbol}.bin"] = array.tobytes()
+    blobs.append({"symbol": symbol, "file": f"{symbol}.bin", "c": c})
+
+
+def _offset_type(plan: CPlan) -> str:
+    return "uint16_t" if plan.offsets.dtype == np.uint16 else "uint32_t"
+
+
+def _c_string(text: str) -> str:
+    return '"' + text.replace('"', '\\"') + '"'
+
+
+def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
+    """What kernel.c.j2 and its parts see."""
+    problem, p = plan.problem, plan.problem.pattern
+    linear = problem.operator.token_axis == 0
+    direct = not linear and plan.panels == 1
+    padded_k, unit = p.block_cols * p.C, plan.weight.row_lanes if plan.weight else 1
+    groups = [_group(plan, q, unit) for q in range(len(plan.groups))]
+    full = sum(1 for g in groups if (g["rows"], g["slots"]) == (groups[0]["rows"], groups[0]["slots"]))
+    aliases = padded_k * problem.dtype.bytes % 4096 == 0  # rows of X in one L1 set: copy them apart
+    spread = padded_k + 64 // problem.dtype.bytes if aliases and padded_k else padded_k
+    index = iter(range(len(problem.operands)))
+    epilogue = [
+        {"name": step.name, "c": step.c, "operands": [
+            {"kind": o.kind, "symbol": o.symbol or o.name, "index": next(index) if o.kind != "out" else -1}
+            for o in step.operands]}
+        for step in problem.epilogue
+    ]  # fmt: skip
+    pack_lanes = range(0, plan.lanes, plan.k_lanes)
+    return {
+        "name": level["name"], "tables": level["tables"], "real": problem.dtype.c, "real_bytes": problem.dtype.bytes,
+        "lanes": plan.lanes, "M": p.M, "K": p.K, "R": p.R, "C": p.C, "block_rows": p.block_rows,
+        "panels": plan.panels, "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
+        "block_values": plan.block_values, "k_lanes": plan.k_lanes, "offset_type": _offset_type(plan),
+        "weight": plan.weight, "tokens": plan.tokens, "small_n": plan.small_n, "linear": linear, "direct": direct,
+        "math": _needs_math(problem), "epilogue": epilogue,
+        "finish_rows": plan.weight is not None or not direct and linear, "finish_tokens": not linear and bool(plan.tokens),
+        "groups": groups, "groups_full": full if full > 1 else 0, "groups_single": groups[full:] if full > 1 else groups,
+        "ldx": spread, "copy_x": spread != p.K,
+        "pick_lanes": ", ".join(str(i) for i in [*pack_lanes, *[-1] * (plan.lanes - len(pack_lanes))]),
+        "weight_token_counts": range(1, plan.weight.tokens + 1) if plan.weight else (),
+        "token_vector_counts": range(1, plan.tokens.vectors + 1) if plan.tokens else (),
+        "token_groups": _token_groups(plan, groups, full) if plan.tokens else (),
+        "panel_forms": ("", "x") if plan.tokens and not plan.tokens.pack and direct else ("",),
+        "finish_block_rows": _finish_block_rows(p.R, plan.lanes),
+    }  # fmt: skip
+
+
+def _group(plan: CPlan, q: int, unit: int) -> dict[str, int]:
+    group: Group = plan.groups[q]
+    C = plan.problem.pattern.C
+    before = sum(earlier.slots for earlier in plan.groups[:q]) * C
+    return {"row": group.row, "rows": group.rows, "slots": group.slots, "size": group.slots * C,
+            "before": before, "vectors": group.slots // unit}  # fmt: skip
+
+
+def _token_groups(plan: CPlan, groups: list[dict[str, int]], full: int) -> list[dict[str, Any]]:
+    """Groups as the token tile walks them: a run of equal groups, then the odd one; each cut into register tiles."""
+    assert plan.tokens is not None
+    runs = [{**groups[0], "count": full}] + [{**g, "count": 1} for g in groups[full:]]
+    return [{**run, "tiles": _tiles(run["rows"], plan.tokens)} for run in runs]
+
+
+def _tiles(rows: int, tile: TokenTile) -> list[dict[str, int]]:
+    whole, rest = divmod(rows, tile.rows)
+    tiles = [{"row": 0, "rows": tile.rows, "count": whole}] if whole else []
+    return tiles + ([{"row": whole * tile.rows, "rows": rest, "count": 1}] if rest else [])
+
+
+def _finish_block_rows(R: int, lanes: int) -> int:
+    """Block rows whose sums wait in L1 before they are transposed into Y: whole vectors of rows where 64 rows allow it."""
+    for count in range(1, 64 // R + 1):
+        if count * R % lanes == 0:
+            return count
+    return -(-lanes // R)

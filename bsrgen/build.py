@@ -1,0 +1,125 @@
+"""Build: sources -> shared library, with the system's compiler under a time and memory limit."""
+
+import functools
+import os
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from bsrgen.emit import Source
+from bsrgen.errors import BuildError, CompilerNotFoundError
+from bsrgen.targets import Target
+
+TIMEOUT_S = 60  # one compiler process; the plans' budgets keep real ones below two seconds
+MEMORY_BYTES = 4 << 30
+
+COMPILE_FLAGS = (
+    "-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-pthread",
+    "-Wall", "-Wextra", "-Werror",
+)  # fmt: skip
+LINK_FLAGS = (
+    "-shared", "-pthread", "-s", "-Wl,--build-id=none", "-Wl,-z,now", "-Wl,-z,relro", "-Wl,-z,noexecstack",
+    "-Wl,-z,text", "-Wl,--as-needed",
+)  # fmt: skip
+
+_ENVIRONMENT = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")  # what a compiler may see of ours
+_CROSS = {"x86_64": "x86_64-linux-gnu-gcc", "aarch64": "aarch64-linux-gnu-gcc"}
+
+
+@dataclass(frozen=True, slots=True)
+class Compiler:
+    """A C compiler: its path and what it says of itself."""
+
+    path: str
+    version: str  # first line of --version
+    machine: str  # -dumpmachine
+
+    @property
+    def identity(self) -> str:
+        """What must be equal for two builds to give equal bytes."""
+        return f"{self.version} ({self.machine})"
+
+
+def find_compiler(target: Target) -> Compiler:
+    """The compiler for `target`: $BSRGEN_CC, else cc, gcc, clang, else a cross gcc.  CompilerNotFoundError if none fits."""
+    asked = os.environ.get("BSRGEN_CC")
+    names = [asked] if asked else ["cc", "gcc", "clang", _CROSS.get(target.family, "cc")]
+    for name in names:
+        path = shutil.which(name)
+        if path and (compiler := _probe(path)).machine.split("-")[0] == target.family:
+            return compiler
+    raise CompilerNotFoundError(
+        f"no C compiler for {target.family}: tried {', '.join(names)}; install gcc or clang, or set BSRGEN_CC to one"
+    )
+
+
+@functools.cache
+def _probe(path: str) -> Compiler:
+    def ask(flag: str) -> str:
+        result = subprocess.run([path, flag], capture_output=True, text=True, timeout=20, env=_environment(), check=False)
+        return result.stdout.partition("\n")[0].strip() if result.returncode == 0 else ""
+
+    return Compiler(path, ask("--version"), ask("-dumpmachine"))
+
+
+def build(source: Source, folder: Path, compiler: Compiler) -> Path:
+    """Write `source` into `folder` and compile it there: lib<name>.so and build.log.  BuildError keeps the folder."""
+    if os.environ.get("BSRGEN_DISABLE_JIT") == "1":
+        raise BuildError(f"{source.name}: a build is needed, but BSRGEN_DISABLE_JIT=1 forbids it; load a built artifact")
+    for name, data in source.files.items():
+        (folder / name).write_bytes(data)
+    started = time.monotonic()
+    objects = [f"{Path(unit.file).stem}.o" for unit in source.units]
+    compiles = [
+        [compiler.path, *COMPILE_FLAGS, *unit.flags, "-I.", "-c", unit.file, "-o", target]
+        for unit, target in zip(source.units, objects, strict=True)
+    ]
+    library = f"lib{source.name}.so"
+    run: Callable[[list[str]], str] = functools.partial(_run, folder=folder)
+    with ThreadPoolExecutor(max_workers=max(1, len(os.sched_getaffinity(0)))) as pool:
+        logs = list(pool.map(run, compiles))
+    logs.append(run([compiler.path, *LINK_FLAGS, f"-Wl,-soname,{library}", *objects, "-o", library]))
+    for name in objects:
+        (folder / name).unlink()
+    (folder / "build.log").write_text(f"{compiler.identity}\n" + "".join(logs))
+    _log_time(source.name, time.monotonic() - started)
+    return folder / library
+
+
+def _run(command: list[str], folder: Path) -> str:
+    """Run one compiler process in `folder`; its command and words as log text, without the compiler's own path."""
+    try:
+        result = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S,
+            stdin=subprocess.DEVNULL, env=_environment(), preexec_fn=_limit, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{' '.join(command)}: stopped after {TIMEOUT_S} s; sources kept in {folder}") from None
+    except OSError as e:
+        raise BuildError(f"{command[0]}: cannot run: {e}") from e
+    if result.returncode:
+        words = result.stderr.splitlines()
+        first = next((line for line in words if "error" in line.lower()), words[0] if words else "no message")
+        raise BuildError(f"{' '.join(command)}: exit status {result.returncode}: {first}; sources kept in {folder}")
+    return f"{Path(command[0]).name} {' '.join(command[1:])}\n{result.stderr}"
+
+
+def _limit() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (TIMEOUT_S, TIMEOUT_S))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | {"LC_ALL": "C"}
+
+
+def _log_time(name: str, seconds: float) -> None:
+    import logging
+
+    logging.getLogger("bsrgen").info("built %s in %.2f s", name, seconds)

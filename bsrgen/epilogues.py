@@ -1,0 +1,133 @@
+"""The epilogues: what happens to the accumulator `v` before it is stored.  One formula each, for every backend.
+
+A formula is C over one vector (or scalar) `v`.  It may use + - * /, comparisons through v_max and v_min, R(c) for
+literals, the functions of runtime/bsrgen_math.h, and its operands by name.  `numpy` is its twin in float64.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bsrgen.errors import ArgumentError
+
+Array = NDArray[Any]
+Kind = Literal["row", "element", "scalar", "out"]
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """An input of an epilogue: one value per output feature ("row"), per output ("element"), or one ("scalar").
+
+    "out" is the old content of `out`.  Scalars have a default, arrays have not.
+    """
+
+    name: str
+    kind: Kind
+    default: float | None = None
+    symbol: str = ""  # what the formula calls it, where `name` is numbered
+
+
+@dataclass(frozen=True, slots=True)
+class Epilogue:
+    """One step, elementwise."""
+
+    name: str
+    c: str
+    numpy: Callable[..., Array]
+    operands: tuple[Operand, ...] = ()
+    flop: int = 1  # per output, for the cost model
+    gain: Callable[..., Any] = lambda *operands: 1.0  # by how much the step can grow an error in v: its Lipschitz bound
+    roundings: int = 1  # of the step itself, in units of |v| + |result| + |operands|
+
+
+def _erf(v: Array) -> Array:
+    from scipy.special import erf
+
+    return np.asarray(erf(v))
+
+
+def _sigmoid(v: Array) -> Array:
+    from scipy.special import expit
+
+    return np.asarray(expit(v))
+
+
+def _gelu_tanh(v: Array) -> Array:
+    return 0.5 * v * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3)))
+
+
+def _at_most(gain: float) -> Callable[..., float]:
+    return lambda *operands: gain
+
+
+BIAS = Epilogue("bias", "v + bias", lambda v, bias: v + bias, (Operand("bias", "row"),))
+SCALE = Epilogue("scale", "v * scale", lambda v, scale: v * scale, (Operand("scale", "row"),), gain=np.abs)
+RELU = Epilogue("relu", "v_max(v, splat(R(0)))", lambda v: np.maximum(v, 0))
+GELU = Epilogue(
+    "gelu",
+    "v * v_normcdf(v)",
+    lambda v: v * 0.5 * (1 + _erf(v / np.sqrt(2))),
+    flop=40,
+    gain=_at_most(1.13),
+    roundings=4,
+)
+GELU_TANH = Epilogue(
+    "gelu_tanh",  # 0.5 (1 + tanh z) = sigmoid(2 z); Hendrycks, Gimpel, arXiv 1606.08415, section 2
+    "v * v_sigmoid(v * (R(1.5957691216057308) + R(0.07135481282553526) * (v * v)))",
+    _gelu_tanh,
+    flop=35,
+    gain=_at_most(1.13),
+    roundings=8,
+)
+SILU = Epilogue("silu", "v * v_sigmoid(v)", lambda v: v * _sigmoid(v), flop=30, gain=_at_most(1.1), roundings=4)
+SIGMOID = Epilogue("sigmoid", "v_sigmoid(v)", _sigmoid, flop=30, gain=_at_most(0.25), roundings=4)
+TANH = Epilogue("tanh", "v_tanh(v)", np.tanh, flop=30, roundings=4)
+CLAMP = Epilogue(
+    "clamp",
+    "v_min(v_max(v, splat(lo)), splat(hi))",
+    lambda v, lo, hi: np.clip(v, lo, hi),
+    (Operand("lo", "scalar", -np.inf), Operand("hi", "scalar", np.inf)),
+    flop=2,
+)
+RESIDUAL = Epilogue("residual", "v + residual", lambda v, residual: v + residual, (Operand("residual", "element"),))
+ACCUMULATE = Epilogue(
+    "accumulate",  # BLAS: out = alpha * v + beta * out; beta = 0 does not read out (NaN there is not propagated)
+    "beta == 0 ? alpha * v : alpha * v + beta * out",
+    lambda v, alpha, beta, out: alpha * v + (beta * out if np.any(beta) else 0),
+    (Operand("alpha", "scalar", 1.0), Operand("beta", "scalar", 1.0), Operand("out", "out")),
+    flop=3,
+    gain=lambda alpha, beta, out: np.abs(alpha),
+    roundings=4,
+)
+
+EPILOGUES = {
+    row.name: row for row in (BIAS, SCALE, RELU, GELU, GELU_TANH, SILU, SIGMOID, TANH, CLAMP, RESIDUAL, ACCUMULATE)
+}
+
+
+def as_epilogues(names: str | Sequence[str]) -> tuple[Epilogue, ...]:
+    """The rows of `names`, in order.  An epilogue that comes a second time numbers its operands: bias, bias2."""
+    names = (names,) if isinstance(names, str) else tuple(names)
+    steps: list[Epilogue] = []
+    for i, name in enumerate(names):
+        if name not in EPILOGUES:
+            raise ArgumentError(f"epilogue {name!r}: one of {', '.join(EPILOGUES)}")
+        earlier = names[:i].count(name)
+        steps.append(_numbered(EPILOGUES[name], earlier + 1) if earlier else EPILOGUES[name])
+    return tuple(steps)
+
+
+def _numbered(step: Epilogue, number: int) -> Epilogue:
+    operands = tuple(
+        operand if operand.kind == "out" else replace(operand, name=f"{operand.name}{number}", symbol=operand.name)
+        for operand in step.operands
+    )
+    return replace(step, operands=operands)
+
+
+def operands_of(steps: Sequence[Epilogue]) -> tuple[Operand, ...]:
+    """The operands that a call must or may give, in the order of the C signature."""
+    return tuple(operand for step in steps for operand in step.operands if operand.kind != "out")

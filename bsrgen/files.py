@@ -1,0 +1,121 @@
+"""Weights on disk: .npz, .npy and .safetensors.  Data never becomes code: nothing is unpickled."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bsrgen.errors import ArgumentError, ArgumentTypeError, BsrgenError, PatternError, StoreError
+from bsrgen.pattern import Pair, Weight, as_weight
+
+_PARTS = ("values", "crow_indices", "col_indices")  # torch's words; metadata "bsr.<key>.shape" is a JSON list [M, K]
+
+
+def read_weight(path: str | Path, *, key: str | None = None, blocksize: Pair | None = None) -> Weight:
+    """The weight in a file: float64 where the file has it, else float32.
+
+    .npz: scipy.sparse.save_npz, or arrays data, indices, indptr and shape, or a dense array; .npy: a dense array;
+    .safetensors: <key>.values, <key>.crow_indices, <key>.col_indices and metadata bsr.<key>.shape, or a dense tensor.
+    `key` may be left out where the file holds one matrix.  `blocksize` as in as_weight.
+    """
+    path = Path(path)
+    if path.suffix not in _READERS:
+        raise ArgumentError(f"{path}: a weight is one of {', '.join(_READERS)}")
+    try:
+        W, shape = _READERS[path.suffix](path, key)
+        return as_weight(W, blocksize=blocksize, shape=shape, dtype=None)
+    except BsrgenError as e:
+        raise type(e)(f"{path}: {e}") from e
+    except OSError as e:
+        raise ArgumentError(f"{path}: cannot be read: {e.strerror or e}") from e
+    except Exception as e:  # whatever a damaged file makes of numpy, zipfile, zlib, json and safetensors
+        raise PatternError(f"{path}: damaged or not a {path.suffix} file: {e}") from e
+
+
+def write_weight(path: str | Path, weight: Weight, key: str = "weight") -> None:
+    """Write `weight` for read_weight, the same bytes every time; `key` names it in a .safetensors file."""
+    path = Path(path)
+    if path.suffix not in _WRITERS:
+        raise ArgumentError(f"{path}: a weight is written as one of {', '.join(_WRITERS)}")
+    try:
+        _WRITERS[path.suffix](path, weight, key)
+    except OSError as e:
+        raise StoreError(f"{path}: cannot be written: {e.strerror or e}") from e
+
+
+def _only(names: list[str], key: str | None) -> str:
+    """`key`, or the one name there is."""
+    if key is None and len(names) == 1:
+        return names[0]
+    if key in names:
+        return str(key)
+    listed = ", ".join(sorted(names)[:8]) + (", ..." if len(names) > 8 else "")
+    asked = f"has no matrix {key!r}" if key is not None else f"holds {len(names)} matrices; choose one with key="
+    raise ArgumentError(f"{asked} (it has: {listed or 'none'})")
+
+
+def _read_npz(path: Path, key: str | None) -> tuple[Any, Any]:
+    with np.load(path, allow_pickle=False) as arrays:
+        names = set(arrays.files)
+        if key is None and "format" in names:
+            from scipy.sparse import load_npz
+
+            return load_npz(path), None
+        if key is None and {"data", "indices", "indptr"} <= names:
+            if "shape" not in names:
+                raise PatternError("the array shape is missing beside data, indices and indptr; add (M, K)")
+            return (arrays["data"], arrays["indices"], arrays["indptr"]), arrays["shape"]
+        return arrays[_only(arrays.files, key)], None
+
+
+def _read_npy(path: Path, key: str | None) -> tuple[Any, Any]:
+    if key is not None:
+        raise ArgumentError(f"a .npy file holds one array without a name; leave key={key!r} out")
+    return np.load(path, allow_pickle=False), None
+
+
+def _read_safetensors(path: Path, key: str | None) -> tuple[Any, Any]:
+    import ml_dtypes  # noqa: F401  numpy has to know bfloat16 before safetensors asks for it
+    from safetensors import safe_open
+
+    with path.open("rb"):  # OSError as the system says it
+        pass
+    with safe_open(path, "np") as file:
+        names, notes = set(file.keys()), file.metadata() or {}
+        sparse = {name.removesuffix(".values") for name in names if name.endswith(".values")}
+        sparse = {name for name in sparse if all(f"{name}.{part}" in names for part in _PARTS)}
+        parts = {f"{name}.{part}" for name in sparse for part in _PARTS}
+        dense = {name for name in names - parts if len(file.get_slice(name).get_shape()) == 2}
+        name = _only(sorted(sparse or dense) if key is None else sorted(sparse | dense), key)
+        if name not in sparse:
+            return file.get_tensor(name), None
+        if f"bsr.{name}.shape" not in notes:
+            raise PatternError(f"metadata bsr.{name}.shape is missing; it holds [M, K]")
+        values, indptr, indices = (file.get_tensor(f"{name}.{part}") for part in _PARTS)
+        return (values, indices, indptr), json.loads(notes[f"bsr.{name}.shape"])
+
+
+def _write_npz(path: Path, weight: Weight, key: str) -> None:
+    if weight.data.dtype.kind not in "fiu":
+        raise ArgumentTypeError(f"{path}: .npz cannot hold {weight.data.dtype}; write .safetensors")
+    p = weight.pattern
+    np.savez(path, data=weight.data, indices=p.indices, indptr=p.indptr, shape=np.array(p.shape))
+
+
+def _write_safetensors(path: Path, weight: Weight, key: str) -> None:
+    from safetensors.numpy import save
+
+    p = weight.pattern
+    parts = (weight.data, p.indptr.astype(np.int32), p.indices)  # torch wants both index arrays of one dtype
+    tensors = {f"{key}.{part}": array for part, array in zip(_PARTS, parts, strict=True)}
+    path.write_bytes(save(tensors, {f"bsr.{key}.shape": json.dumps(p.shape)}))
+
+
+_READERS: dict[str, Callable[[Path, str | None], tuple[Any, Any]]] = {
+    ".npz": _read_npz,
+    ".npy": _read_npy,
+    ".safetensors": _read_safetensors,
+}
+_WRITERS: dict[str, Callable[[Path, Weight, str], None]] = {".npz": _write_npz, ".safetensors": _write_safetensors}

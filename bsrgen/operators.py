@@ -1,0 +1,43 @@
+"""The operators: one row each.  A kernel's signature, its checks and its reference all follow from the row."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bsrgen.errors import ArgumentError
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """A product with the weight W[M,K].  `token_axis` is the axis of N in both X and Y, which are row-major."""
+
+    name: str
+    formula: str
+    x_shape: str
+    y_shape: str
+    token_axis: int
+    product: Callable[[Any, Array], Array]  # (W, X) -> Y; W is anything with `@`, dense or scipy
+
+    def shape(self, n: int, features: int) -> tuple[int, int]:
+        """The shape of an operand that holds `features` features of `n` tokens."""
+        return (n, features) if self.token_axis == 0 else (features, n)
+
+
+LINEAR = Operator(
+    "linear", "Y[N,M] = X[N,K] @ W[M,K].T", "[N,K]", "[N,M]", 0, lambda W, X: np.ascontiguousarray((W @ X.T).T)
+)
+SPMM = Operator("spmm", "Y[M,N] = W[M,K] @ X[K,N]", "[K,N]", "[M,N]", 1, lambda W, X: np.asarray(W @ X))
+
+OPERATORS = {row.name: row for row in (LINEAR, SPMM)}
+
+
+def as_operator(name: str) -> Operator:
+    """The row called `name`.  ArgumentError when there is none."""
+    if name not in OPERATORS:
+        raise ArgumentError(f"operator {name!r}: one of {', '.join(OPERATORS)}")
+    return OPERATORS[name]

@@ -1,0 +1,104 @@
+"""Problem: what to compute, without saying how."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bsrgen import epilogues
+from bsrgen.dtypes import DTYPES, DType, bound_factor
+from bsrgen.epilogues import Epilogue, Operand
+from bsrgen.operators import Operator
+from bsrgen.pattern import Pattern, Weight
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operator with one fixed pattern: Y = epilogue(product(W, X)), row-major, N chosen at each call."""
+
+    operator: Operator
+    pattern: Pattern
+    dtype: DType
+    epilogue: tuple[Epilogue, ...] = ()
+    n: int | None = field(default=None, compare=False)  # a hint for the planner, never baked in
+
+    def __str__(self) -> str:
+        p = self.pattern
+        steps = f" + {', '.join(step.name for step in self.epilogue)}" if self.epilogue else ""
+        return f"{self.operator.name} {self.dtype.name} {p.M}x{p.K} blocks {p.R}x{p.C} density {p.density:.3g}{steps}"
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """The operands of the epilogue, in the order of the C signature."""
+        return epilogues.operands_of(self.epilogue)
+
+    @cached_property
+    def name(self) -> str:
+        """Kernel name: operator, dtype, shape, block, digest of all that a caller can tell apart but the values."""
+        p = self.pattern
+        text = f"{p.digest} {self.operator.name} {self.dtype.name} {[step.name for step in self.epilogue]}"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return f"{self.operator.name}_{self.dtype.short}_{p.M}x{p.K}_b{p.R}x{p.C}_{digest}"
+
+    @property
+    def accumulator(self) -> DType:
+        """The type that sums are kept in."""
+        return DTYPES[self.dtype.accumulator]
+
+    def flop(self, n: int) -> int:
+        """Effective FLOP of a call: 2 * stored elements * N."""
+        return 2 * self.pattern.nnz * n
+
+    def sample(self, rng: np.random.Generator, n: int) -> tuple[Array, dict[str, Array]]:
+        """Random X of n tokens and random operands, for checks and timings."""
+        x = rng.standard_normal(self.operator.shape(n, self.pattern.K)).astype(self.dtype.numpy)
+        shapes = {"row": (self.pattern.M,), "element": self.operator.shape(n, self.pattern.M), "scalar": ()}
+        given = {o.name: rng.standard_normal(shapes[o.kind]).astype(self.dtype.numpy) for o in self.operands}
+        return x, given
+
+    def reference(
+        self, weight: Weight, x: Array, given: Mapping[str, Any] | None = None, out: Array | None = None
+    ) -> tuple[Array, Array]:
+        """(Y, bound) in float64: the right answer and the elementwise error a kernel may make (DESIGN section 6).
+
+        |y - Y| <= g(k + 2) (|W| |x|), k stored entries of that row, carried through the epilogue by each step's gain,
+        plus the roundings of the step itself.
+        """
+        p = self.pattern
+        W = _sliced_csr(weight)
+        x64 = np.asarray(x, np.float64)
+        u = self.accumulator.unit_roundoff
+        y = self.operator.product(W, x64)
+        entries = np.diff(p.indptr).repeat(p.R)[: p.M] * p.C
+        factor = self._per_row(bound_factor(entries + 2, u))
+        bound = factor * self.operator.product(abs(W), abs(x64))
+        for step in self.epilogue:
+            values = [
+                np.asarray(0.0 if out is None else out, np.float64)
+                if operand.kind == "out"
+                else self._operand(operand, (given or {}).get(operand.name, operand.default))
+                for operand in step.operands
+            ]
+            before, y = y, step.numpy(y, *values)
+            size = np.abs(before) + np.abs(y) + sum(np.abs(v) for v in values if np.all(np.isfinite(v)))
+            bound = step.gain(*values) * bound + step.roundings * u * size
+        return y, bound
+
+    def _per_row(self, v: Array) -> Array:
+        return v if self.operator.token_axis == 0 else v[:, None]
+
+    def _operand(self, operand: Operand, value: Any) -> Array:
+        value = np.asarray(value, np.float64)
+        return self._per_row(value) if operand.kind == "row" else value
+
+
+def _sliced_csr(weight: Weight) -> Any:
+    """W as float64 CSR of the user's shape, stored zeros kept out of nobody's way."""
+    p = weight.pattern
+    return weight.tobsr().astype(np.float64).tocsr()[: p.M, : p.K]

@@ -1,0 +1,94 @@
+"""The targets: ISA levels and microarchitectures, one row each."""
+
+import functools
+from dataclasses import dataclass
+
+from bsrgen.errors import ArgumentError, UnsupportedError
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the compiler and the planner must know of a CPU.  Rates are defaults per core; `bench` measures its own.
+
+    `requires` are the features a CPU must have, by their names in __builtin_cpu_supports; tuning needs none.
+    """
+
+    name: str
+    family: str  # what archspec calls the architecture: x86_64, aarch64
+    flags: tuple[str, ...]
+    requires: tuple[str, ...]
+    vector_bytes: int
+    registers: int
+    fma: bool
+    flop_per_cycle_f32: int  # fused multiply-adds count two
+    loads_per_cycle: float  # vector loads that hit L1
+    l1_bytes: int = 32 << 10
+    l2_bytes: int = 1 << 20
+    l2_bytes_per_cycle: float = 32.0
+    l3_bytes_per_cycle: float = 8.0
+    ghz: float = 3.0
+    call_s: float = 3e-7
+
+    def lanes(self, real_bytes: int) -> int:
+        """Elements of `real_bytes` in one vector register."""
+        return self.vector_bytes // real_bytes
+
+
+_V2 = ("sse3", "ssse3", "sse4.1", "sse4.2", "popcnt")
+_V3 = (*_V2, "avx", "avx2", "fma", "bmi", "bmi2")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_WIDE = "-mprefer-vector-width=512"  # gcc 12 and clang 19 prefer 256 bits for most AVX-512 machines
+
+X86_64 = Target("x86-64", "x86_64", ("-march=x86-64",), (), 16, 16, False, 16, 2)
+X86_64_V2 = Target("x86-64-v2", "x86_64", ("-march=x86-64-v2",), _V2, 16, 16, False, 16, 2)
+X86_64_V3 = Target("x86-64-v3", "x86_64", ("-march=x86-64-v3",), _V3, 32, 16, True, 32, 2)
+X86_64_V4 = Target("x86-64-v4", "x86_64", ("-march=x86-64-v4", _WIDE), _V4, 64, 32, True, 64, 2)
+AARCH64 = Target("aarch64", "aarch64", ("-march=armv8-a",), (), 16, 32, True, 32, 2)
+
+TARGETS = {row.name: row for row in (X86_64, X86_64_V2, X86_64_V3, X86_64_V4, AARCH64)}
+_LEVELS = {"x86_64": X86_64, "x86_64_v2": X86_64_V2, "x86_64_v3": X86_64_V3, "x86_64_v4": X86_64_V4}
+
+
+def as_targets(value: str | tuple[str, ...] | list[str]) -> tuple[Target, ...]:
+    """The rows of `value`, best first, without repeats.  A microarchitecture's name stands for its ISA level."""
+    names = (value,) if isinstance(value, str) else tuple(value)
+    if not names:
+        raise ArgumentError("target=(): at least one is needed, e.g. 'native'")
+    rows = {row.name: row for row in map(_as_target, names)}
+    families = {row.family for row in rows.values()}
+    if len(families) > 1:
+        raise UnsupportedError(f"targets {', '.join(names)}: one artifact holds one architecture, not {families}")
+    return tuple(sorted(rows.values(), key=lambda row: (row.vector_bytes, len(row.requires)), reverse=True))
+
+
+def _as_target(name: str) -> Target:
+    if name == "native":
+        return native()
+    if name in TARGETS:
+        return TARGETS[name]
+    import archspec.cpu
+
+    if name not in archspec.cpu.TARGETS:
+        raise ArgumentError(f"target {name!r}: 'native', one of {', '.join(TARGETS)}, or a name that archspec knows")
+    return _level(archspec.cpu.TARGETS[name], name)
+
+
+@functools.cache
+def native() -> Target:
+    """The best level that this machine's CPU has in full."""
+    import archspec.cpu
+
+    return _level(archspec.cpu.host(), "native")
+
+
+def _level(cpu: "archspec.cpu.Microarchitecture", asked: str) -> Target:  # type: ignore[name-defined]  # noqa: F821
+    """ISA level of an archspec entry: what it may execute.  archspec's own pick of a name is not used, only features:
+    on virtual machines it drops to an older name for one masked feature (research note: icelake for a newer CPU)."""
+    import archspec.cpu
+
+    if cpu.family.name == "aarch64":
+        return AARCH64
+    if cpu.family.name != "x86_64":
+        raise UnsupportedError(f"target {asked!r}: no C target for {cpu.family.name}; one of {', '.join(TARGETS)}")
+    known = [row for level, row in _LEVELS.items() if cpu.features >= archspec.cpu.TARGETS[level].features]
+    return known[-1] if known else X86_64

@@ -1,0 +1,34 @@
+/* The ABI between an artifact and whoever calls it.  Plain C; number below goes up when a field changes. */
+#ifndef BSRGEN_H
+#define BSRGEN_H
+#include <stdint.h>
+
+#define BSRGEN_ABI 1
+
+enum bsrgen_status {
+    BSRGEN_OK = 0,
+    BSRGEN_NO_ISA = 1,      /* this CPU lacks features that every kernel of the artifact needs: NAME_info(1) lists them */
+    BSRGEN_BAD_ARGUMENT = 2, /* negative n, a null pointer, or a leading dimension shorter than a row */
+    BSRGEN_NO_MEMORY = 3,
+};
+
+/* An input of an epilogue: an array (with its leading dimension, for one value per output) or a scalar. */
+struct bsrgen_operand {
+    const void *data;
+    int64_t ld;
+    double scalar;
+};
+
+/* One call.  Strides are leading dimensions in elements; rows are contiguous.  y must not overlap an input. */
+struct bsrgen_call {
+    int64_t n; /* tokens */
+    const void *x;
+    int64_t ldx;
+    void *y;
+    int64_t ldy;
+    const void *values;                     /* packed by NAME_pack, 64-byte aligned; NULL: those in the artifact */
+    const struct bsrgen_operand *operands;  /* in the order of the epilogue */
+    void (*parallel)(int parts, void (*task)(void *context, int part, int parts), void *context); /* NULL: own threads */
+    int32_t threads;                        /* at most; 0: all usable cores */
+};
+#endif

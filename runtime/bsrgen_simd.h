@@ -1,0 +1,151 @@
+/* One vector type per kernel, in GCC vector extensions (gcc >= 12, clang >= 15): the same text runs on SSE2, AVX2,
+ * AVX-512 and NEON.  Before including it: REAL (float or double), REAL_BYTES, LANES (power of two). */
+#ifndef BSRGEN_SIMD_H
+#define BSRGEN_SIMD_H
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#if defined __AVX__
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline, unused))
+#define NOINLINE static __attribute__((noinline, unused))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 64")
+#endif
+
+typedef REAL real;
+#if REAL_BYTES == 4
+typedef int32_t bits; /* an integer as wide as a lane */
+#else
+typedef int64_t bits;
+#endif
+typedef real vec __attribute__((vector_size(LANES * REAL_BYTES)));
+typedef int64_t words __attribute__((vector_size(LANES * REAL_BYTES)));
+typedef bits ivec __attribute__((vector_size(LANES * REAL_BYTES)));
+
+INLINE vec load(const real *p) { vec v; memcpy(&v, p, sizeof v); return v; }
+INLINE void store(real *p, vec v) { memcpy(p, &v, sizeof v); }
+INLINE int64_t load_word(const void *p) { int64_t w; memcpy(&w, p, 8); return w; }
+INLINE vec zero(void) { return (vec){0}; }
+INLINE vec splat(real s) { return s - (vec){0}; } /* s - 0 is s for every s, -0 and NaN included: folds to a broadcast */
+INLINE vec choose(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
+
+/* The first `count` lanes of p, zeros behind them.  0 <= count <= LANES. */
+INLINE vec load_part(const real *p, int count)
+{
+#if defined __AVX512F__ && LANES == 16 && REAL_BYTES == 4
+    return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+#elif defined __AVX512F__ && LANES == 8 && REAL_BYTES == 8
+    return (vec)_mm512_maskz_loadu_pd((__mmask8)((1u << count) - 1), p);
+#else
+    vec v = zero();
+    for (int i = 0; i < count; i++) v[i] = p[i];
+    return v;
+#endif
+}
+
+/* Writes the first `count` lanes of v and nothing else. */
+INLINE void store_part(real *p, vec v, int count)
+{
+#if defined __AVX512F__ && LANES == 16 && REAL_BYTES == 4
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+#elif defined __AVX512F__ && LANES == 8 && REAL_BYTES == 8
+    _mm512_mask_storeu_pd(p, (__mmask8)((1u << count) - 1), (__m512d)v);
+#else
+    for (int i = 0; i < count; i++) p[i] = v[i];
+#endif
+}
+
+/* `count` reals that lie `stride` apart. */
+INLINE vec load_strided(const real *p, int64_t stride, int count)
+{
+    if (stride == 1) return load_part(p, count);
+    vec v = zero();
+    for (int i = 0; i < count; i++) v[i] = p[i * stride];
+    return v;
+}
+
+INLINE void store_strided(real *p, int64_t stride, vec v, int count)
+{
+    if (stride == 1) { store_part(p, v, count); return; }
+    for (int i = 0; i < count; i++) p[i * stride] = v[i];
+}
+
+#if LANES == 16
+#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define SWAP1 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
+#define SWAP2 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13
+#define SWAP4 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11
+#define SWAP8 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7
+#elif LANES == 8
+#define LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#define SWAP1 1, 0, 3, 2, 5, 4, 7, 6
+#define SWAP2 2, 3, 0, 1, 6, 7, 4, 5
+#define SWAP4 4, 5, 6, 7, 0, 1, 2, 3
+#elif LANES == 4
+#define LOW 0, 4, 1, 5
+#define HIGH 2, 6, 3, 7
+#define SWAP1 1, 0, 3, 2
+#define SWAP2 2, 3, 0, 1
+#elif LANES == 2
+#define LOW 0, 2
+#define HIGH 1, 3
+#define SWAP1 1, 0
+#endif
+
+/* v[i][j] <-> v[j][i] in registers: log2(LANES) perfect shuffles (Stone, IEEE Trans. Computers C-20, 1971). */
+INLINE void transpose(vec v[LANES])
+{
+    UNROLL
+    for (int step = 1; step < LANES; step *= 2) {
+        vec u[LANES];
+        UNROLL
+        for (int i = 0; i < LANES / 2; i++) {
+            u[2 * i] = __builtin_shufflevector(v[i], v[i + LANES / 2], LOW);
+            u[2 * i + 1] = __builtin_shufflevector(v[i], v[i + LANES / 2], HIGH);
+        }
+        UNROLL
+        for (int i = 0; i < LANES; i++) v[i] = u[i];
+    }
+}
+
+/* `group` reals at p, repeated through the vector: 1 is a broadcast, LANES a load, between them one vbroadcastf*x*
+ * (gcc 12 goes through the stack for the same thing written as a shuffle). */
+INLINE vec load_group(const real *p, const int group)
+{
+    if (group == 1) return splat(*p);
+#if defined __AVX512F__ && LANES * REAL_BYTES == 64
+    if (group * REAL_BYTES == 8) return (vec)_mm512_castsi512_pd(_mm512_set1_epi64(load_word(p)));
+    if (group * REAL_BYTES == 16) return (vec)_mm512_broadcast_f32x4(_mm_loadu_ps((const float *)p));
+    if (group * REAL_BYTES == 32) return (vec)_mm512_broadcast_f64x4(_mm256_loadu_pd((const double *)p));
+#elif defined __AVX__ && LANES * REAL_BYTES == 32
+    if (group * REAL_BYTES == 8) return (vec)_mm256_set1_epi64x(load_word(p));
+    if (group * REAL_BYTES == 16) return (vec)_mm256_broadcast_ps((const __m128 *)p);
+#elif LANES * REAL_BYTES == 16
+    if (group * REAL_BYTES == 8) return (vec)(words){load_word(p), load_word(p)};
+#endif
+    return load(p);
+}
+
+/* Every lane holds the sum of its aligned group of `group` lanes; the order of the additions is fixed. */
+INLINE vec sum_groups(vec v, const int group)
+{
+#if LANES >= 16
+    if (group > 8) v += __builtin_shufflevector(v, v, SWAP8);
+#endif
+#if LANES >= 8
+    if (group > 4) v += __builtin_shufflevector(v, v, SWAP4);
+#endif
+#if LANES >= 4
+    if (group > 2) v += __builtin_shufflevector(v, v, SWAP2);
+#endif
+    if (group > 1) v += __builtin_shufflevector(v, v, SWAP1);
+    return v;
+}
+#endif
