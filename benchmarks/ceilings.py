@@ -63,7 +63,9 @@ def cache_bytes() -> dict[str, int]:
     return sizes
 
 
+@functools.cache
 def _load() -> tuple[cffi.FFI, Any]:
+    """Compile and open ceilings.c, once and for good: a Ceiling's call may outlive its Ceilings."""
     ffi = cffi.FFI()
     ffi.cdef(CDEF)
     with tempfile.TemporaryDirectory() as folder:
@@ -78,6 +80,8 @@ class Ceilings:
 
     def __init__(self) -> None:
         self._ffi, self._lib = _load()
+        self._found: dict[str, Ceiling] = {}
+        self._buffers: dict[int, np.ndarray] = {}
         sizes = cache_bytes()
         self.sizes = {
             "L1": sizes["L1"] // 2,
@@ -101,44 +105,45 @@ class Ceilings:
         """The ISA levels of this CPU that have rows, lowest first."""
         return tuple(dict.fromkeys(self._text(r.level) for r in self._rows(self._lib.reads, None)))
 
-    @functools.cache  # noqa: B019  the instance lives as long as the run
-    def _buffer(self, nbytes: int) -> np.ndarray:
-        """`nbytes` of values near 1, cut 64-byte aligned out of an array large enough for huge pages."""
-        rng = np.random.default_rng(0)
-        block = rng.uniform(0.5, 1.0, (8 << 20) // 8)
-        array = np.resize(block, max(nbytes // 8 + 8, block.size))
-        return array[-(array.ctypes.data // 8) % 8 :].view(np.uint8)[:nbytes]
+    def _buffer(self, nbytes: int) -> Any:
+        """`nbytes` of values between 1/2 and 1, 64-byte aligned, cut out of an array large enough for huge pages."""
+        if nbytes not in self._buffers:
+            block = np.random.default_rng(0).uniform(0.5, 1.0, 1 << 20)
+            array = np.resize(block, max(nbytes // 8 + 8, block.size))
+            self._buffers[nbytes] = array[-(array.ctypes.data // 8) % 8 :].view(np.uint8)[:nbytes]
+        return self._ffi.from_buffer("char[]", self._buffers[nbytes])
 
     def _best(self, name: str, work: float, calls: dict[str, Callable[[], object]]) -> Ceiling:
+        """The fastest of `calls`, timed at the first question only."""
         if not calls:
             raise ValueError(f"{name}: no row of {SOURCE.name} runs on this CPU; it has {', '.join(self.levels)}")
-        timings = measure(calls, rounds=5)
-        row = min(timings, key=lambda r: timings[r].min_s)
-        return Ceiling(name, work, calls[row], row)
+        if name not in self._found:
+            timings = measure(calls, rounds=5)
+            row = min(timings, key=lambda r: timings[r].min_s)
+            self._found[name] = Ceiling(name, work, calls[row], row)
+        return self._found[name]
 
-    @functools.cache  # noqa: B019
     def fma(self, dtype: str = "f32", operand: str = "reg", level: str | None = None) -> Ceiling:
         """Multiply-add peak for `dtype` f32 or f64 with operands in registers (`reg`), or one a vector (`mem`) or a
         broadcast scalar (`bcast`) out of L1; at `level` (sse2: multiply and add) or at the fastest one."""
-        buffer = self._ffi.from_buffer("char[]", self._buffer(4096))
+        buffer = self._buffer(4096)
         work, calls = 12e6 if dtype == "f32" else 6e6, {}
         for r in self._rows(self._lib.peaks, level):
             if (self._text(r.dtype), self._text(r.operand)) == (dtype, operand):
                 n = round(work / (2 * r.lanes * r.accumulators))
                 calls[f"{self._text(r.level)}, {r.accumulators} accumulators"] = functools.partial(r.run, buffer, n)
-        return self._best(" ".join(["fma", dtype, operand, *([level] if level else [])]), work, calls)
+        return self._best(f"fma {dtype} {operand} {level or 'best'}", work, calls)
 
-    @functools.cache  # noqa: B019
     def read(self, nbytes: int, level: str | None = None) -> Ceiling:
         """Read rate of a buffer of `nbytes` that was read just before: out of the smallest cache that holds it."""
         nbytes = max(nbytes // STEP_BYTES, 1) * STEP_BYTES
-        buffer = self._ffi.from_buffer("char[]", self._buffer(nbytes))
+        buffer = self._buffer(nbytes)
         windows = max(nbytes // WINDOW_BYTES, 1)
         window = nbytes // windows // STEP_BYTES * STEP_BYTES
         passes = max(round(20e9 * SAMPLE_S / window), 1)
         rows = self._rows(self._lib.reads, level)
         calls = {self._text(r.level): _walk(r.run, buffer, window, windows, passes) for r in rows}
-        return self._best(f"read {nbytes} bytes", float(window * passes), calls)
+        return self._best(f"read {nbytes} bytes {level or 'best'}", float(window * passes), calls)
 
     def standard(self, dtype: str = "f32") -> dict[str, Ceiling]:
         """The ceilings a report shows: three peaks for `dtype` and the read rates of the memory levels."""

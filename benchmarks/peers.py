@@ -8,6 +8,7 @@ on feature-major activations (K, N) -> (M, N), whose conversion is not charged t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,8 @@ from benchmarks.clock import at_their_best, importable, measure, one_thread
 from bsrgen.pattern import Weight, random_weight
 
 OPERATORS = ("linear", "spmm")  # Y[N,M] = X[N,K] @ W.T and Y[M,N] = W @ X[K,N], all row-major
-BLOCKSIZES = ((1, 1), (1, 16), (1, 32), (4, 1), (16, 1), (32, 1), (3, 5), (4, 4), (8, 8), (16, 16), (32, 32), (64, 64))
-BLOCKSIZES += ((48, 48),)
+SHAPES = "1x1 1x16 1x32 4x1 16x1 32x1 3x5 4x4 8x8 16x16 32x32 64x64 48x48"
+BLOCKSIZES = tuple((int(R), int(C)) for R, C in (s.split("x") for s in SHAPES.split()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,9 @@ def _torch_bsr(case: Case) -> Run:
 
     B, X = case.weight.tobsr(), torch.from_numpy(case.features(padded=True))
     parts = [torch.from_numpy(np.array(a)) for a in (B.indptr, B.indices, B.data)]
-    W = torch.sparse_bsr_tensor(*parts, size=B.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "BSR tensor support is in beta state"
+        W = torch.sparse_bsr_tensor(*parts, size=B.shape, check_invariants=True)
     Y = torch.zeros(B.shape[0], case.n, dtype=X.dtype)
     return Run(lambda: torch.mm(W, X, out=Y), lambda: _shown(case, Y.numpy()))
 

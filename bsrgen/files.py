@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from bsrgen.errors import ArgumentError, ArgumentTypeError, BsrgenError, PatternError, StoreError
-from bsrgen.pattern import Pair, Weight, as_weight
+from bsrgen.pattern import Weight, as_weight
 
 _PARTS = ("values", "crow_indices", "col_indices")  # torch's words; metadata "bsr.<key>.shape" is a JSON list [M, K]
 
 
-def read_weight(path: str | Path, *, key: str | None = None, blocksize: Pair | None = None) -> Weight:
+def read_weight(path: str | Path, *, key: str | None = None, blocksize: tuple[int, int] | None = None) -> Weight:
     """The weight in a file: float64 where the file has it, else float32.
 
     .npz: scipy.sparse.save_npz, or arrays data, indices, indptr and shape, or a dense array; .npy: a dense array;
@@ -57,7 +57,7 @@ def _only(names: list[str], key: str | None) -> str:
 
 
 def _read_npz(path: Path, key: str | None) -> tuple[Any, Any]:
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         names = set(arrays.files)
         if key is None and "format" in names:
             from scipy.sparse import load_npz
@@ -73,7 +73,8 @@ def _read_npz(path: Path, key: str | None) -> tuple[Any, Any]:
 def _read_npy(path: Path, key: str | None) -> tuple[Any, Any]:
     if key is not None:
         raise ArgumentError(f"a .npy file holds one array without a name; leave key={key!r} out")
-    return np.load(path, allow_pickle=False), None
+    with path.open("rb") as file:
+        return np.lib.format.read_array(file, allow_pickle=False), None
 
 
 def _read_safetensors(path: Path, key: str | None) -> tuple[Any, Any]:

@@ -9,19 +9,19 @@ from bsrgen.targets import Target
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What one call of n tokens does on one core.  Bytes are read or written at that level, each time they are."""
+    """What one call of n tokens does on one core.  Bytes count each time they cross that boundary."""
 
     flop: int  # executed, zero fill and idle lanes included
     effective_flop: int  # 2 * stored elements * N
     vector_fma: int
     vector_loads: int  # operands of the multiply-adds: vectors and broadcasts
-    l1_bytes: int  # what vector_loads and accumulator spills move
-    l2_bytes: int  # what does not stay in L1 between two uses
+    l1_bytes: int  # read from L1 by those loads
+    l2_bytes: int  # read from beyond L1: X that does not stay there, W once per chunk of tokens
     memory_bytes: int  # compulsory: weight and tables once, X once, Y once
     registers: int
-    code_bytes: int
     table_bytes: int
     value_bytes: int
+    cycles: float  # all of the above against the ceilings of the target
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,19 @@ class Target:
     vector_bytes: int
     registers: int
     fma: bool
-    flop_per_cycle_f32: int  # fused multiply-adds count two
-    loads_per_cycle: float  # vector loads that hit L1
+    fma_per_cycle: float  # vector multiply-adds (mul and add where there is no fma)
+    loads_per_cycle: float = 2.0  # vector loads that hit L1
+    fma_latency: int = 4
     l1_bytes: int = 32 << 10
     l2_bytes: int = 1 << 20
     l2_bytes_per_cycle: float = 32.0
     l3_bytes_per_cycle: float = 8.0
-    ghz: float = 3.0
+    ghz: float = 3.5
     call_s: float = 3e-7
+
+    def flop_per_cycle(self, real_bytes: int) -> float:
+        """Peak FLOP of one core in one cycle."""
+        return 2 * self.fma_per_cycle * self.lanes(real_bytes)
 
     def lanes(self, real_bytes: int) -> int:
         """Elements of `real_bytes` in one vector register."""
@@ -39,11 +44,11 @@ _V3 = (*_V2, "avx", "avx2", "fma", "bmi", "bmi2")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _WIDE = "-mprefer-vector-width=512"  # gcc 12 and clang 19 prefer 256 bits for most AVX-512 machines
 
-X86_64 = Target("x86-64", "x86_64", ("-march=x86-64",), (), 16, 16, False, 16, 2)
-X86_64_V2 = Target("x86-64-v2", "x86_64", ("-march=x86-64-v2",), _V2, 16, 16, False, 16, 2)
-X86_64_V3 = Target("x86-64-v3", "x86_64", ("-march=x86-64-v3",), _V3, 32, 16, True, 32, 2)
-X86_64_V4 = Target("x86-64-v4", "x86_64", ("-march=x86-64-v4", _WIDE), _V4, 64, 32, True, 64, 2)
-AARCH64 = Target("aarch64", "aarch64", ("-march=armv8-a",), (), 16, 32, True, 32, 2)
+X86_64 = Target("x86-64", "x86_64", ("-march=x86-64",), (), 16, 16, False, 1)
+X86_64_V2 = Target("x86-64-v2", "x86_64", ("-march=x86-64-v2",), _V2, 16, 16, False, 1)
+X86_64_V3 = Target("x86-64-v3", "x86_64", ("-march=x86-64-v3",), _V3, 32, 16, True, 2)
+X86_64_V4 = Target("x86-64-v4", "x86_64", ("-march=x86-64-v4", _WIDE), _V4, 64, 32, True, 2)
+AARCH64 = Target("aarch64", "aarch64", ("-march=armv8-a",), (), 16, 32, True, 2)
 
 TARGETS = {row.name: row for row in (X86_64, X86_64_V2, X86_64_V3, X86_64_V4, AARCH64)}
 _LEVELS = {"x86_64": X86_64, "x86_64_v2": X86_64_V2, "x86_64_v3": X86_64_V3, "x86_64_v4": X86_64_V4}

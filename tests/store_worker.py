@@ -64,20 +64,18 @@ def churn(store: Store, log: Path, seed: str, seconds: str, max_bytes: str) -> s
     store = Store(store.root, int(max_bytes), store.locks)
     rng, end_s = random.Random(seed), time.monotonic() + float(seconds)
     keys = [hashlib.sha256(b"%d" % i).hexdigest() for i in range(6)]
+
+    def publish_one(key: str) -> Path:
+        return store.publish(key, lambda folder: write(folder, contents(key)))
+
     while time.monotonic() < end_s:
-        key = rng.choice(keys)
-        acts: list[Callable[[], object]] = [
-            lambda key=key: store.publish(key, lambda folder: write(folder, contents(key))),  # type: ignore[misc]
-            lambda key=key: store.get(key),  # type: ignore[misc]
-            store.gc,
-            store.entries,
-        ]
-        folder = rng.choices(acts, [4, 8, 1, 1])[0]()
-        if isinstance(folder, Path):
-            with contextlib.suppress(FileNotFoundError):  # evicted by another process; never half of it
-                if hashlib.sha256((folder / "libfake.so").read_bytes()).hexdigest() != (
-                    hashlib.sha256(contents(key)["libfake.so"]).hexdigest()
-                ):
+        key, act = rng.choice(keys), rng.random()
+        if act < 0.1:
+            store.gc()
+            store.entries()
+        elif folder := (store.get if act < 0.6 else publish_one)(key):
+            with contextlib.suppress(FileNotFoundError):  # evicted meanwhile; but never half of it
+                if (folder / "libfake.so").read_bytes() != contents(key)["libfake.so"]:
                     return "wrong"
     return "ok"
 

@@ -104,6 +104,8 @@ def test_processes_on_one_key(tmp_path, hire, locks):
     store = Store(tmp_path / "cache", locks=locks)
     workers = hire(store, PROCESSES)
     for i in range(ROUNDS):
+        if i % 2:  # and all find it damaged
+            (store.publish(key_of(i), builder(key_of(i))) / "libfake.so").write_bytes(b"")
         start_s = time.monotonic() + 0.1
         for worker in workers:
             worker.send("publish", key_of(i), start_s, 0.1)
@@ -507,50 +509,68 @@ def test_a_file_size_limit(store, hire):
     assert leftovers(store) == []
 
 
-def test_a_full_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(disk)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no small file system to fill: {mounted.stderr.strip()}")
-    try:
-        store = Store(disk / "cache")
+def in_namespace(check: Callable[[Path], None], folder: Path, *mount: str) -> None:
+    """Run `check(folder)` with something mounted at `folder`, for it alone."""
+    code = f"import pathlib, test_store; test_store.{check.__name__}(pathlib.Path({str(folder)!r}))"
+    command = [
+        "unshare",
+        "-rm",
+        "sh",
+        "-c",
+        'mount "$@" || exit 77; exec "$PYTHON" -c "$CODE"',
+        "sh",
+        *mount,
+        str(folder),
+    ]
+    if not shutil.which("unshare"):
+        pytest.skip("unshare(1) is not installed")
+    root = Path(bsrgen.store.__file__).parent.parent
+    env = os.environ | {"PYTHON": sys.executable, "CODE": code, "PYTHONPATH": f"{root}:{Path(__file__).parent}"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode == 77 or done.stderr.startswith("unshare:"):
+        pytest.skip(f"no mounting here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+
+
+def check_full_disk(disk: Path) -> None:
+    store = Store(disk / "cache")
+
+    def publish_until_full() -> int:
         for i in range(100):
             try:
                 store.publish(key_of(i), builder(key_of(i), size=60_000))
             except StoreError as error:
-                assert error.errno == errno.ENOSPC
-                assert "disk is full" in str(error)
-                break
-        else:
-            pytest.fail("the disk never filled")
-        assert i > 5
-        assert len(store.entries()) == i
-        assert leftovers(store) == []
-        assert all(store.get(key_of(j)) for j in range(i))
-        store.gc(200_000)
-        assert store.publish(key_of(i), builder(key_of(i), size=60_000))
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+                assert error.errno == errno.ENOSPC  # noqa: PT017 (of the first that fails)
+                assert "disk is full" in str(error)  # noqa: PT017
+                return i
+        raise AssertionError("the disk never filled")
+
+    count = publish_until_full()
+    assert count > 5
+    assert len(store.entries()) == count
+    assert leftovers(store) == []
+    assert all(store.get(key_of(i)) for i in range(count))
+    store.gc(200_000)
+    assert store.publish(key_of(count), builder(key_of(count), size=60_000))
 
 
-def test_a_read_only_disk_still_serves(store, tmp_path):
-    path = store.publish(KEY, builder())
-    bind = ["mount", "--bind", "-o", "ro", str(store.root), str(store.root)]
-    mounted = subprocess.run(bind, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no read-only file system to try: {mounted.stderr.strip()}")
-    try:
-        assert store.get(KEY) == store.publish(KEY, never) == path
-        assert [entry.key for entry in store.entries()] == [KEY]
-        for ask in (lambda: store.publish(key_of(2), builder(key_of(2))), store.clear):
-            with pytest.raises(StoreError, match="read-only"):
-                ask()
-    finally:
-        subprocess.run(["umount", str(store.root)], check=True)
-    assert store.get(KEY) == path
+def test_a_full_disk(tmp_path):
+    in_namespace(check_full_disk, tmp_path, "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs")
+
+
+def check_read_only(root: Path) -> None:
+    store = Store(root)
+    assert store.get(KEY) == store.publish(KEY, never)
+    assert [entry.key for entry in store.entries()] == [KEY]
+    for ask in (lambda: store.publish(key_of(2), builder(key_of(2))), store.clear):
+        with pytest.raises(StoreError, match="read-only"):
+            ask()
+
+
+def test_a_read_only_disk_still_serves(store):
+    store.publish(KEY, builder())
+    in_namespace(check_read_only, store.root, "--bind", "-o", "ro", str(store.root))
+    assert store.get(KEY)
 
 
 def test_written_then_synced_then_renamed_then_synced(store, monkeypatch):
@@ -624,7 +644,7 @@ def test_a_store_that_others_could_write_to_is_refused(tmp_path, store, monkeypa
             monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
     monkeypatch.setenv("BSRGEN_CACHE_DIR", str(store.root))
     for use in uses:
-        with pytest.raises(StoreError, match="link|not a folder|others|belongs") as caught:
+        with pytest.raises(StoreError, match=r"link|not a folder|others|belongs") as caught:
             use()
         assert "BSRGEN_CACHE_DIR" in str(caught.value)
 

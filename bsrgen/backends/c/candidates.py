@@ -1,64 +1,64 @@
 """Which plans may be tried for a problem: the plan space of the C backend."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from bsrgen.backends.c.plan import CPlan, TokenTile, WeightTile
 from bsrgen.problem import Problem
 from bsrgen.targets import Target
 
+MAX_TILE = 24  # sums in one register tile: 32 registers less the operands; one more helps nobody and compiles slower
+SMALL_TOKENS = 8  # register tile of the weight tile that only serves small n
+
 
 def candidates(problem: Problem, target: Target) -> Iterator[CPlan]:
-    """Legal plans, a good guess first.  Never empty: the token tile takes any block shape."""
-    for tokens, weight in _tiles(problem, target):
-        lanes = target.lanes(problem.dtype.bytes)
-        small = lanes if tokens and weight else 0
-        plan = CPlan(problem, target, tokens, weight, small)
-        if plan.registers <= target.registers:
-            yield plan
-
-
-def _tiles(problem: Problem, target: Target) -> Iterator[tuple[TokenTile | None, WeightTile | None]]:
-    linear = problem.operator.token_axis == 0
+    """Legal plans, a good guess first.  Never empty: lanes along tokens take any block shape."""
+    lanes = target.lanes(problem.dtype.bytes)
     weights = list(_weight_tiles(problem, target))
-    tokens = list(_token_tiles(problem, target))
-    small = weights[0] if weights else None
-    if linear and problem.pattern.R >= target.lanes(problem.dtype.bytes):
-        yield from ((None, w) for w in weights)
-    for t in tokens:
-        yield t, small
-        yield t, None
-    if linear:
-        yield from ((None, w) for w in weights)
+    small = _small(weights)
+    alone = [CPlan(problem, target, None, w) for w in weights] if problem.operator.token_axis == 0 else []
+    tall = problem.pattern.R >= lanes
+    yield from alone if tall else ()
+    for t in _token_tiles(problem, target):
+        yield CPlan(problem, target, t, small, lanes if small else 0)
+    yield from alone if not tall else ()
+
+
+def _small(weights: list[WeightTile]) -> WeightTile | None:
+    """The weight tile for calls of few tokens: the most sums per token, so that one token keeps the FMA pipes busy."""
+    if not weights:
+        return None
+    best = max(weights, key=lambda w: (w.vectors * w.row_lanes, -w.tokens))
+    tokens = min(best.tokens, SMALL_TOKENS)
+    return replace(best, tokens=tokens, chunk=tokens)
 
 
 def _weight_tiles(problem: Problem, target: Target) -> Iterator[WeightTile]:
-    """Rows x k lanes that fill a vector with at most a third of zero fill, then register tiles over rows and tokens."""
+    """Rows x k lanes that fill a vector with at most a third of zero fill; register tiles that fill the registers."""
     p, lanes = problem.pattern, target.lanes(problem.dtype.bytes)
-    k_lanes = 1
-    while k_lanes <= lanes:
+    for k_lanes in (1 << b for b in range(lanes.bit_length())):
         row_lanes = lanes // k_lanes
-        slots = -(-p.R // row_lanes) * row_lanes
-        if p.C % k_lanes == 0 and slots * 3 <= p.R * 4:
-            whole = slots // row_lanes
-            for vectors in sorted(
-                {min(whole, 2), min(whole, 3), min(whole, 1), min(whole, 4)}, key=lambda v: (v != min(whole, 2), v)
-            ):
-                for tokens in sorted({(target.registers - 1 - vectors) // vectors, 12, 8, 6}, reverse=True):
-                    if tokens * vectors + vectors + 1 <= target.registers and tokens <= 24:
-                        yield WeightTile(row_lanes, k_lanes, vectors, tokens, tokens)
-        k_lanes *= 2
+        whole = -(-p.R // row_lanes)
+        if p.C % k_lanes or 3 * whole * row_lanes > 4 * p.R:
+            continue
+        for vectors in {min(whole, v): None for v in (2, 1, 3)}:
+            most = min(target.registers - 1 - vectors, MAX_TILE) // vectors
+            for tokens in {min(most, t): None for t in (24, 12, 8)}:
+                yield WeightTile(row_lanes, k_lanes, vectors, tokens, tokens)
 
 
 def _token_tiles(problem: Problem, target: Target) -> Iterator[TokenTile]:
+    """Rows of a block x vectors of tokens that fill the registers; panels of X that fit L1, or all of X."""
     p, lanes = problem.pattern, target.lanes(problem.dtype.bytes)
-    padded = max(p.block_cols * p.C, 1)
-    for rows in sorted({min(p.R, r) for r in (1, 2, 3, 4, 5, 6, 8)}, reverse=True):
-        for vectors in (8, 6, 4, 3, 2, 1):
-            if rows * vectors + (vectors if rows > 1 else 0) + 1 > target.registers:
-                continue
-            for chunk in (8, 12, 4):
-                if chunk % vectors:
-                    continue
-                for panel in sorted({padded, *(max(q // p.C, 1) * p.C for q in (64, 96, 128, 256))}, reverse=True):
-                    if panel <= padded:
-                        yield TokenTile(rows, vectors, chunk, panel)
+    features = max(p.block_cols * p.C, 1)
+    for rows in {min(p.R, r): None for r in (8, 6, 5, 4, 3, 2)}:
+        room = min(target.registers - 1, MAX_TILE + 4)
+        most = min(room // (rows + 1) if rows > 1 else room, 8)
+        for vectors in {most: None, 1 << (most.bit_length() - 1): None} if most else {}:
+            for chunk in {vectors: None, vectors * max(1, 8 // vectors): None}:
+                vector_bytes = chunk * lanes * problem.dtype.bytes
+                fit = max(3 * target.l1_bytes // 4 // vector_bytes // p.C, 1) * p.C
+                for panel in {features: None, min(fit, features): None, min(2 * fit, features): None}:
+                    yield TokenTile(rows, vectors, chunk, panel)
+                if problem.operator.token_axis == 1:
+                    yield TokenTile(rows, vectors, chunk, features, pack=False)

@@ -6,7 +6,6 @@ broadcast: any block shape at full lanes, once N fills them.  Both read the same
 fetch any element of a block from a constant offset.
 """
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen.plan import Plan
+from bsrgen.plan import Counts, Plan
 
 Array = NDArray[Any]
 CODE_FMA = 4096  # most multiply-adds written out in one artifact: beyond it compile time and instruction fetch lose
@@ -146,7 +145,12 @@ class CPlan(Plan):
         """First feature of each packed block, relative to its panel: 16 bits where that is enough."""
         p = self.problem.pattern
         k = p.indices[self.order].astype(np.int64) * p.C % max(self.k_panel, 1)
-        return k.astype(np.uint16 if self.k_panel <= 1 << 16 else np.uint32)
+        return k.astype(np.uint16 if self.offset_bytes == 2 else np.uint32)
+
+    @property
+    def offset_bytes(self) -> int:
+        """Bytes of one offset: 16 bits where a panel is short enough."""
+        return 2 if self.k_panel <= 1 << 16 else 4
 
     @cached_property
     def work(self) -> Array:
@@ -191,3 +195,9 @@ class CPlan(Plan):
     def uses_weight_tile(self, n: int) -> bool:
         """Whether a call of n tokens runs the weight tile."""
         return self.tokens is None or (self.weight is not None and n < self.small_n)
+
+    def counts(self, n: int) -> Counts:
+        """Countable cost of one call of n tokens (backends/c/count.py)."""
+        from bsrgen.backends.c.count import counts
+
+        return counts(self, n)

@@ -1,0 +1,137 @@
+"""The measuring tools measure: clock, ceilings, and every peer right before it is timed."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import ceilings, clock, peers
+
+ROOT = Path(__file__).parents[1]
+needs_cc = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
+
+
+@pytest.fixture(scope="module")
+def ceiling() -> ceilings.Ceilings:
+    return ceilings.Ceilings()
+
+
+def test_measure_alternates_contenders_and_samples_long_enough() -> None:
+    order: list[str] = []
+
+    def contender(name: str, seconds: float) -> clock.Call:
+        def call() -> None:
+            order.append(name)
+            time.sleep(seconds)
+
+        return call
+
+    timings = clock.measure({"a": contender("a", 2e-3), "b": contender("b", 1e-3)}, rounds=4)
+    assert order[-16:] == ["a", "a", "b", "b"] * 4  # each round: one untimed call, then the sample
+    assert [len(t.samples) for t in timings.values()] == [4, 4]
+    assert 1e-3 <= timings["b"].min_s <= timings["b"].median_s
+    assert timings["a"].min_s >= 2e-3
+
+
+def test_short_calls_are_repeated_within_a_sample() -> None:
+    timing = clock.measure({"nothing": lambda: None}, rounds=3)["nothing"]
+    assert timing.min_s * timing.calls >= clock.SAMPLE_S / 4
+    assert timing.calls > 100
+
+
+def test_measure_takes_as_many_rounds_as_fit() -> None:
+    start = time.perf_counter()
+    timing = clock.measure({"nap": lambda: time.sleep(1e-3)}, seconds=0.05)["nap"]
+    assert len(timing.samples) >= 3
+    assert 0.05 <= time.perf_counter() - start < 5
+
+
+def test_ratio_is_taken_round_by_round() -> None:
+    a, b = clock.Timing((1.0, 10.0, 1.0), 1), clock.Timing((2.0, 20.0, 2.0), 1)
+    assert a.ratio(b) == 2.0
+    assert (a.min_s, a.median_s) == (1.0, 1.0)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no CPU affinity on this system")
+def test_pinned_keeps_one_core_and_lets_go() -> None:
+    before = os.sched_getaffinity(0)
+    with clock.pinned(None):
+        assert os.sched_getaffinity(0) == {max(before)}
+    with clock.pinned(()):
+        assert os.sched_getaffinity(0) == before
+    assert os.sched_getaffinity(0) == before
+
+
+@needs_cc
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+def test_peaks_by_operand(ceiling: ceilings.Ceilings, dtype: str) -> None:
+    rows = {op: ceiling.fma(dtype, op) for op in ceiling.operands(dtype)}
+    assert {"reg", "mem"} <= set(rows)
+    rates = {op: row.rate(t) for (op, row), t in zip(rows.items(), timed(rows), strict=True)}
+    assert all(1e8 < r < 1e12 for r in rates.values()), rates
+    assert ceiling.fma(dtype) is rows["reg"]  # found once
+
+
+@needs_cc
+def test_read_rates_fall_with_the_footprint(ceiling: ceilings.Ceilings) -> None:
+    rows = {name: ceiling.read(ceiling.sizes[name]) for name in ("L1", "L3")}
+    l1, l3 = (row.rate(t) for row, t in zip(rows.values(), timed(rows), strict=True))
+    assert l1 > l3 > 1e8
+    with pytest.raises(ValueError, match="no row"):
+        ceiling.read(1024, level="vax")
+
+
+def timed(rows: dict[str, ceilings.Ceiling]) -> list[clock.Timing]:
+    return list(clock.measure({name: row.call for name, row in rows.items()}, rounds=5).values())
+
+
+def test_share_of_a_ceiling() -> None:
+    row = ceilings.Ceiling("c", 100.0, lambda: None, "row")
+    assert row.share(clock.Timing((1.0,), 1), clock.Timing((0.5,), 1), 25.0) == 0.5  # 50 of 100 flop/s
+
+
+@pytest.mark.parametrize("names", ["gcc", "clang clang-19", "aarch64-linux-gnu-gcc"])
+def test_ceilings_compile_without_warnings(names: str, tmp_path: Path) -> None:
+    cc = next(filter(shutil.which, names.split()), None)
+    if cc is None:
+        pytest.skip(f"{names.split()[0]} is not installed")
+    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-c"]
+    subprocess.run([cc, *flags, str(ceilings.SOURCE), "-o", str(tmp_path / "ceilings.o")], check=True)
+
+
+@pytest.mark.parametrize("n", [1, 7])
+@pytest.mark.parametrize("blocksize", [(1, 1), (3, 5), (4, 4), (32, 1)], ids=lambda b: f"{b[0]}x{b[1]}")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("operator", peers.OPERATORS)
+def test_every_peer_is_right_or_says_why_not(operator: str, dtype: str, blocksize: tuple[int, int], n: int) -> None:
+    case = peers.random_case(operator, (50, 70), blocksize, 0.3, n, dtype)
+    runs, reasons = peers.prepare(case)
+    assert set(runs) | set(reasons) == {p.name for p in peers.PEERS}
+    assert {"numpy dense", "scipy bsr", "scipy csr"} <= set(runs)
+    assert not [why for why in reasons.values() if why.startswith("wrong")], reasons
+    for run in runs.values():
+        assert run.result().shape == case.out().shape
+
+
+def test_check_refuses_a_wrong_result() -> None:
+    case = peers.random_case("spmm", (8, 8), (2, 2), 0.5, 3)
+    y = (case.weight.todense() @ case.x).astype(np.float32)
+    peers.check(case, y)
+    y[0, 0] += 1e-2
+    with pytest.raises(ArithmeticError, match="x the bound"):
+        peers.check(case, y)
+
+
+@needs_cc
+@pytest.mark.slow
+def test_table_of_peers_prints() -> None:
+    command = [sys.executable, "-m", "benchmarks.peers", "--shape", "64", "64", "--n", "8", "--density", "0.3"]
+    done = subprocess.run([*command, "--rounds", "3"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(re.findall(r"^\| \d+x\d+ \|", done.stdout, re.M)) == len(peers.BLOCKSIZES)
+    assert "wrong result" not in done.stdout
