@@ -12,7 +12,7 @@ import functools
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class Ceilings:
         }
 
     def _rows(self, table: Any, level: str | None) -> list[Any]:
-        rows = []
+        rows: list[Any] = []
         while table[len(rows)].level != self._ffi.NULL:
             rows.append(table[len(rows)])
         name = None if level is None else level.encode()
@@ -113,7 +113,7 @@ class Ceilings:
             self._buffers[nbytes] = array[-(array.ctypes.data // 8) % 8 :].view(np.uint8)[:nbytes]
         return self._ffi.from_buffer("char[]", self._buffers[nbytes])
 
-    def _best(self, name: str, work: float, calls: dict[str, Callable[[], object]]) -> Ceiling:
+    def _best(self, name: str, work: float, calls: Mapping[str, Callable[[], object]]) -> Ceiling:
         """The fastest of `calls`, timed at the first question only."""
         if not calls:
             raise ValueError(f"{name}: no row of {SOURCE.name} runs on this CPU; it has {', '.join(self.levels)}")

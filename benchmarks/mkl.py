@@ -47,10 +47,11 @@ ffi.cdef(CDEF)
 @functools.cache
 def library() -> Any:
     """libmkl_rt with the sequential layer, or None where it is not installed."""
-    found = sorted(Path(sys.prefix, "lib").glob("libmkl_rt.so*")) or [ctypes.util.find_library("mkl_rt")]
-    if found[0] is None:
+    installed = sorted(map(str, Path(sys.prefix, "lib").glob("libmkl_rt.so*")))
+    path = installed[0] if installed else ctypes.util.find_library("mkl_rt")
+    if path is None:
         return None
-    lib = ffi.dlopen(str(found[0]))
+    lib = ffi.dlopen(path)
     lib.MKL_Set_Threading_Layer(SEQUENTIAL)
     return lib
 

@@ -40,7 +40,7 @@ class Case:
 
     @property
     def n(self) -> int:
-        return self.x.shape[0 if self.linear else 1]
+        return int(self.x.shape[0 if self.linear else 1])
 
     @property
     def nonzero_flop(self) -> int:

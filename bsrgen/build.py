@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from bsrgen._paths import RUNTIME
+from bsrgen.artifact import seal
 from bsrgen.emit import Source
 from bsrgen.errors import BuildError, CompilerNotFoundError
-from bsrgen.targets import Target
+from bsrgen.targets import Target, native
 
 TIMEOUT_S = 60  # one compiler process; the plans' budgets keep real ones below two seconds
 MEMORY_BYTES = 4 << 30
@@ -61,7 +63,9 @@ def find_compiler(target: Target) -> Compiler:
 @functools.cache
 def _probe(path: str) -> Compiler:
     def ask(flag: str) -> str:
-        result = subprocess.run([path, flag], capture_output=True, text=True, timeout=20, env=_environment(), check=False)
+        result = subprocess.run(
+            [path, flag], capture_output=True, text=True, timeout=20, env=_environment(), check=False
+        )
         return result.stdout.partition("\n")[0].strip() if result.returncode == 0 else ""
 
     return Compiler(path, ask("--version"), ask("-dumpmachine"))
@@ -70,7 +74,9 @@ def _probe(path: str) -> Compiler:
 def build(source: Source, folder: Path, compiler: Compiler) -> Path:
     """Write `source` into `folder` and compile it there: lib<name>.so and build.log.  BuildError keeps the folder."""
     if os.environ.get("BSRGEN_DISABLE_JIT") == "1":
-        raise BuildError(f"{source.name}: a build is needed, but BSRGEN_DISABLE_JIT=1 forbids it; load a built artifact")
+        raise BuildError(
+            f"{source.name}: a build is needed, but BSRGEN_DISABLE_JIT=1 forbids it; load a built artifact"
+        )
     for name, data in source.files.items():
         (folder / name).write_bytes(data)
     started = time.monotonic()
@@ -89,6 +95,31 @@ def build(source: Source, folder: Path, compiler: Compiler) -> Path:
     (folder / "build.log").write_text(f"{compiler.identity}\n" + "".join(logs))
     _log_time(source.name, time.monotonic() - started)
     return folder / library
+
+
+def build_trampoline() -> None:
+    """Build the call path's extension into the store, unless it is there.  BuildError where Python.h is missing."""
+    import sysconfig
+
+    import cffi
+    from cffi import recompiler
+
+    from bsrgen import trampoline
+    from bsrgen.store import Store
+
+    def make(folder: Path) -> None:
+        compiler = find_compiler(native())
+        text = f"{trampoline.MODULE}.c"
+        ffi = cffi.FFI()
+        ffi.cdef(trampoline.DECLARATIONS)
+        recompiler.make_c_source(ffi, trampoline.MODULE, trampoline.SOURCE, str(folder / text), verbose=False)
+        flags = ["-std=gnu11", "-O2", "-fPIC", "-pthread", f"-I{RUNTIME}", f"-I{sysconfig.get_path('include')}"]
+        _run([compiler.path, *flags, *LINK_FLAGS, text, "-o", f"{trampoline.MODULE}{trampoline.SUFFIX}"], folder)
+        seal(folder, {})
+
+    store = Store.default()
+    if store.get(trampoline.extension_key()) is None:
+        store.publish(trampoline.extension_key(), make)
 
 
 def _run(command: list[str], folder: Path) -> str:

@@ -3,18 +3,14 @@
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bsrgen._paths import RUNTIME, TEMPLATES
 from bsrgen.plan import Plan
 from bsrgen.problem import Problem
 
 if TYPE_CHECKING:
     import jinja2
-
-_PACKAGE = Path(__file__).parent
-_ROOT = _PACKAGE if (_PACKAGE / "templates").is_dir() else _PACKAGE.parent  # wheel: inside, checkout: beside
-TEMPLATES, RUNTIME = _ROOT / "templates", _ROOT / "runtime"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +30,8 @@ class Source:
     files: Mapping[str, bytes]
     units: tuple[Unit, ...]
     prototype: str
+    values: tuple[str, ...]  # file of the packed values, for each plan
+    entry: Mapping[str, Any]  # names and numbers of the entry points, for the companions of the library
 
     def __str__(self) -> str:
         """The generated C of the best ISA level: the text to read."""

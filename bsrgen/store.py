@@ -34,6 +34,7 @@ LOCK_WAIT_S = 300.0
 _KEY = re.compile(r"\A[0-9a-f]{64}\Z")
 _NAME = re.compile(r"\A[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\Z")
 _SHARED_OBJECT = re.compile(r"\.(so|dylib|dll|pyd)(\.|\Z)")
+_SPACE = b" \t\r\n"
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a FIFO must not block, a link must not be followed
 _ELSEWHERE = "set BSRGEN_CACHE_DIR to another folder"
 _AGAIN = "build the artifact again or copy it again"
@@ -322,12 +323,14 @@ def _listed(manifest: bytes, path: Path) -> dict[str, str]:
     try:
         if manifest.count(b":") > MANIFEST_FIELDS:
             raise ValueError(f"more than {MANIFEST_FIELDS} fields")
-        compact = msgspec.json.format(manifest, indent=-1)
-        top = msgspec.json.decode(compact, type=dict[str, msgspec.Raw])
+        top = msgspec.json.decode(manifest, type=dict[str, msgspec.Raw])
         files = msgspec.json.decode(top.get("files", b"{}"), type=dict[str, str])
+        if not files:
+            raise ValueError("it lists no files")
         # msgspec keeps the last of equal names without a word; then the text does not come back
-        if not files or msgspec.json.encode(top) != compact or msgspec.json.encode(files) != bytes(top["files"]):
-            raise ValueError("`files` is missing or empty, or a name comes twice or is escaped")
+        for parsed, text in (top, manifest), (files, bytes(top["files"])):
+            if msgspec.json.encode(parsed).translate(None, _SPACE) != text.translate(None, _SPACE):
+                raise ValueError("a name comes twice or is escaped")
         for name, digest in files.items():
             if not _NAME.match(name) or name in (MANIFEST, MANIFEST_DIGEST) or not _KEY.match(digest):
                 raise ValueError(f"file {name!r:.80} with hash {digest!r:.80} is not a plain name with a sha256")

@@ -6,35 +6,32 @@
 enum { MANTISSA_BITS = 23 };
 static const real exp_min = -104, exp_max = 89, tanh_max = 20, erf_max = 4, cdf_max = 14.6f;
 static const real exp_round = 0x1.8p23f + 127, inv_ln4 = 0.7213475f, ln4_high = 0x1.62e4p0f, ln4_low = 2.8572136e-06f;
-static const real erf_slope = 0x1.20ep0f, erf_slope_low = -3.8801656e-05f;
-static const real cdf_slope = 0x1.988p-1f, cdf_slope_low = 3.29983e-05f;
-static const bits high_half = -4096, one_squared = 254 << 23;
+static const bits one_squared = 254 << 23;
 static const real exp_p[] = {0.5f, 0.16666672f, 0.04166665f, 0.008332661f, 0.0013889553f, 0.00020091265f,
     2.486569e-05f};
-static const real erf_p[] = {0.6366195f, 0.102776855f, -0.019149812f, -0.00016595375f, 0.001672249f, -0.0006355498f,
-    0.00011836863f, -9.334466e-06f}, erf_q[] = {1};
-static const real cdf_p[] = {0.31830975f, 0.2199896f, 0.06405777f, 0.0073916772f, 1.3194756e-07f};
-static const real cdf_q[] = {1, 0.57696164f, 0.15042163f, 0.014806796f};
+static const real erf_p[] = {0.12837917f, 0.6366195f, 0.10277694f, -0.019150231f, -0.00016508199f, 0.0016713297f,
+    -0.000635034f, 0.00011822251f, -9.318086e-06f};
+static const real erf_q[] = {1.0f};
+static const real cdf_p[] = {-0.20211549f, 0.20143898f, 0.1898729f, 0.061283085f, 0.007436035f, 1.4104859e-07f};
+static const real cdf_q[] = {1.0f, 0.57823914f, 0.15101734f, 0.014896305f};
 #else
 enum { MANTISSA_BITS = 52 };
 static const real exp_min = -746, exp_max = 710, tanh_max = 20, erf_max = 6, cdf_max = 38.8;
 static const real exp_round = 0x1.8p52 + 1023, inv_ln4 = 0.7213475204444817, ln4_high = 0x1.62e42fefa3p0, ln4_low = 5.647058112606315e-13;
-static const real erf_slope = 0x1.20dd75p0, erf_slope_low = 9.692613531930338e-10;
-static const real cdf_slope = 0x1.988453p-1, cdf_slope_low = 7.131982177168955e-09;
-static const bits high_half = -134217728, one_squared = (bits)2046 << 52;
+static const bits one_squared = (bits)2046 << 52;
 static const real exp_p[] = {0.5, 0.1666666666666666, 0.041666666666666734, 0.00833333333333617, 0.0013888888888873461,
     0.00019841269837281517, 2.4801587313561288e-05, 2.7557321761571386e-06, 2.755731529874327e-07,
     2.505129927548221e-08, 2.0877226288883642e-09, 1.618521224811491e-10, 1.1484458390825196e-11};
-static const real erf_p[] = {0.6366197723675818, 1.1657332987808326, 0.9985203183117739, 0.5060026885388895,
-    0.16050932678943589, 0.031053841639810387, 0.0032215213681692618, 0.00011792746709046285};
-static const real erf_q[] = {1.0, 1.6696947559856468, 1.3289720571845958, 0.6307825333868864, 0.1881129453936758,
-    0.034279277569571685, 0.003352174384507429, 0.00011794851818085232};
-static const real cdf_p[] = {0.3183098861837951, 0.49286123900691897, 0.3633737464529422, 0.16337991761759796,
-    0.04854530606706032, 0.009697237460952654, 0.0012690724219719977, 0.00010078277983070058, 4.15773203050336e-06,
-    7.177345560019745e-08, 3.5612122411439524e-10};
-static const real cdf_q[] = {1.0, 1.434217586273718, 0.9928774191820668, 0.4215976124930162, 0.11880047689640107,
-    0.02256123411152035, 0.002813864170930867, 0.00021379145483878929, 8.537190519616544e-06, 1.446798821146649e-07,
-    7.122460075277964e-10};
+static const real erf_p[] = {0.12837916709551256, 0.8512153621289232, 1.337851397444202, 1.0814118440574711,
+    0.531383990029981, 0.165369886726177, 0.03158344968969222, 0.0032473180964253463, 0.00011822343944924613};
+static const real erf_q[] = {1.0, 1.6715764295439313, 1.331370127552511, 0.6322792403168009, 0.1886443600893691,
+    0.0343879420511028, 0.003363122604634561, 0.00011824447053711227};
+static const real cdf_p[] = {-0.20211543919713387, -0.03158533064320183, 0.3019094270587792, 0.3673180935817487,
+    0.2186281797077139, 0.08033568384367346, 0.019312339999885852, 0.0030200409490829857, 0.00028935904357107735,
+    1.4930210546134664e-05, 3.566072055151551e-07, 3.257576158429162e-09, 7.731216279388801e-12};
+static const real cdf_q[] = {1.0, 1.7311652104205684, 1.4124263714226801, 0.6946129570768947, 0.2250186753083546,
+    0.049094668118876264, 0.0070856031678780945, 0.0006347796026337925, 3.124050843036207e-05, 7.260829128713749e-07,
+    6.546046749919859e-09, 1.5462436618654224e-11};
 #endif
 enum {
     EXP_P = sizeof exp_p / sizeof *exp_p, ERF_P = sizeof erf_p / sizeof *erf_p, ERF_Q = sizeof erf_q / sizeof *erf_q,
@@ -55,58 +52,67 @@ INLINE vec polynomial(vec x, const real *c, const int count)
     return p;
 }
 
-INLINE vec exp_parts(vec x, vec *s)
+#ifndef TWOSUM
+#define TWOSUM 0
+#endif
+
+INLINE vec exp_parts(vec x, vec extra, vec *s)
 {
     vec t = x * inv_ln4 + exp_round, n = t - exp_round;
-    vec high = x - n * ln4_high, low = n * ln4_low, r = high - low;
+    vec high = x - n * ln4_high, low = extra - n * ln4_low, r = high + low;
     *s = (vec)((ivec)t << MANTISSA_BITS);
-    return high + (r * r * polynomial(r, exp_p, EXP_P) - low);
+    return high + (r * r * polynomial(r, exp_p, EXP_P) + low);
 }
 
-INLINE vec exp_clamped(vec x)
+INLINE vec exp_clamped(vec x, vec extra)
 {
-    vec s, q = exp_parts(x, &s);
+    vec s, q = exp_parts(x, extra, &s);
     return (q + (real)1) * s * s;
 }
 
-INLINE vec expm1_clamped(vec x)
+INLINE vec log_erfc(vec t, vec ratio, vec *extra)
 {
-    vec s, q = exp_parts(x, &s);
-    return s * s * q + (s * s - (real)1);
+    vec u = t * ratio, g = t + u;
+#if TWOSUM
+    *extra = (g - t) - u;
+#else
+    *extra = zero();
+#endif
+    return -g;
 }
 
-INLINE vec log_erfc(vec t, real slope_high, real slope_low, vec ratio)
-{
-    vec high = (vec)((ivec)t & high_half), low = t - high;
-    return -(high * slope_high + (low * slope_high + t * (t * ratio + slope_low)));
-}
-
-INLINE vec v_exp(vec x) { return exp_clamped(v_max(v_min(x, splat(exp_max)), splat(exp_min))); }
+INLINE vec v_exp(vec x) { return exp_clamped(v_max(v_min(x, splat(exp_max)), splat(exp_min)), zero()); }
 
 INLINE vec v_tanh(vec x)
 {
-    vec b = (real)-0.5 * expm1_clamped((real)-2 * v_min(v_abs(x), splat(tanh_max)));
-    return (vec)((ivec)(b + b * (b / ((real)1 - b))) | (ivec)v_sign(x));
+    vec s, q = exp_parts((real)-2 * v_min(v_abs(x), splat(tanh_max)), zero(), &s);
+    s *= s;
+    vec a = (s * q + (s - (real)1)) * (real)-0.5, d = (real)1 - a; a+=zero();
+    vec y = a / d;
+    return (vec)((ivec)(a + a * y) | (ivec)v_sign(x));
 }
 
 INLINE vec v_sigmoid(vec x)
 {
-    vec s, q = exp_parts(-v_max(v_min(x, splat(-exp_min)), splat(exp_min)), &s);
+    vec s, q = exp_parts(-v_max(v_min(x, splat(-exp_min)), splat(exp_min)), zero(), &s);
     vec w = (vec)(one_squared - (ivec)s);
-    return w / ((w + s) + s * q);
+    return w / ((s * q + w) + s);
 }
 
 INLINE vec v_erf(vec x)
 {
-    vec t = v_min(v_abs(x), splat(erf_max));
-    vec e = expm1_clamped(log_erfc(t, erf_slope, erf_slope_low, polynomial(t, erf_p, ERF_P) / polynomial(t, erf_q, ERF_Q)));
-    return (vec)((ivec)-e | (ivec)v_sign(x));
+    vec t = v_min(v_abs(x), splat(erf_max)), extra, s;
+    vec g = log_erfc(t, polynomial(t, erf_p, ERF_P) / polynomial(t, erf_q, ERF_Q), &extra);
+    vec q = exp_parts(g, extra, &s);
+    s *= s;
+    return (vec)((ivec)-(s * q + (s - (real)1)) | (ivec)v_sign(x));
 }
 
 INLINE vec v_normcdf(vec x)
 {
-    vec t = v_min(v_abs(x), splat(cdf_max));
-    vec e = (real)0.5 * exp_clamped(log_erfc(t, cdf_slope, cdf_slope_low, polynomial(t, cdf_p, CDF_P) / polynomial(t, cdf_q, CDF_Q)));
+    vec t = v_min(v_abs(x), splat(cdf_max)), extra;
+    vec g = log_erfc(t, polynomial(t, cdf_p, CDF_P) / polynomial(t, cdf_q, CDF_Q), &extra);
+    vec e = (real)0.5 * exp_clamped(g, extra);
     return choose(x < (real)0, e, (real)1 - e);
 }
 #endif

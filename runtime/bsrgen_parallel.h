@@ -52,8 +52,8 @@ struct bsrgen_job {
 
 struct bsrgen_seat {
     _Alignas(64) _Atomic uint32_t word;
-    atomic_int cpu;     /* where the worker last was */
-    int missed, barred; /* the caller's: parts taken back in a row; the CPU the worker is kept off */
+    atomic_int cpu; /* where the worker was last */
+    int barred;     /* the CPU it is kept off */
     pthread_t thread;
 };
 
@@ -171,8 +171,7 @@ static void bsrgen_hire(int wanted)
     for (; bsrgen_pool.workers < wanted; bsrgen_pool.workers++) {
         struct bsrgen_seat *seat = &bsrgen_pool.seats[bsrgen_pool.workers];
         atomic_store(&seat->word, BSRGEN_IDLE); /* a forked child finds the parent's */
-        atomic_store(&seat->cpu, -1);
-        seat->missed = 0;
+        atomic_store(&seat->cpu, sched_getcpu());
         seat->barred = -1;
         int error = pthread_create(&seat->thread, &attributes, bsrgen_work, seat);
         if (error == EINVAL) /* the static TLS does not fit: the default size */
@@ -198,18 +197,14 @@ static int bsrgen_enter(int wanted)
     return workers;
 }
 
-#ifndef MISS
-#define MISS 8
-#endif
 static void bsrgen_steer(struct bsrgen_seat *seat, int cpu)
 {
-    if (cpu < 0 || seat->barred == cpu || (atomic_load_explicit(&seat->cpu, memory_order_relaxed) != cpu && seat->missed < MISS))
+    if (cpu < 0 || seat->barred == cpu || atomic_load_explicit(&seat->cpu, memory_order_relaxed) != cpu)
         return;
     cpu_set_t others = bsrgen_pool.cpus;
     CPU_CLR((unsigned)cpu, &others);
     pthread_setaffinity_np(seat->thread, sizeof others, &others);
     seat->barred = cpu;
-    seat->missed = 0;
 }
 
 __attribute__((unused)) static void bsrgen_parallel(int parts, bsrgen_task task, void *context)
@@ -226,7 +221,6 @@ __attribute__((unused)) static void bsrgen_parallel(int parts, bsrgen_task task,
         for (int w = 0; w < workers; w++) {
             bsrgen_steer(&bsrgen_pool.seats[w], cpu);
             bsrgen_post(&bsrgen_pool.seats[w].word, BSRGEN_GO);
-            bsrgen_pool.seats[w].missed++;
         }
     }
     if (parts > 0)
@@ -238,8 +232,6 @@ __attribute__((unused)) static void bsrgen_parallel(int parts, bsrgen_task task,
         if (atomic_compare_exchange_strong(&bsrgen_pool.seats[w].word, &go, BSRGEN_IDLE)) {
             task(context, w + 1, parts);
             finished++;
-        } else {
-            bsrgen_pool.seats[w].missed = 0;
         }
     }
     if (workers > 0) {

@@ -355,6 +355,7 @@ HOSTILE = {
     "empty": b"",
     "not json": b"\x7fELF\0\0\0",
     "not utf-8": b'{"files":{"\xff":"%s"}}' % HASH.encode(),
+    "files twice, apart": b'{"files":{"a":"%s"}, "x": [1,\n2],\n"files":{"a":"%s"}}' % (HASH.encode(), HASH.encode()),
     "no files": b'{"name":"x"}',
     "empty files": b'{"files":{}}',
     "a list": b"[]",

@@ -46,7 +46,8 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
         files[runtime] = runtime_file(runtime)
     units = [Unit(f"{name}.c", plans[-1].target.flags if len(plans) == 1 and not plans[-1].target.requires else ())]
     units += [Unit(f"{level['name']}.c", plan.target.flags) for plan, level in zip(plans, levels, strict=True)]
-    return Source(name, plans, files, tuple(units), artifact["prototype"])
+    values = tuple(f"{level['data']}.bin" for level in levels)
+    return Source(name, plans, files, tuple(units), artifact["prototype"], values, artifact)
 
 
 def _needs_math(problem: Problem) -> bool:

@@ -1,0 +1,167 @@
+"""The call path from Python into a kernel: one C function for all artifacts, bound by cffi.
+
+API mode costs about a third of ABI mode per call (cffi documentation, overview), but needs a compiler and Python.h, so
+`bsrgen.compile` builds the extension once into the store; `load` takes it if it is there and never builds anything.
+"""
+
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bsrgen._paths import RUNTIME
+from bsrgen.errors import ArtifactError, BsrgenError
+
+MODULE = "_bsrgen_trampoline"
+SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
+OVERLAP = 4  # returned by the trampoline alone: y overlaps x
+
+_STRUCTS = """
+struct bsrgen_operand { const void *data; int64_t ld; double scalar; };
+struct bsrgen_call {
+    int64_t n; const void *x; int64_t ldx; void *y; int64_t ldy; const void *values;
+    const struct bsrgen_operand *operands; void *parallel; int32_t threads;
+};
+"""
+DECLARATIONS = """
+struct bsrgen_operand { const void *data; int64_t ld; double scalar; };
+int bsrgen_trampoline(void *function, int64_t n, const void *x, int64_t ldx, size_t x_bytes, void *y, int64_t ldy,
+                      size_t y_bytes, const void *values, const struct bsrgen_operand *operands, int threads);
+int64_t bsrgen_pack(void *function, const void *data, void *packed, int level);
+const char *bsrgen_info(void *function, int what);
+void *bsrgen_open(const char *path);
+void *bsrgen_symbol(void *library, const char *name);
+const char *bsrgen_open_error(void);
+"""
+SOURCE = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stddef.h>
+#include <stdint.h>
+#include "bsrgen.h"
+#include "bsrgen_parallel.h"
+
+static int bsrgen_trampoline(void *function, int64_t n, const void *x, int64_t ldx, size_t x_bytes, void *y, int64_t ldy,
+                             size_t y_bytes, const void *values, const struct bsrgen_operand *operands, int threads)
+{
+    const uintptr_t a = (uintptr_t)x, b = (uintptr_t)y;
+    if (a < b + y_bytes && b < a + x_bytes) return 4;
+    const struct bsrgen_call call = {
+        .n = n, .x = x, .ldx = ldx, .y = y, .ldy = ldy, .values = values, .operands = operands,
+        .parallel = bsrgen_parallel, .threads = threads,
+    };
+    return ((int (*)(const struct bsrgen_call *))function)(&call);
+}
+static int64_t bsrgen_pack(void *function, const void *data, void *packed, int level)
+{
+    return ((int64_t (*)(const void *, void *, int))function)(data, packed, level);
+}
+static const char *bsrgen_info(void *function, int what) { return ((const char *(*)(int))function)(what); }
+static void *bsrgen_open(const char *path) { return dlopen(path, RTLD_NOW | RTLD_LOCAL); }
+static void *bsrgen_symbol(void *library, const char *name) { return dlsym(library, name); }
+static const char *bsrgen_open_error(void) { return dlerror(); }
+"""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Trampoline:
+    """How Python enters C: `call` has the arguments of bsrgen_trampoline above.  `mode` is "api" or "abi"."""
+
+    mode: str
+    ffi: Any
+    call: Callable[..., int]
+    pack: Callable[..., int]
+    info: Callable[..., Any]
+    open: Callable[..., Any]
+    symbol: Callable[..., Any]
+    error: Callable[..., Any]
+
+    def library(self, path: Path) -> Any:
+        """dlopen `path`, which must have been verified.  Never closed: kernels may outlive every Python object."""
+        handle = self.open(os.fsencode(path))
+        if handle == self.ffi.NULL:
+            raise ArtifactError(f"{path}: cannot be loaded: {self.ffi.string(self.error()).decode(errors='replace')}")
+        return handle
+
+    def function(self, library: Any, name: str) -> Any:
+        """Address of an exported function."""
+        address = self.symbol(library, name.encode())
+        if address == self.ffi.NULL:
+            raise ArtifactError(f"{name}: no such symbol in the library; build the artifact again")
+        return address
+
+
+@functools.cache
+def trampoline() -> Trampoline:
+    """The best call path there is: the extension where the store has it, else ABI mode."""
+    try:
+        module = _extension()
+    except (BsrgenError, OSError, ImportError) as e:
+        _log.info("calls go through cffi's ABI mode: %s", e)
+        return _abi()
+    if module is None:
+        return _abi()
+    lib = module.lib
+    return Trampoline(
+        "api", module.ffi, lib.bsrgen_trampoline, lib.bsrgen_pack, lib.bsrgen_info, lib.bsrgen_open, lib.bsrgen_symbol,
+        lib.bsrgen_open_error,
+    )  # fmt: skip
+
+
+def _abi() -> Trampoline:
+    import cffi
+
+    ffi = cffi.FFI()
+    ffi.cdef(
+        _STRUCTS + "void *dlopen(const char *path, int flags); void *dlsym(void *library, const char *name);"
+        "const char *dlerror(void);"
+    )
+    libc = ffi.dlopen(None)
+
+    def call(
+        function: Any, n: int, x: Any, ldx: int, x_bytes: int, y: Any, ldy: int, y_bytes: int, values: Any, operands: Any,
+        threads: int,
+    ) -> int:  # fmt: skip
+        a, b = int(ffi.cast("uintptr_t", x)), int(ffi.cast("uintptr_t", y))
+        if a < b + y_bytes and b < a + x_bytes:
+            return OVERLAP
+        struct = ffi.new("struct bsrgen_call *", (n, x, ldx, y, ldy, values, operands, ffi.NULL, threads))
+        return int(ffi.cast("int (*)(const struct bsrgen_call *)", function)(struct))
+
+    def pack(function: Any, data: Any, packed: Any, level: int) -> int:
+        return int(ffi.cast("int64_t (*)(const void *, void *, int)", function)(data, packed, level))
+
+    def info(function: Any, what: int) -> Any:
+        return ffi.cast("const char *(*)(int)", function)(what)
+
+    now = os.RTLD_NOW | os.RTLD_LOCAL
+    return Trampoline("abi", ffi, call, pack, info, lambda path: libc.dlopen(path, now), libc.dlsym, libc.dlerror)
+
+
+def extension_key() -> str:
+    """The extension's key in the store: its text, the runtime text in it, and the Python it is for."""
+    headers = b"".join((RUNTIME / name).read_bytes() for name in ("bsrgen.h", "bsrgen_parallel.h"))
+    return hashlib.sha256(f"{DECLARATIONS}{SOURCE}{SUFFIX}".encode() + headers).hexdigest()
+
+
+def _extension() -> Any:
+    """The API-mode module from the store; None when it is not there."""
+    from bsrgen.store import Store
+
+    folder = Store.default().get(extension_key())
+    if folder is None:
+        return None
+    loader = importlib.machinery.ExtensionFileLoader(MODULE, str(folder / f"{MODULE}{SUFFIX}"))
+    spec = importlib.util.spec_from_loader(MODULE, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
