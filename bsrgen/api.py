@@ -52,13 +52,13 @@ def compile(
     """The kernel of one fixed block-sparse weight W [M, K].
 
     W: scipy sparse array or matrix, 2-D ndarray, torch sparse_bsr / sparse_csr / dense tensor, bsrgen Weight, or the
-        triple (data, indices, indptr) with shape=.  What is not BSR needs blocksize=(R, C); BSR may be re-blocked by it.
+        triple (data, indices, indptr) with shape=.  What is not BSR needs blocksize=(R, C); BSR is re-blocked by it.
     operator: "linear", Y[N, M] = X[N, K] @ W.T, or "spmm", Y[M, N] = W @ X[K, N]; all row-major, N free at each call.
     dtype: type of W, X and Y, sums included: "float32" or "float64".  out_dtype: the same.
     epilogue: steps applied to the sums in this order, rows of bsrgen.epilogues; their operands come with the call, or
         here by name (bias=b), to be the kernel's defaults.
     target: "native", an ISA level or microarchitecture, or several for one library that picks at run time.
-    n, threads: hints.  n is the number of tokens to plan for (128); threads the default of calls, None all usable cores.
+    n, threads: hints.  n is the number of tokens to plan for (128); threads the default of calls, None all cores.
     tune: "off" takes the first legal plan, "model" the one the cost model likes best, "measure" times the best few.
     strict: an absent block contributes nothing even where X holds Inf or NaN.  No plan fills zeros, so it always holds.
 

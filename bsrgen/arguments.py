@@ -1,4 +1,4 @@
-"""The arguments of a call: checked, and made into what the C side takes.  The slow, careful path of `Kernel.__call__`."""
+"""The arguments of a call: checked, and made into what C takes.  The slow, careful path of `Kernel.__call__`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -18,7 +18,7 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
 
-class OperandRecord(_Record):
+class OperandRecord(_Record, frozen=True):
     """An operand of the epilogue; scalars have a default."""
 
     name: str
@@ -26,7 +26,7 @@ class OperandRecord(_Record):
     default: float | str | None = None  # JSON has no infinities: "inf", "-inf"
 
 
-class ValuesRecord(_Record):
+class ValuesRecord(_Record, frozen=True):
     """Where packed values lie: a file beside the library, and the same bytes at `offset` in the library."""
 
     file: str
@@ -34,7 +34,7 @@ class ValuesRecord(_Record):
     bytes: int
 
 
-class LevelRecord(_Record):
+class LevelRecord(_Record, frozen=True):
     """One ISA level of the library: what it needs, how it works, what the model expects of it."""
 
     target: str
@@ -47,7 +47,7 @@ class LevelRecord(_Record):
         return self.plan
 
 
-class CostRecord(_Record):
+class CostRecord(_Record, frozen=True):
     """Prediction for one call of n tokens on one core, and what was measured when the kernel was tuned."""
 
     n: int
@@ -58,14 +58,14 @@ class CostRecord(_Record):
     measured_seconds: float | None = None
 
 
-class CheckRecord(_Record):
+class CheckRecord(_Record, frozen=True):
     """The check against the float64 reference on random data: largest error as a share of the bound."""
 
     n: tuple[int, ...]
     worst: float
 
 
-class Manifest(_Record):
+class Manifest(_Record, frozen=True):
     """manifest.json: everything a loader must know, and the sha256 of every other file."""
 
     schema: int

@@ -1,4 +1,4 @@
-"""Cost: predicted seconds of one call on one core.  A roofline over the counts of a plan; it ranks, the clock decides."""
+"""Cost: predicted seconds of one call on one core, a roofline over a plan's counts.  It ranks, the clock decides."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,7 @@
 """The data types: one row each, with the name that every language uses for it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -44,6 +45,6 @@ def as_dtype(value: DTypeLike | DType) -> DType:
     return DTYPES[name]
 
 
-def bound_factor(terms: int, unit_roundoff: float) -> float:
+def bound_factor(terms: Any, unit_roundoff: float) -> Any:
     """g(n) = n u / (1 - n u) (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., lemma 3.1)."""
     return terms * unit_roundoff / (1 - terms * unit_roundoff)

@@ -56,7 +56,7 @@ def _sigmoid(v: Array) -> Array:
 
 
 def _gelu_tanh(v: Array) -> Array:
-    return 0.5 * v * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3)))
+    return np.asarray(0.5 * v * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3))))
 
 
 def _at_most(gain: float) -> Callable[..., float]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ Array = NDArray[Any]
 class Operator:
     """A product with the weight W[M,K].  `token_axis` is the axis of N in both X and Y, which are row-major."""
 
-    name: str
+    name: Literal["linear", "spmm"]
     formula: str
     x_shape: str
     y_shape: str

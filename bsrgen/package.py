@@ -38,7 +38,7 @@ def describe(
         prototype=source.prototype, compiler=compiler.identity, flags=COMPILE_FLAGS,
         cost=CostRecord(cost.n, cost.flop, cost.bytes, cost.seconds, cost.dense_seconds, measured_s),
         verdict=_verdict(cost, weight, measured_s), check=None, tuning=tuning, notes=weight.notes,
-        files={f"lib{source.name}.so": "", **{file: "" for file in source.values}},
+        files={f"lib{source.name}.so": "", **dict.fromkeys(source.values, "")},
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ class Problem:
         """Effective FLOP of a call: 2 * stored elements * N."""
         return 2 * self.pattern.nnz * n
 
-    def sample(self, rng: np.random.Generator, n: int) -> tuple[Array, dict[str, Array]]:
+    def sample(self, rng: np.random.Generator, n: int) -> tuple[Array, dict[str, Any]]:
         """Random X of n tokens and random operands, for checks and timings."""
         x = rng.standard_normal(self.operator.shape(n, self.pattern.K)).astype(self.dtype.numpy)
         shapes = {"row": (self.pattern.M,), "element": self.operator.shape(n, self.pattern.M), "scalar": ()}

@@ -1,7 +1,9 @@
 """The targets: ISA levels and microarchitectures, one row each."""
 
 import functools
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from bsrgen.errors import ArgumentError, UnsupportedError
 
@@ -80,10 +82,24 @@ def _as_target(name: str) -> Target:
 
 @functools.cache
 def native() -> Target:
-    """The best level that this machine's CPU has in full."""
+    """The best level that this machine's CPU has in full, with this machine's caches."""
     import archspec.cpu
 
-    return _level(archspec.cpu.host(), "native")
+    row = _level(archspec.cpu.host(), "native")
+    caches = {1: row.l1_bytes, 2: row.l2_bytes} | _cache_bytes()
+    return replace(row, l1_bytes=caches[1], l2_bytes=caches[2])
+
+
+def _cache_bytes() -> dict[int, int]:
+    """Bytes of each level of data cache of core 0, as far as the system tells."""
+    sizes = {}
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        with suppress(OSError, ValueError):
+            if (index / "type").read_text().strip() != "Instruction":
+                sizes[int((index / "level").read_text())] = (
+                    int((index / "size").read_text().strip().removesuffix("K")) << 10
+                )
+    return sizes
 
 
 def _level(cpu: "archspec.cpu.Microarchitecture", asked: str) -> Target:  # type: ignore[name-defined]  # noqa: F821

@@ -13,11 +13,20 @@ SMALL_TOKENS = 8  # register tile of the weight tile that only serves small n
 
 def candidates(problem: Problem, target: Target) -> Iterator[CPlan]:
     """Legal plans, a good guess first.  Never empty: lanes along tokens take any block shape."""
+    for plan in _tables(problem, target):
+        yield plan
+        code = replace(plan, encoding="code")
+        if code.fits_code:
+            yield code
+
+
+def _tables(problem: Problem, target: Target) -> Iterator[CPlan]:
+    """The plans that keep the pattern as a table."""
     lanes = target.lanes(problem.dtype.bytes)
     weights = list(_weight_tiles(problem, target))
     small = _small(weights)
     alone = [CPlan(problem, target, None, w) for w in weights] if problem.operator.token_axis == 0 else []
-    tall = problem.pattern.R >= lanes
+    tall = lanes <= problem.pattern.R
     yield from alone if tall else ()
     for t in _token_tiles(problem, target):
         yield CPlan(problem, target, t, small, lanes if small else 0)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bsrgen.backends.c.plan import CPlan
 
 BLOCK_CYCLES = 0.5  # read an offset, advance two pointers
+CODE_ROW_CYCLES = 6.0  # the pattern as code: one call per block row
 ROW_CYCLES = 10.0  # start and end of one row's loop: pointers, one mispredicted exit
 
 
@@ -65,7 +66,9 @@ def _cycles(target: Target, w: _Work, stream: float, value_bytes: int, x_l2: flo
     beyond += x_l2 / target.l2_bytes_per_cycle
     bound = max(fma, loads, latency, beyond)
     rest = 0.15 * (fma + loads + beyond - bound)  # overlap is not perfect
-    return bound + rest + w.blocks * BLOCK_CYCLES + w.rows * ROW_CYCLES + w.moved / plan.lanes
+    code = plan.encoding == "code" and not plan.uses_weight_tile(0)
+    control = w.rows * CODE_ROW_CYCLES if code else w.blocks * BLOCK_CYCLES + w.rows * ROW_CYCLES
+    return bound + rest + control + w.moved / plan.lanes
 
 
 def _token_work(plan: "CPlan", n: int) -> _Work:

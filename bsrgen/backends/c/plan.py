@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bsrgen.plan import Counts, Plan
 
 Array = NDArray[Any]
-CODE_FMA = 4096  # most multiply-adds written out in one artifact: beyond it compile time and instruction fetch lose
+CODE_FMA = 1024  # most multiply-adds written out in one kernel: more takes gcc 12 seconds and gains nothing here
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +191,22 @@ class CPlan(Plan):
         if self.weight:
             need.append(self.weight.tokens * self.weight.vectors + self.weight.vectors + 1)
         return max(need)
+
+    @property
+    def code_fma(self) -> int:
+        """Multiply-adds that the pattern as code writes out, in all register tiles."""
+        steps = self.problem.pattern.nnzb * self.problem.pattern.C
+        if self.tokens:
+            return steps * self.tokens.rows * (self.tokens.vectors + 1) * (1 if self.tokens.pack else 2)
+        assert self.weight is not None
+        return steps // self.weight.k_lanes * self.weight.vectors * (self.weight.tokens + 1)
+
+    @property
+    def fits_code(self) -> bool:
+        """Whether the pattern may be printed as code: one group of rows, one panel, within the budget."""
+        tile_rows = self.tokens.rows if self.tokens else self.problem.pattern.R
+        single = len(self.groups) == 1 and tile_rows == self.problem.pattern.R and self.panels == 1
+        return single and self.code_fma <= CODE_FMA
 
     def uses_weight_tile(self, n: int) -> bool:
         """Whether a call of n tokens runs the weight tile."""

@@ -1,5 +1,6 @@
 """From plans to text: everything the C templates may see is computed here."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ _KIND_TEXT = {
 
 
 def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
-    """The sources and data of one artifact: one kernel text per ISA level, best first.  Pure: equal inputs, equal bytes."""
+    """Sources and data of one artifact: one kernel text per ISA level, best first.  Pure: equal inputs, equal bytes."""
     problem = plans[0].problem
     name = problem.name
     files: dict[str, bytes] = {}
@@ -153,6 +154,8 @@ def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
             for o in step.operands]}
         for step in problem.epilogue
     ]  # fmt: skip
+    rows = _code(plan) if plan.encoding == "code" else ()
+    code, weight_code = (rows, ()) if plan.tokens else ((), rows)
     pack_lanes = range(0, plan.lanes, plan.k_lanes)
     return {
         "name": level["name"], "tables": level["tables"], "real": problem.dtype.c, "real_bytes": problem.dtype.bytes,
@@ -161,16 +164,35 @@ def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
         "block_values": plan.block_values, "k_lanes": plan.k_lanes, "offset_type": _offset_type(plan),
         "weight": plan.weight, "tokens": plan.tokens, "small_n": plan.small_n, "linear": linear, "direct": direct,
         "math": _needs_math(problem), "epilogue": epilogue,
-        "finish_rows": plan.weight is not None or not direct and linear, "finish_tokens": not linear and bool(plan.tokens),
-        "groups": groups, "groups_full": full if full > 1 else 0, "groups_single": groups[full:] if full > 1 else groups,
+        "finish_rows": plan.weight is not None or (not direct and linear),
+        "finish_tokens": not linear and plan.tokens is not None,
+        "groups": groups, "groups_full": full if full > 1 else 0,
+        "groups_single": groups[full:] if full > 1 else groups,
         "ldx": spread, "copy_x": spread != p.K,
         "pick_lanes": ", ".join(str(i) for i in [*pack_lanes, *[-1] * (plan.lanes - len(pack_lanes))]),
-        "weight_token_counts": range(1, plan.weight.tokens + 1) if plan.weight else (),
-        "token_vector_counts": range(1, plan.tokens.vectors + 1) if plan.tokens else (),
+        "weight_token_counts": _variants(plan.weight.tokens, bool(weight_code)) if plan.weight else (),
+        "token_vector_counts": _variants(plan.tokens.vectors, bool(code)) if plan.tokens else (),
+        "code": code, "weight_code": weight_code,
         "token_groups": _token_groups(plan, groups, full) if plan.tokens else (),
         "panel_forms": ("", "x") if plan.tokens and not plan.tokens.pack and direct else ("",),
         "finish_block_rows": _finish_block_rows(p.R, plan.lanes),
     }  # fmt: skip
+
+
+def _variants(most: int, code: bool) -> Sequence[int]:
+    """Register tiles that are compiled: every size, or with the pattern as code only the full one and one."""
+    return sorted({1, most}) if code else range(1, most + 1)
+
+
+def _code(plan: CPlan) -> list[dict[str, Any]]:
+    """The pattern as code: the blocks of each block row, with the places of their values and of their first feature."""
+    p = plan.problem.pattern
+    return [
+        {"i": i, "blocks": [
+            {"value": b * plan.block_values, "k": int(p.indices[b]) * p.C, "j": int(p.indices[b])}
+            for b in range(p.indptr[i], p.indptr[i + 1])]}
+        for i in range(p.block_rows)
+    ]  # fmt: skip
 
 
 def _group(plan: CPlan, q: int, unit: int) -> dict[str, int]:
@@ -195,7 +217,7 @@ def _tiles(rows: int, tile: TokenTile) -> list[dict[str, int]]:
 
 
 def _finish_block_rows(R: int, lanes: int) -> int:
-    """Block rows whose sums wait in L1 before they are transposed into Y: whole vectors of rows where 64 rows allow it."""
+    """Block rows whose sums wait in L1 to be transposed into Y: whole vectors of rows where 64 rows allow it."""
     for count in range(1, 64 // R + 1):
         if count * R % lanes == 0:
             return count
