@@ -1,9 +1,9 @@
 """Derive the tables of runtime/bsrgen_math.h and print them as C:  python benchmarks/fit_math.py  (needs mpmath; 20 s).
 
-Every table is a polynomial or rational P(x)/Q(x), Q(0) = 1, fitted on Chebyshev nodes by weighted linear least squares on
-P - f Q, reweighted by 1/Q (Sanathanan, Koerner, IEEE Trans. Automatic Control 8, 1963) and towards the minimax solution by
-Lawson's factors |error| (thesis, UCLA, 1961).  Then the coefficients are rounded to the lane type one at a time, lowest
-degree first, Q before P; those still free are refitted each time and take up the rounding.
+A table is a polynomial or rational P(x)/Q(x), Q(0) = 1, fitted on Chebyshev nodes by weighted linear least squares on
+P - f Q, reweighted by 1/Q (Sanathanan, Koerner, IEEE Trans. Automatic Control 8, 1963) and towards the minimax solution
+by Lawson's factors |error| (thesis, UCLA, 1961).  Then the coefficients are rounded to the lane type one at a time, low
+degrees first, Q before P; those still free are refitted each time and take up the rounding.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,12 @@ import numpy as np
 
 mp.mp.dps = 60
 NODES, REFITS = 200, 24
-LN4 = 2 * mp.log(2)
-LINE = 118
+LN2 = mp.log(2)
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """f by P/Q of degrees n/m on [lo, hi]; an error of P/Q times `weight` is the relative error of the result."""
+    """f by P/Q of degrees n/m on [lo, hi]; `weight` times the error of P/Q is the error the result may show."""
 
     name: str
     f: Callable[[mp.mpf], mp.mpf]
@@ -33,40 +32,31 @@ class Fit:
 
 
 def fit_exp(n: int) -> Fit:
-    """e^r = 1 + r + r^2 P(r), relative to e^r - 1; 0.694 > ln 2: rounding x / ln 4 moves the edge of the reduced range."""
-    return Fit("exp", lambda r: (mp.expm1(r) - r) / r**2, lambda r: abs(r**2 / mp.expm1(r)), -0.694, 0.694, n, 0)
-
-
-def fit_erfc(name: str, scale: mp.mpf, weight: Callable[..., mp.mpf], hi: float, n: int, m: int) -> Fit:
-    """-log erfc(scale x) = g(x) = x (c + x P(x)/Q(x)); `weight(x, g)` is that of an absolute error of g."""
-
-    def g(x: mp.mpf) -> mp.mpf:
-        return -mp.log(mp.erfc(x * scale))
-
-    c = 2 * scale / mp.sqrt(mp.pi)
-    return Fit(name, lambda x: (g(x) / x - c) / x, lambda x: x * x * weight(x, g(x)), 0, hi, n, m, 2)
+    """e^r = 1 + r + r^2 P(r), relative to e^r - 1; a little beyond ln 2 / 2, because x / ln 2 is rounded."""
+    return Fit("exp", lambda r: (mp.expm1(r) - r) / r**2, lambda r: abs(r**2 / mp.expm1(r)), -0.348, 0.348, n, 0)
 
 
 def fit_erf(hi: float, n: int, m: int) -> Fit:
-    """Relative to erf(x) = 1 - e^-g."""
-    return fit_erfc("erf", mp.mpf(1), lambda x, _: mp.erfc(x) / mp.erf(x), hi, n, m)
+    """g(x) = -log erfc(x) = x + x P(x)/Q(x), relative to erf(x) = 1 - e^-g."""
+    return Fit("erf", lambda x: -mp.log(mp.erfc(x)) / x - 1, lambda x: x * mp.erfc(x) / mp.erf(x), 0, hi, n, m, crowd=2)
 
 
 def fit_cdf(hi: float, n: int, m: int) -> Fit:
-    """Relative to g, and less so in the tail, where the rounding of g dominates: Phi(-x) = e^-g / 2, g ~ x^2 / 2."""
-    return fit_erfc("cdf", 1 / mp.sqrt(2), lambda x, g: 1 / (g * (1 + x * x / 8)), hi, n, m)
+    """g(x) = -log(2 Phi(-x)) = x + x P(x)/Q(x), relative to Phi; in the tail 16 times less, where the rounding of g rules."""
+
+    def g(x: mp.mpf) -> mp.mpf:
+        return -mp.log(mp.erfc(x / mp.sqrt(2)))
+
+    def weight(x: mp.mpf) -> mp.mpf:
+        return x / (1 + g(x)) * (1 + x * x / 64) / (1 + x * x / 4)
+
+    return Fit("cdf", lambda x: g(x) / x - 1, weight, 0, hi, n, m, crowd=2)
 
 
 FITS = {
-    np.float32: (fit_exp(6), fit_erf(4, 7, 0), fit_cdf(14.6, 4, 3)),
-    np.float64: (fit_exp(12), fit_erf(6, 7, 7), fit_cdf(38.8, 10, 10)),
+    np.float32: (fit_exp(5), fit_erf(4, 8, 0), fit_cdf(14.6, 5, 3)),
+    np.float64: (fit_exp(10), fit_erf(6, 8, 7), fit_cdf(38.8, 12, 11)),
 }
-
-
-def least_squares(rows: list[list[mp.mpf]], rhs: list[mp.mpf]) -> list[mp.mpf]:
-    """The x that minimises |rows x - rhs|, by normal equations in 60 digits."""
-    A, b = mp.matrix(rows), mp.matrix(rhs)
-    return list(mp.lu_solve(A.T * A, A.T * b))
 
 
 def solve(fit: Fit, real: type) -> tuple[list[float], list[float], mp.mpf]:
@@ -85,9 +75,9 @@ def solve(fit: Fit, real: type) -> tuple[list[float], list[float], mp.mpf]:
         column = {(side, k): [s * x**k for s, x in zip(factor[side], xs, strict=True)] for side, k in p + q}
         if free:
             fixed = [name for name in value if name not in free]
-            rhs = [-mp.fsum(value[name] * column[name][i] for name in fixed) for i in range(NODES)]
-            rows = [[column[name][i] for name in free] for i in range(NODES)]
-            value.update(zip(free, least_squares(rows, rhs), strict=True))
+            rhs = mp.matrix([-mp.fsum(value[name] * column[name][i] for name in fixed) for i in range(NODES)])
+            A = mp.matrix([[column[name][i] for name in free] for i in range(NODES)])
+            value.update(zip(free, mp.lu_solve(A.T * A, A.T * rhs), strict=True))  # 60 digits: normal equations do
         den[:] = [mp.fsum(value[name] * x ** name[1] for name in q) for x in xs]
         num = [mp.fsum(value[name] * x ** name[1] for name in p) for x in xs]
         return [abs(a / d - f) * w for a, d, f, w in zip(num, den, fs, ws, strict=True)]
@@ -103,31 +93,21 @@ def solve(fit: Fit, real: type) -> tuple[list[float], list[float], mp.mpf]:
     return [float(value[name]) for name in p], [float(value[name]) for name in q], max(error)
 
 
-def table(name: str, values: list[float], real: type) -> str:
-    """The C text of one table, in the shortest digits that read back as the same numbers."""
-    suffix = "f" if real is np.float32 else ""
-    text = f"static const real {name}[] = {{" + ", ".join(f"{real(v)!s}{suffix}" for v in values) + "};"
-    lines = [""]
-    for word in text.split(" "):
-        if len(lines[-1]) + len(word) > LINE:
-            lines.append("   ")
-        lines[-1] += (" " if lines[-1] else "") + word
-    return "\n".join(lines)
-
-
 def main() -> None:
-    """Print the constants and tables of both lane types."""
+    """Print the constants and tables of both lane types, in the shortest digits that read back as the same numbers."""
     for real, fits in FITS.items():
-        digits = 16 if real is np.float32 else 41  # n ln4_high is exact for every n that occurs
-        high = mp.floor(LN4 * 2 ** (digits - 1)) / 2 ** (digits - 1)
-        print(f"/* {real.__name__} */\nln4 = {float(high).hex()} + {float(LN4 - high)!r}, 1/ln4 = {real(1 / LN4)!s}")
-        for scale in (mp.mpf(1), 1 / mp.sqrt(2)):
-            c = 2 * scale / mp.sqrt(mp.pi)
-            print(f"slope = {real(float(c))!s} + {float(c - float(real(float(c))))!r}")
+        suffix, bits = ("f", 15) if real is np.float32 else ("", 42)  # n ln2_high is exact for every n that occurs
+        high = mp.floor(LN2 * 2**bits) / 2**bits
+        print(
+            f"{real.__name__}: ln 2 = {float(high).hex()} + {real(float(LN2 - high))}, 1/ln 2 = {real(float(1 / LN2))}"
+        )
         for fit in fits:
             p, q, error = solve(fit, real)
-            print(f"/* degrees {fit.n}/{fit.m}, 2^{float(mp.log(error, 2)):.1f} */")
-            print(table(f"{fit.name}_p", p, real) + (f"\n{table(f'{fit.name}_q', q, real)}" if fit.m else ""))
+            print(f"/* degrees {fit.n}/{fit.m}, error 2^{float(mp.log(error, 2)):.1f} */")
+            for side, values in (("p", p), ("q", q)):
+                print(
+                    f"static const real {fit.name}_{side}[] = {{", ", ".join(f"{real(v)}{suffix}" for v in values), "};"
+                )
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import msgspec
 import numpy as np
 from numpy.typing import DTypeLike
 
-from bsrgen import __version__, build, package, tune as tuning
+from bsrgen import __version__, build, package
+from bsrgen import tune as tuning
 from bsrgen._paths import RUNTIME, TEMPLATES
-from bsrgen.artifact import ABI, Artifact, CheckRecord, Manifest, parse_manifest, read_artifact, write_manifest
+from bsrgen.artifact import ABI, Artifact, CheckRecord, parse_manifest, read_artifact, write_manifest
 from bsrgen.backends import BACKENDS, Backend
 from bsrgen.dtypes import as_dtype
 from bsrgen.epilogues import as_epilogues

@@ -88,13 +88,12 @@ class Call:
                 value = np.from_dlpack(value)
             except (BufferError, RuntimeError, TypeError) as e:
                 raise ArgumentTypeError(f"{self.name}: {what} cannot be read as a CPU array: {e}") from e
-        value = np.asarray(value)
         if value.dtype != self.dtype:
             raise ArgumentTypeError(
                 f"{self.name}: {what} has dtype {value.dtype}, the kernel {self.dtype}; convert it with "
                 f".astype('{self.dtype}'), or compile with dtype='{value.dtype.name}'"
             )
-        return value
+        return np.asarray(value)
 
     def _two_axes(self, x: Array) -> tuple[Array, tuple[int, ...] | None]:
         """x as a matrix, and the leading axes it had (None: one vector)."""
@@ -185,7 +184,7 @@ def _leading(a: Array) -> int:
     if rows <= 1 or columns == 0:
         return max(columns, 1)
     ld, rest = divmod(a.strides[0], item)
-    return ld if rest == 0 and ld >= columns else -1
+    return int(ld) if rest == 0 and ld >= columns else -1
 
 
 def _rows(a: Array) -> tuple[Array, int]:

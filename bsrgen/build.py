@@ -48,7 +48,7 @@ class Compiler:
 
 
 def find_compiler(target: Target) -> Compiler:
-    """The compiler for `target`: $BSRGEN_CC, else cc, gcc, clang or a cross gcc.  CompilerNotFoundError if none fits."""
+    """The compiler for `target`: $BSRGEN_CC, else cc, gcc, clang, a cross gcc.  CompilerNotFoundError if none fits."""
     asked = os.environ.get("BSRGEN_CC")
     names = [asked] if asked else ["cc", "gcc", "clang", _CROSS.get(target.family, "cc")]
     for name in names:

@@ -33,7 +33,7 @@ def describe(
         schema=SCHEMA, abi=ABI, bsrgen=__version__, name=source.name, operator=problem.operator.name,
         shape=p.shape, blocksize=p.blocksize, nnzb=p.nnzb, dtype=problem.dtype.name, out_dtype=problem.dtype.name,
         epilogue=tuple(step.name for step in problem.epilogue),
-        operands=tuple(OperandRecord(o.name, o.kind, _json_number(o.default)) for o in problem.operands),
+        operands=tuple(OperandRecord(o.name, o.kind, _json_number(o.default)) for o in problem.operands if o.kind != "out"),
         pattern=p.digest, weight=weight.digest, family=source.plans[0].target.family, levels=levels,
         prototype=source.prototype, compiler=compiler.identity, flags=COMPILE_FLAGS,
         cost=CostRecord(cost.n, cost.flop, cost.bytes, cost.seconds, cost.dense_seconds, measured_s),

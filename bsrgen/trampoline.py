@@ -48,8 +48,9 @@ SOURCE = r"""
 #include "bsrgen.h"
 #include "bsrgen_parallel.h"
 
-static int bsrgen_trampoline(void *function, int64_t n, const void *x, int64_t ldx, size_t x_bytes, void *y, int64_t ldy,
-                             size_t y_bytes, const void *values, const struct bsrgen_operand *operands, int threads)
+static int bsrgen_trampoline(void *function, int64_t n, const void *x, int64_t ldx, size_t x_bytes, void *y,
+                             int64_t ldy, size_t y_bytes, const void *values,
+                             const struct bsrgen_operand *operands, int threads)
 {
     const uintptr_t a = (uintptr_t)x, b = (uintptr_t)y;
     if (a < b + y_bytes && b < a + x_bytes) return 4;
@@ -127,8 +128,8 @@ def _abi() -> Trampoline:
     libc = ffi.dlopen(None)
 
     def call(
-        function: Any, n: int, x: Any, ldx: int, x_bytes: int, y: Any, ldy: int, y_bytes: int, values: Any, operands: Any,
-        threads: int,
+        function: Any, n: int, x: Any, ldx: int, x_bytes: int, y: Any, ldy: int, y_bytes: int,
+        values: Any, operands: Any, threads: int,
     ) -> int:  # fmt: skip
         a, b = int(ffi.cast("uintptr_t", x)), int(ffi.cast("uintptr_t", y))
         if a < b + y_bytes and b < a + x_bytes:

@@ -69,8 +69,8 @@ def verdict(cost: Cost, density: float, measured_seconds: float | None = None) -
     even = min(1.0, density * gain)
     better = "sparse" if gain >= 1 else "dense"
     return (
-        f"{better}: {how} {_us(seconds)} against {_us(cost.dense_seconds)} for dense (predicted) at n = {cost.n} on one core, "
-        f"{gain:.2g}x; break-even near density {even:.2g}"
+        f"{better}: {how} {_us(seconds)} against {_us(cost.dense_seconds)} for dense (predicted) at n = {cost.n} "
+        f"on one core, {gain:.2g}x; break-even near density {even:.2g}"
     )
 
 

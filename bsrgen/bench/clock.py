@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from bsrgen.errors import UnsupportedError
+
 Call = Callable[[], object]
 HANDICAPS = frozenset(
     (
@@ -19,6 +21,7 @@ HANDICAPS = frozenset(
         *("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"),
     )
 )
+_STARTED = "BSRGEN_BENCH_STARTED"  # set in the process that at_their_best started
 SAMPLE_S = 200e-6  # a shorter sample is mostly clock (30 ns) and Python's call (50 ns); a longer one catches more noise
 
 
@@ -31,10 +34,12 @@ class Timing:
 
     @property
     def min_s(self) -> float:
+        """The best sample."""
         return min(self.samples)
 
     @property
     def median_s(self) -> float:
+        """The usual sample."""
         return statistics.median(self.samples)
 
     def ratio(self, other: Timing) -> float:
@@ -76,26 +81,31 @@ def _calls_per_sample(call: Call, sample_s: float) -> int:
 def measure(
     contenders: Mapping[str, Call],
     *,
-    rounds: int = 30,
+    rounds: int | None = 30,
     seconds: float | None = None,
     sample_s: float = SAMPLE_S,
     cpus: Sequence[int] | None = None,
+    progress: Callable[[float], object] | None = None,
 ) -> dict[str, Timing]:
     """Time zero-argument callables in alternation on one core (or on `cpus`).
 
     Every round takes one sample of each contender: one untimed call (the others have cooled its caches), then as
-    many calls as make `sample_s`.  `rounds` are taken, or as many as fit into `seconds`, but never fewer than 3.
+    many calls as make `sample_s`.  At most `rounds` are taken, and no more than fit into `seconds`, but never fewer
+    than 3.  `progress` is told after each round which share is done.
     """
+    most, limit_s = rounds or sys.maxsize, seconds or float("inf")
     with pinned(cpus):
         calls = {name: _calls_per_sample(call, sample_s) for name, call in contenders.items()}
         samples: dict[str, list[float]] = {name: [] for name in contenders}
         start = time.perf_counter()
-        done = 0
-        while done < 3 or (done < rounds if seconds is None else time.perf_counter() - start < seconds):
+        done, spent = 0, 0.0
+        while done < 3 or (done < most and spent < limit_s):
             for name, call in contenders.items():
                 call()
                 samples[name].append(_sample(call, calls[name]))
-            done += 1
+            done, spent = done + 1, time.perf_counter() - start
+            if progress:
+                progress(min(1.0, max(done / most, spent / limit_s)))
     return {name: Timing(tuple(samples[name]), calls[name]) for name in contenders}
 
 
@@ -109,29 +119,35 @@ def importable(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """OpenBLAS, OpenMP and torch on one thread; without threadpoolctl only where OMP_NUM_THREADS=1 already says so."""
+def peer_threads(count: int = 1) -> Iterator[None]:
+    """OpenBLAS, OpenMP and torch on `count` threads; without threadpoolctl only where the environment already says so."""
     with contextlib.ExitStack() as stack:
         if importable("torch"):
             import torch
 
             stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(1)
+            torch.set_num_threads(count)
         if importable("threadpoolctl"):
             import threadpoolctl
 
-            stack.enter_context(threadpoolctl.threadpool_limits(1))
-        elif os.environ.get("OMP_NUM_THREADS") != "1":
-            raise RuntimeError("one_thread: pip install threadpoolctl, or start with OMP_NUM_THREADS=1")
+            stack.enter_context(threadpoolctl.threadpool_limits(count))
+        elif os.environ.get("OMP_NUM_THREADS") != str(count):
+            raise UnsupportedError(
+                f"peers on {count} threads: pip install threadpoolctl, or start with OMP_NUM_THREADS={count}"
+            )
         yield
 
 
-def at_their_best() -> None:
+def at_their_best(threads: int = 1) -> None:
     """Start this process again without the variables that hold a peer below what it would choose for this CPU.
 
     With OPENBLAS_CORETYPE=Haswell in the environment, numpy's dense product runs at half its speed on an AVX-512 core;
     a win over that would say nothing.  Call it before numpy has done any work, first thing in a benchmark's main.
     """
+    if _STARTED in os.environ:
+        return
     kept = {name: value for name, value in os.environ.items() if name not in HANDICAPS}
-    if kept != dict(os.environ):
+    if kept != dict(os.environ) or not importable("threadpoolctl"):
+        count = str(threads)
+        kept |= {_STARTED: "1", "OMP_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], kept)
