@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike
 from bsrgen import __version__, build, package
 from bsrgen import tune as tuning
 from bsrgen._paths import RUNTIME, TEMPLATES
+from bsrgen.arguments import bind
 from bsrgen.artifact import ABI, Artifact, CheckRecord, parse_manifest, read_artifact, write_manifest
 from bsrgen.backends import BACKENDS, Backend
 from bsrgen.dtypes import as_dtype
@@ -35,9 +36,7 @@ CHECK_N = (3, 35)  # tokens of the check: fewer than a vector, and two vectors w
 def compile(
     W: Any,
     operator: str = "linear",
-    *,
     blocksize: tuple[int, int] | None = None,
-    shape: tuple[int, int] | None = None,
     dtype: DTypeLike = "float32",
     out_dtype: DTypeLike | None = None,
     epilogue: str | Sequence[str] = (),
@@ -48,6 +47,8 @@ def compile(
     threads: int | None = None,
     tune: Literal["off", "model", "measure"] = "model",
     strict: bool = False,
+    *,
+    shape: tuple[int, int] | None = None,
     **operands: Any,
 ) -> Kernel:
     """The kernel of one fixed block-sparse weight W [M, K].
@@ -57,7 +58,7 @@ def compile(
     operator: "linear", Y[N, M] = X[N, K] @ W.T, or "spmm", Y[M, N] = W @ X[K, N]; all row-major, N free at each call.
     dtype: type of W, X and Y, sums included: "float32" or "float64".  out_dtype: the same.
     epilogue: steps applied to the sums in this order, rows of bsrgen.epilogues; their operands come with the call, or
-        here by name (bias=b), to be the kernel's defaults.
+        here by name (bias=b): converted to dtype like W, they become defaults of the kernel and of its artifact.
     target: "native", an ISA level or microarchitecture, or several for one library that picks at run time.
     n, threads: hints.  n is the number of tokens to plan for (128); threads the default of calls, None all cores.
     tune: "off" takes the first legal plan, "model" the one the cost model likes best, "measure" times the best few.
@@ -81,7 +82,8 @@ def compile(
     targets = as_targets(target)
     weight = as_weight(W, blocksize=blocksize, shape=shape, dtype=element.numpy)
     problem = Problem(row, weight.pattern, element, steps, None if n is None else int(n))
-    kernel = Kernel(_artifact(chosen, problem, weight, targets, tune), threads=threads, operands=operands)
+    bound = bind(problem, operands)
+    kernel = Kernel(_artifact(chosen, problem, weight, targets, tune, bound), threads=threads)
     kernel.__dict__["pattern"], kernel.__dict__["problem"] = weight.pattern, problem
     return kernel
 
@@ -94,16 +96,18 @@ def _backend(name: str, mode: str) -> Backend:
     return BACKENDS["c" if name == "auto" else name]
 
 
-def _artifact(backend: Backend, problem: Problem, weight: Weight, targets: tuple[Target, ...], tune: str) -> Artifact:
+def _artifact(
+    backend: Backend, problem: Problem, weight: Weight, targets: tuple[Target, ...], tune: str, bound: dict[str, Any]
+) -> Artifact:
     """From the store, or built into it."""
     compiler = build.find_compiler(targets[0])
-    key = _key(problem, weight, targets, tune, compiler)
+    key = _key(problem, weight, targets, tune, compiler, bound)
     store = Store.default()
     folder = store.get(key)
     if folder is None:
         if native().family == targets[0].family and os.environ.get("BSRGEN_DISABLE_JIT") != "1":
             _prepare_calls()
-        folder = store.publish(key, lambda temp: _make(temp, backend, problem, weight, targets, tune, compiler))
+        folder = store.publish(key, lambda temp: _make(temp, backend, problem, weight, targets, tune, compiler, bound))
     return Artifact(folder, parse_manifest((folder / "manifest.json").read_bytes(), folder))
 
 
@@ -115,13 +119,17 @@ def _prepare_calls() -> None:
         build.build_trampoline()
 
 
-def _key(problem: Problem, weight: Weight, targets: tuple[Target, ...], tune: str, compiler: build.Compiler) -> str:
+def _key(
+    problem: Problem, weight: Weight, targets: tuple[Target, ...], tune: str, compiler: build.Compiler,
+    bound: dict[str, Any],
+) -> str:  # fmt: skip
     """Everything that can change a byte of the artifact, or the choice of its plan."""
     request = {
         "bsrgen": [__version__, ABI, _own_digest()],
         "problem": [problem.operator.name, problem.dtype.name, [step.name for step in problem.epilogue], problem.n],
         "weight": weight.digest,
         "notes": weight.notes,
+        "bound": {name: [array.shape, hashlib.sha256(array.tobytes()).hexdigest()] for name, array in bound.items()},
         "targets": [asdict(target) for target in targets],
         "tune": tune,
         "compiler": [compiler.identity, build.COMPILE_FLAGS, build.LINK_FLAGS],
@@ -142,7 +150,7 @@ def _own_digest() -> str:
 
 def _make(
     folder: Path, backend: Backend, problem: Problem, weight: Weight, targets: tuple[Target, ...], tune: str,
-    compiler: build.Compiler,
+    compiler: build.Compiler, bound: dict[str, Any],
 ) -> None:  # fmt: skip
     """Build, check and describe one artifact in `folder`."""
     plans, notes, measured = [], [], None
@@ -153,7 +161,7 @@ def _make(
         measured = measured or seconds
     source = backend.emit(tuple(plans), weight)
     build.build(source, folder, compiler)
-    manifest = package.describe(source, weight, compiler, measured, tuple(notes), folder)
+    manifest = package.describe(source, weight, compiler, measured, tuple(notes), folder, bound)
     write_manifest(folder, manifest)
     check = _check(Artifact(folder, manifest), problem, weight)
     if check is not None:
@@ -181,7 +189,7 @@ def _choose(
     def make(plan: Plan, folder: Path) -> Any:
         source = backend.emit((plan,), weight)
         build.build(source, folder, compiler)
-        write_manifest(folder, package.describe(source, weight, compiler, None, (), folder))
+        write_manifest(folder, package.describe(source, weight, compiler, None, (), folder, {}))
         kernel = Kernel(read_artifact(folder), threads=1)
         out = np.zeros(problem.operator.shape(n, problem.pattern.M), problem.dtype.numpy)
         return functools.partial(kernel, x, out=out, **given)

@@ -11,6 +11,7 @@ from bsrgen.artifact import Manifest, OperandRecord
 from bsrgen.dtypes import DTYPES
 from bsrgen.errors import ArgumentError, ArgumentTypeError
 from bsrgen.operators import OPERATORS
+from bsrgen.problem import Problem
 
 Array = NDArray[Any]
 MAX_THREADS = 1 << 16
@@ -166,6 +167,28 @@ class Call:
         return any(np.may_share_memory(y, array) for array in arrays)
 
 
+def bind(problem: Problem, operands: Mapping[str, Any]) -> dict[str, Array]:
+    """Operands given when a kernel is compiled, as arrays of its dtype.  Scalars and "row" operands only."""
+    known = {o.name: o for o in problem.operands}
+    bound = {}
+    for name, value in operands.items():
+        if name not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes no operands"
+            raise ArgumentTypeError(f"{problem}: unexpected argument {name!r}: its epilogue {takes}")
+        if known[name].kind == "element":
+            raise ArgumentError(f"{problem}: {name} depends on the number of tokens: give it with the call")
+        shape = (problem.pattern.M,) if known[name].kind == "row" else ()
+        try:
+            array = np.asarray(value)
+            array = array.astype(np.float64 if shape == () else problem.dtype.numpy, casting="same_kind", order="C")
+        except (TypeError, ValueError) as e:
+            raise ArgumentTypeError(f"{problem}: {name}={value!r}: expected real numbers") from e
+        if array.shape != shape:
+            raise ArgumentError(f"{problem}: {name} has shape {array.shape}, expected {shape}")
+        bound[name] = array
+    return bound
+
+
 def check_threads(threads: Any) -> int:
     """A thread count from 1 up."""
     if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)):
@@ -177,7 +200,7 @@ def check_threads(threads: Any) -> int:
 
 def _leading(a: Array) -> int:
     """Leading dimension in elements of a matrix that C can walk as it lies; -1 when it cannot."""
-    rows, columns = a.shape
+    rows, columns = (int(size) for size in a.shape)
     item = a.itemsize
     if not a.flags.aligned or (columns > 1 and a.strides[1] != item):
         return -1

@@ -84,6 +84,7 @@ class Manifest(_Record, frozen=True):
     weight: str
     family: str
     levels: tuple[LevelRecord, ...]
+    bound: tuple[str, ...]  # operands with a value in operands.npz
     prototype: str
     compiler: str
     flags: tuple[str, ...]

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,12 +17,13 @@ from bsrgen.dtypes import DTYPES
 from bsrgen.epilogues import as_epilogues
 from bsrgen.errors import ArgumentError, ArtifactCorruptError, ArtifactError, IncompatibleCPUError, PatternMismatchError
 from bsrgen.operators import OPERATORS
-from bsrgen.pattern import Pattern, as_weight
+from bsrgen.pattern import Pattern, Weight, as_weight
 from bsrgen.problem import Problem
 from bsrgen.trampoline import OVERLAP, trampoline
 
 Array = NDArray[Any]
 PATTERN_FILE = "pattern.npz"
+OPERANDS_FILE = "operands.npz"
 
 _OK, _NO_ISA, _BAD_ARGUMENT, _NO_MEMORY = range(4)  # enum bsrgen_status in runtime/bsrgen.h
 
@@ -41,13 +43,11 @@ class Kernel:
     Everything it was made of can be looked at: pattern, problem, plan, cost, source, artifact, verdict.
     """
 
-    def __init__(
-        self, artifact: Artifact, *, threads: int | None = None, operands: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
         m = artifact.manifest
         self.artifact = artifact
         self._tramp = path = trampoline()
-        library = path.library(artifact.library)
+        library = path.library(artifact.library.absolute(), m.files[m.library])
         info = path.function(library, f"{m.name}_info")
         ask = functools.partial(lambda what: path.ffi.string(path.info(info, what)).decode())
         target = ask(2)
@@ -63,7 +63,8 @@ class Kernel:
         self._values: Any = path.ffi.NULL  # those in the library
         self._packed: Array | None = None  # keeps updated values alive
         self._data: Array | None = None
-        self._call = Call(m, operands or {}, default_threads(threads))
+        bound = _arrays(artifact, OPERANDS_FILE) if m.bound else {}
+        self._call = Call(m, bound, default_threads(threads))
         # what the fast path of __call__ compares with
         self._dtype = DTYPES[m.dtype].numpy
         self._linear = m.operator == "linear"
@@ -153,13 +154,29 @@ class Kernel:
         Calls that run meanwhile finish with the old values.
         """
         m = self.artifact.manifest
-        weight = as_weight(W, blocksize=m.blocksize, shape=None, dtype=self._dtype)
-        if weight.pattern.digest != m.pattern:
+        shape = m.shape if isinstance(W, (tuple, list)) else None
+        weight = as_weight(W, blocksize=m.blocksize, shape=shape, dtype=self._dtype)
+        same = weight.pattern.digest == m.pattern
+        data = weight.data if same else self._filled(weight) if isinstance(W, np.ndarray) else None
+        if data is None:
             where = self.pattern.difference(weight.pattern)
             raise PatternMismatchError(f"{self.name}: update needs the kernel's pattern: {where}; compile a new kernel")
-        self._data = weight.data
-        packed = self._packed_values(weight.data, self._level)
+        self._data = data
+        packed = self._packed_values(data, self._level)
         self._values, self._packed = self._tramp.ffi.from_buffer(packed), packed
+
+    def _filled(self, weight: Weight) -> Array | None:
+        """Values of a dense W whose blocks lie within the pattern: stored blocks that are zero now hold zeros."""
+        ours, theirs = self.pattern, weight.pattern
+        if ours.shape != theirs.shape:
+            return None
+        mine, other = (p.rows * p.block_cols + p.indices for p in (ours, theirs))
+        at = np.searchsorted(mine, other)
+        if not np.array_equal(mine[np.minimum(at, len(mine) - 1)], other):
+            return None
+        data = np.zeros((ours.nnzb, *ours.blocksize), self._dtype)
+        data[at] = weight.data
+        return data
 
     def _packed_values(self, data: Array, level: int) -> Array:
         ffi = self._tramp.ffi
@@ -192,8 +209,6 @@ class Kernel:
 
     def _patch(self, folder: Path, data: Array) -> None:
         """Put new values into the library of `folder` and beside it, for every ISA level."""
-        from bsrgen.pattern import Weight
-
         m = self.artifact.manifest
         for number, level in enumerate(m.levels):
             raw = self._packed_values(data, number).tobytes()
@@ -201,8 +216,6 @@ class Kernel:
             with open(folder / m.library, "r+b") as f:
                 f.seek(level.values.offset)
                 f.write(raw)
-        import msgspec
-
         digest = Weight(self.pattern, data).digest
         write_manifest(folder, msgspec.structs.replace(m, weight=digest, check=None))
 
@@ -233,8 +246,7 @@ class Kernel:
     def pattern(self) -> Pattern:
         """Which blocks are stored."""
         m = self.artifact.manifest
-        with np.load(self.artifact.folder / PATTERN_FILE, allow_pickle=False) as arrays:
-            pattern = Pattern(m.shape, m.blocksize, arrays["indptr"], arrays["indices"])
+        pattern = Pattern(m.shape, m.blocksize, **_arrays(self.artifact, PATTERN_FILE))
         if pattern.digest != m.pattern:
             raise ArtifactCorruptError(f"{self.artifact}: {PATTERN_FILE} does not hold the manifest's pattern")
         return pattern
@@ -282,6 +294,12 @@ class Kernel:
 
     def __repr__(self) -> str:
         return f"<bsrgen.Kernel {self.name} on {self.plan.target}, {self._threads} threads>"
+
+
+def _arrays(artifact: Artifact, file: str) -> dict[str, Array]:
+    """The arrays of an .npz file of the artifact."""
+    with np.load(artifact.folder / file, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def default_threads(threads: int | None) -> int:

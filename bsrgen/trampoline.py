@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import sysconfig
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,7 @@ static void *bsrgen_open(const char *path) { return dlopen(path, RTLD_NOW | RTLD
 static void *bsrgen_symbol(void *library, const char *name) { return dlsym(library, name); }
 static const char *bsrgen_open_error(void) { return dlerror(); }
 """
+_loaded: dict[Path, str] = {}  # path -> sha256 of what the dynamic linker has under it, for the life of the process
 _log = logging.getLogger(__name__)
 
 
@@ -85,9 +87,19 @@ class Trampoline:
     symbol: Callable[..., Any]
     error: Callable[..., Any]
 
-    def library(self, path: Path) -> Any:
-        """dlopen `path`, which must have been verified.  Never closed: kernels may outlive every Python object."""
-        handle = self.open(os.fsencode(path))
+    def library(self, path: Path, digest: str) -> Any:
+        """dlopen `path`, whose verified sha256 is `digest`.  Never closed: kernels may outlive every Python object.
+
+        The dynamic linker knows a library by its path: where the file has been replaced since it was loaded, it would
+        hand out the old one, so the new one goes in through a link of its own.
+        """
+        if _loaded.setdefault(path, digest) == digest:
+            handle = self.open(os.fsencode(path))
+        else:
+            with tempfile.TemporaryDirectory(prefix="bsrgen-load-") as folder:
+                link = Path(folder) / path.name
+                link.symlink_to(path)
+                handle = self.open(os.fsencode(link))
         if handle == self.ffi.NULL:
             raise ArtifactError(f"{path}: cannot be loaded: {self.ffi.string(self.error()).decode(errors='replace')}")
         return handle

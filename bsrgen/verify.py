@@ -1,0 +1,92 @@
+"""Verify: is this artifact what its manifest says, and does it compute that here?"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bsrgen.artifact import LevelRecord, read_artifact
+from bsrgen.errors import ArtifactCorruptError
+from bsrgen.kernel import Kernel, default_threads
+from bsrgen.pattern import Weight
+from bsrgen.problem import Problem
+
+Array = NDArray[Any]
+CHECK_N = (1, 3, 35, 128)  # one, fewer than a vector, a rest, several tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was checked: `ok` or not, and what was seen."""
+
+    what: str
+    ok: bool
+    detail: str
+
+
+def verify(folder: str | Path, *, expect_sha256: str | None = None) -> tuple[Kernel, list[Finding]]:
+    """Check the artifact in `folder` and load it: hashes first, then its values, then its results.
+
+    The weight is read back out of every library level and must have the digest of the manifest; then the kernel must
+    agree with the float64 reference of that weight on random data, and with itself on any number of threads.
+    Errors: ArtifactError and its kin where the folder is damaged or this CPU cannot run it.
+    """
+    artifact = read_artifact(folder, expect_sha256)
+    m = artifact.manifest
+    findings = [Finding("files", True, f"{len(m.files)} files have the sha256 of the manifest")]
+    kernel = Kernel(artifact)
+    findings.append(Finding("cpu", True, f"runs {kernel.plan.target}; the library holds {_names(m.levels)}"))
+    problem = kernel.problem  # raises where pattern.npz is not the manifest's pattern
+    findings.append(Finding("pattern", True, str(problem.pattern)))
+    weights = [recover(kernel, number) for number in range(len(m.levels))]
+    same = [weight.digest == m.weight for weight in weights]
+    values = f"{kernel.nnz} values in {len(same)} level{'s' * (len(same) > 1)}"
+    findings.append(Finding("values", all(same), f"{values}: {'those' if all(same) else 'not those'} of the manifest"))
+    return kernel, [*findings, *_results(kernel, problem, weights[kernel.artifact.manifest.levels.index(kernel.plan)])]
+
+
+def recover(kernel: Kernel, level: int) -> Weight:
+    """The weight that an ISA level of the library holds.
+
+    The library's own packing, fed with the numbers 1, 2, ... as bit patterns, tells where each value went.
+    """
+    p, record = kernel.pattern, kernel.artifact.manifest.levels[level].values
+    real = kernel.dtype
+    bits = np.dtype(f"u{real.itemsize}")
+    numbers = np.arange(1, p.nnz + 1, dtype=bits).view(real).reshape(p.nnzb, *p.blocksize)
+    place = kernel._packed_values(numbers, level).view(bits)
+    stored = np.fromfile(kernel.artifact.folder / record.file, real)
+    if stored.size != place.size or np.count_nonzero(place) != p.nnz:
+        raise ArtifactCorruptError(f"{kernel.artifact}: {record.file} does not fit the library's packing")
+    data = np.zeros(p.nnz, real)
+    data[place[place != 0].astype(np.int64) - 1] = stored[place != 0]
+    return Weight(p, data.reshape(p.nnzb, *p.blocksize))
+
+
+def error_share(y: Array, expected: Array, bound: Array) -> float:
+    """The largest |y - expected| / bound over finite `expected`: at most 1 for a right result."""
+    finite = np.isfinite(expected)
+    error = np.abs(np.asarray(y, np.float64) - expected)[finite]
+    share = error / np.maximum(bound[finite], np.finfo(np.float64).tiny)
+    return float(np.nan_to_num(share, nan=np.inf).max(initial=0.0))
+
+
+def _results(kernel: Kernel, problem: Problem, weight: Weight) -> list[Finding]:
+    rng, worst, same, threads = np.random.default_rng(), 0.0, True, default_threads(None)
+    for n in CHECK_N:
+        x, given = problem.sample(rng, n)
+        old = rng.standard_normal(problem.operator.shape(n, problem.pattern.M)).astype(kernel.dtype)
+        one = kernel(x, out=old.copy(), threads=1, **given)
+        worst = max(worst, error_share(one, *problem.reference(weight, x, given, old)))
+        same &= kernel(x, out=old.copy(), threads=threads, **given).tobytes() == one.tobytes()
+    ns = ", ".join(map(str, CHECK_N))
+    return [
+        Finding("results", worst <= 1, f"largest error {100 * worst:.2g} % of the float64 bound at n = {ns}"),
+        Finding("threads", same, f"1 and {threads} threads give {'equal' if same else 'different'} bits"),
+    ]
+
+
+def _names(levels: tuple[LevelRecord, ...]) -> str:
+    return ", ".join(level.target for level in levels)
