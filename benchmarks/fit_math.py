@@ -42,7 +42,7 @@ def fit_erf(hi: float, n: int, m: int) -> Fit:
 
 
 def fit_cdf(hi: float, n: int, m: int) -> Fit:
-    """g(x) = -log(2 Phi(-x)) = x + x P(x)/Q(x), relative to Phi; in the tail 16 times less, where the rounding of g rules."""
+    """g(x) = -log(2 Phi(-x)) = x + x P(x)/Q(x), relative to Phi; 16 times less in the tail, where g is rounded."""
 
     def g(x: mp.mpf) -> mp.mpf:
         return -mp.log(mp.erfc(x / mp.sqrt(2)))
@@ -93,21 +93,24 @@ def solve(fit: Fit, real: type) -> tuple[list[float], list[float], mp.mpf]:
     return [float(value[name]) for name in p], [float(value[name]) for name in q], max(error)
 
 
+def text(values: list[float], real: type) -> str:
+    """C constants in the shortest digits that read back as the same numbers."""
+    suffix = "f" if real is np.float32 else ""
+    return ", ".join([str(real(v)).removesuffix(".0") + suffix * (v != 1) for v in values])
+
+
 def main() -> None:
-    """Print the constants and tables of both lane types, in the shortest digits that read back as the same numbers."""
+    """Print the constants and tables of both lane types."""
     for real, fits in FITS.items():
-        suffix, bits = ("f", 15) if real is np.float32 else ("", 42)  # n ln2_high is exact for every n that occurs
+        bits = 15 if real is np.float32 else 42  # n ln2_high is exact for every n that occurs
         high = mp.floor(LN2 * 2**bits) / 2**bits
         print(
-            f"{real.__name__}: ln 2 = {float(high).hex()} + {real(float(LN2 - high))}, 1/ln 2 = {real(float(1 / LN2))}"
+            f"ln 2 = {float(high).hex()} + {text([float(LN2 - high)], real)}, 1 / ln 2 = {text([float(1 / LN2)], real)}"
         )
         for fit in fits:
             p, q, error = solve(fit, real)
-            print(f"/* degrees {fit.n}/{fit.m}, error 2^{float(mp.log(error, 2)):.1f} */")
-            for side, values in (("p", p), ("q", q)):
-                print(
-                    f"static const real {fit.name}_{side}[] = {{", ", ".join(f"{real(v)}{suffix}" for v in values), "};"
-                )
+            print(f"/* degrees {fit.n}/{fit.m}, 2^{float(mp.log(error, 2)):.1f} */")
+            print(f"{fit.name}_p = {text(p, real)};\n{fit.name}_q = {text(q, real)};")
 
 
 if __name__ == "__main__":

@@ -274,8 +274,8 @@ class Store:
                 lock.acquire(timeout=LOCK_WAIT_S, poll_interval=0.02)
             except TimeoutError:
                 _log.warning("%s is held for over %g s; going on without it", lock.lock_file, LOCK_WAIT_S)
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            except (OSError, NotImplementedError) as error:  # the latter: filelock 3 without flock
+                if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                     raise
         try:
             yield
@@ -332,7 +332,7 @@ def _listed(manifest: bytes, path: Path) -> dict[str, str]:
             if msgspec.json.encode(parsed).translate(None, _SPACE) != text.translate(None, _SPACE):
                 raise ValueError("a name comes twice or is escaped")
         for name, digest in files.items():
-            if not _NAME.match(name) or name in (MANIFEST, MANIFEST_DIGEST) or not _KEY.match(digest):
+            if not _NAME.match(name) or not _KEY.match(digest):
                 raise ValueError(f"file {name!r:.80} with hash {digest!r:.80} is not a plain name with a sha256")
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ArtifactCorruptError(f"{path} is not the manifest of an artifact: {error}") from error

@@ -57,9 +57,9 @@ def recover(kernel: Kernel, level: int) -> Weight:
     bits = np.dtype(f"u{real.itemsize}")
     numbers = np.arange(1, p.nnz + 1, dtype=bits).view(real).reshape(p.nnzb, *p.blocksize)
     place = kernel._packed_values(numbers, level).view(bits)
-    stored = np.fromfile(kernel.artifact.folder / record.file, real)
+    stored = np.fromfile(kernel.artifact.library, real, record.bytes // real.itemsize, offset=record.offset)
     if stored.size != place.size or np.count_nonzero(place) != p.nnz:
-        raise ArtifactCorruptError(f"{kernel.artifact}: {record.file} does not fit the library's packing")
+        raise ArtifactCorruptError(f"{kernel.artifact}: the values at {record.offset} do not fit the library's packing")
     data = np.zeros(p.nnz, real)
     data[place[place != 0].astype(np.int64) - 1] = stored[place != 0]
     return Weight(p, data.reshape(p.nnzb, *p.blocksize))

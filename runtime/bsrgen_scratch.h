@@ -1,4 +1,4 @@
-/* bsrgen_scratch.h: a cache of scratch buffers.  Include it first; everything is static, so each library has its own.
+/* bsrgen_scratch.h: a cache of scratch buffers.  Linux, gnu11; everything static: each C file has its own.
  *
  *   bsrgen_scratch_take(bytes)   a buffer of at least `bytes`, on a page, contents undefined; NULL: out of memory
  *   bsrgen_scratch_give(buffer)  hand it back, from any thread; NULL is nothing
@@ -14,9 +14,6 @@
  */
 #ifndef BSRGEN_SCRATCH_H
 #define BSRGEN_SCRATCH_H
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE /* MAP_ANONYMOUS, madvise */
-#endif
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>

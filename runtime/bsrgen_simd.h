@@ -78,25 +78,15 @@ INLINE void store_strided(real *p, int64_t stride, vec v, int count)
 #if LANES == 16
 #define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#define SWAP1 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
-#define SWAP2 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13
-#define SWAP4 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11
-#define SWAP8 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7
 #elif LANES == 8
 #define LOW 0, 8, 1, 9, 2, 10, 3, 11
 #define HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#define SWAP1 1, 0, 3, 2, 5, 4, 7, 6
-#define SWAP2 2, 3, 0, 1, 6, 7, 4, 5
-#define SWAP4 4, 5, 6, 7, 0, 1, 2, 3
 #elif LANES == 4
 #define LOW 0, 4, 1, 5
 #define HIGH 2, 6, 3, 7
-#define SWAP1 1, 0, 3, 2
-#define SWAP2 2, 3, 0, 1
 #elif LANES == 2
 #define LOW 0, 2
 #define HIGH 1, 3
-#define SWAP1 1, 0
 #endif
 
 /* v[i][j] <-> v[j][i] in registers: log2(LANES) perfect shuffles (Stone, IEEE Trans. Computers C-20, 1971). */
@@ -131,21 +121,5 @@ INLINE vec load_group(const real *p, const int group)
     if (group * REAL_BYTES == 8) return (vec)(words){load_word(p), load_word(p)};
 #endif
     return load(p);
-}
-
-/* Every lane holds the sum of its aligned group of `group` lanes; the order of the additions is fixed. */
-INLINE vec sum_groups(vec v, const int group)
-{
-#if LANES >= 16
-    if (group > 8) v += __builtin_shufflevector(v, v, SWAP8);
-#endif
-#if LANES >= 8
-    if (group > 4) v += __builtin_shufflevector(v, v, SWAP4);
-#endif
-#if LANES >= 4
-    if (group > 2) v += __builtin_shufflevector(v, v, SWAP2);
-#endif
-    if (group > 1) v += __builtin_shufflevector(v, v, SWAP1);
-    return v;
 }
 #endif

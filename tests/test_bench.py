@@ -1,7 +1,6 @@
 """The measuring tools measure: clock, ceilings, and every peer right before it is timed."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import ceilings, clock, peers
+from bsrgen.bench import ceilings, clock, peers
+from bsrgen.bench.case import case_of, random_case
+from bsrgen.bench.report import Comparison, Request, Row, compare, document, verdict
+from bsrgen.operators import OPERATORS
+from bsrgen.pattern import random_weight
 
-ROOT = Path(__file__).parents[1]
 needs_cc = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
 
 
@@ -108,30 +110,97 @@ def test_ceilings_compile_without_warnings(names: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("n", [1, 7])
 @pytest.mark.parametrize("blocksize", [(1, 1), (3, 5), (4, 4), (32, 1)], ids=lambda b: f"{b[0]}x{b[1]}")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("operator", peers.OPERATORS)
+@pytest.mark.parametrize("operator", list(OPERATORS))
 def test_every_peer_is_right_or_says_why_not(operator: str, dtype: str, blocksize: tuple[int, int], n: int) -> None:
-    case = peers.random_case(operator, (50, 70), blocksize, 0.3, n, dtype)
-    runs, reasons = peers.prepare(case)
-    assert set(runs) | set(reasons) == {p.name for p in peers.PEERS}
+    case = random_case(operator, (50, 70), blocksize, 0.3, n, dtype)
+    libraries = [peer for peer in peers.PEERS if peer.kind != "bsrgen"]
+    runs, reasons = peers.prepare(case, libraries)
+    assert set(runs) | set(reasons) == {p.name for p in libraries}
     assert {"numpy dense", "scipy bsr", "scipy csr"} <= set(runs)
-    assert not [why for why in reasons.values() if why.startswith("wrong")], reasons
+    assert not [why for why in reasons.values() if why.startswith(("wrong", "fails"))], reasons
     for run in runs.values():
         assert run.result().shape == case.out().shape
 
 
+@needs_cc
+def test_bsrgen_is_a_row_of_the_table() -> None:
+    case = random_case("linear", (50, 70), (5, 2), 0.3, 7)
+    runs, reasons = peers.prepare(case)
+    assert next(iter(runs)) == "bsrgen"
+    assert set(runs) | set(reasons) == {p.name for p in peers.PEERS}
+
+
 def test_check_refuses_a_wrong_result() -> None:
-    case = peers.random_case("spmm", (8, 8), (2, 2), 0.5, 3)
+    case = random_case("spmm", (8, 8), (2, 2), 0.5, 3)
+    expected, bound = case.problem.reference(case.weight, case.x)
     y = (case.weight.todense() @ case.x).astype(np.float32)
-    peers.check(case, y)
-    y[0, 0] += 1e-2
-    with pytest.raises(ArithmeticError, match="x the bound"):
-        peers.check(case, y)
+    assert peers.check(y, expected, bound) <= peers.SLACK
+    for wrong in (y[0, 0] + 1e-2, np.nan):
+        y[0, 0] = wrong
+        with pytest.raises(ArithmeticError, match="x the bound"):
+            peers.check(y, expected, bound)
+
+
+def test_a_library_that_fails_is_left_out_with_its_words() -> None:
+    def prepare(case: object) -> peers.Run:
+        raise RuntimeError("out of order")
+
+    broken = peers.Peer("broken", "none", "dense", lambda case: None, prepare)
+    runs, reasons = peers.prepare(random_case("linear", (8, 8), (2, 2), 0.5, 3), [broken])
+    assert (runs, reasons) == ({}, {"broken": "fails: out of order"})
 
 
 @needs_cc
-@pytest.mark.slow
-def test_table_of_peers_prints() -> None:
-    command = [sys.executable, "-m", "benchmarks.peers", "--shape", "64", "64", "--n", "8", "--density", "0.3"]
-    done = subprocess.run([*command, "--rounds", "3"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert len(re.findall(r"^\| \d+x\d+ \|", done.stdout, re.M)) == len(peers.BLOCKSIZES)
-    assert "wrong result" not in done.stdout
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compare_times_all_in_one_run(ceiling: ceilings.Ceilings, threads: int) -> None:
+    shares: list[float] = []
+    weight = random_weight(7, (50, 70), (5, 2), 0.3)
+    with clock.peer_threads(threads):
+        c = compare(weight, Request(epilogue=("relu",), threads=threads, rounds=3), 9, ceiling, shares.append)
+    assert {"bsrgen", "bsrgen + relu", "numpy dense", "scipy csr"} <= {row.name for row in c.rows}
+    assert {len(row.timing.samples) for row in c.rows} == {3}
+    assert [row.timing.min_s for row in c.rows] == sorted(row.timing.min_s for row in c.rows)
+    assert (shares[-1], c.n, c.threads) == (1.0, 9, threads)
+    assert 0 < c.peak_share < 1
+    assert 0 <= c.error_share <= 1
+    assert {row["name"] for row in document([c])["runs"][0]["contenders"]} == {row.name for row in c.rows}
+
+
+@needs_cc
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_compare_takes_empty_and_full(ceiling: ceilings.Ceilings, density: float) -> None:
+    weight = random_weight(7, (8, 8), (4, 4), density)
+    with clock.peer_threads(1):
+        c = compare(weight, Request(rounds=3), 2, ceiling)
+    assert c.best("sparse").kind == "sparse"
+    assert c.error_share <= 1
+
+
+def timing(*samples: float) -> clock.Timing:
+    return clock.Timing(samples, 1)
+
+
+def compared(n: int, dense: float, sparse: float) -> Comparison:
+    """What only the verdict of a Comparison needs."""
+    rows = (Row("d", "dense", timing(1.0), dense), Row("e", "dense", timing(1.0), dense + 1))
+    case = case_of(random_weight(7, (8, 8), (4, 4), 0.5), "linear", n)
+    rest = dict.fromkeys(Comparison.__dataclass_fields__, None) | {"problem": case.problem, "threads": 1}
+    return Comparison(**rest | {"rows": (*rows, Row("s", "sparse", timing(1.0), sparse))})  # type: ignore[arg-type]
+
+
+def test_verdict_is_one_line() -> None:
+    a, b, c = compared(1, 0.5, 3.0), compared(32, 1.01, 4.0), compared(128, 5.21, 10.4)
+    assert verdict([c]) == "sparse: 5.2 x the best dense, 10 x the best sparse (n = 128)"
+    assert verdict([a, c]).startswith("dense at n = 1, sparse at n = 128: 0.5, 5.2 x the best dense, 3, 10 x")
+    assert verdict([b]).startswith("even: 1 x")
+
+
+def test_at_their_best_starts_once_more_without_handicaps() -> None:
+    code = (
+        "import os, sys; from bsrgen.bench.clock import at_their_best; at_their_best(2)\n"
+        "print(os.environ.get('OPENBLAS_CORETYPE'), os.environ['OMP_NUM_THREADS'], 'numpy' in sys.modules)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "_BSRGEN_BENCH"}
+    env["OPENBLAS_CORETYPE"] = "Haswell"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["None", "2", "False"]

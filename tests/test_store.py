@@ -14,6 +14,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -317,6 +318,21 @@ def test_a_fresh_entry_is_not_dropped_for_the_damage_of_the_old_one(store, monke
     assert holds(store.publish(KEY, never), KEY)
 
 
+def test_a_fresh_entry_that_was_taken_by_mistake_is_put_back(store, monkeypatch):
+    (store.publish(KEY, builder()) / "fake.c").write_text("x")
+    mkdtemp = tempfile.mkdtemp
+
+    def slow(**options: str) -> str:  # after the entry was compared, before it is renamed
+        monkeypatch.setattr("tempfile.mkdtemp", mkdtemp)
+        assert Store(store.root, locks=False).publish(KEY, builder())
+        return mkdtemp(**options)
+
+    monkeypatch.setattr("tempfile.mkdtemp", slow)
+    assert store.get(KEY) is None
+    assert holds(store.publish(KEY, never), KEY)
+    assert leftovers(store) == []
+
+
 def test_what_others_add_to_a_folder(tmp_path):
     builder()(tmp_path)
     (tmp_path / "example").write_bytes(b"\x7fELF")  # what `cc example.c -o example` leaves
@@ -406,11 +422,11 @@ HOSTILE = {
 def test_a_hostile_manifest_with_a_right_hash_is_refused_fast(tmp_path, manifest):
     write(tmp_path, {MANIFEST: manifest, MANIFEST_DIGEST: hashlib.sha256(manifest).hexdigest().encode()})
     seconds = []
-    for _ in range(3):
-        start_s = time.perf_counter()
+    for _ in range(5):
+        start_s = time.process_time()  # not the clock: other processes run tests too
         with pytest.raises(ArtifactCorruptError) as caught:
             verify_folder(tmp_path)
-        seconds.append(time.perf_counter() - start_s)
+        seconds.append(time.process_time() - start_s)
     assert min(seconds) < 0.05
     assert len(str(caught.value)) < 1000
 
@@ -747,6 +763,25 @@ def test_publish_walks_the_store_only_when_it_may_be_full(store, monkeypatch):
     fill(store, 1)
     monkeypatch.setattr(Store, "_scan", lambda self: pytest.fail("walked"))
     store.publish(KEY, builder())
+
+
+def test_the_ledger_misses_nothing_that_is_published_during_gc(store, monkeypatch):
+    scan = Store._scan
+    late = threading.Thread(target=lambda: store.publish(KEY, builder()))
+
+    def slow(self: Store) -> list[bsrgen.store.Entry]:
+        entries = scan(self)
+        if not late.ident:
+            late.start()
+            late.join(0.3)
+        return entries
+
+    fill(store, 2)
+    monkeypatch.setattr(Store, "_scan", slow)
+    store.gc()
+    late.join()
+    total = sum(entry.bytes for entry in store.entries())
+    assert sum(map(int, (store.root / "usage").read_text().split())) >= total == 3 * store.entries()[0].bytes
 
 
 def test_an_entry_in_use_can_go(store):

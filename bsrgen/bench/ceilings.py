@@ -3,7 +3,7 @@
 A neighbour on the same core or socket moves the peak, so a ceiling taken once is worth little: `Ceiling.call` does a
 fixed amount of work and goes into `clock.measure` beside the kernels, in the same rounds.
 
-    python -m benchmarks.ceilings
+    python -m bsrgen.bench.ceilings
 """
 
 from __future__ import annotations
@@ -19,10 +19,16 @@ from typing import Any
 
 import cffi
 import numpy as np
+from numpy.typing import NDArray
 
-from benchmarks.clock import SAMPLE_S, Timing, measure
+from bsrgen._paths import RUNTIME
+from bsrgen.bench.clock import SAMPLE_S, Timing, measure
+from bsrgen.build import find_compiler
+from bsrgen.errors import BuildError, UnsupportedError
+from bsrgen.machine import cache_bytes
+from bsrgen.targets import native
 
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCE = RUNTIME / "bsrgen_ceilings.c"
 CDEF = """
 struct peak { const char *level, *dtype, *operand; int lanes, accumulators; void (*run)(const char *, ptrdiff_t); };
 struct read { const char *level; int vector_bytes; void (*run)(const char *, ptrdiff_t, ptrdiff_t); };
@@ -32,12 +38,11 @@ int has_level(const char *level);
 """
 STEP_BYTES = 1024  # a read pass is a multiple of 16 vectors of at most 64 bytes
 WINDOW_BYTES = 4 << 20  # one call's share of a buffer too large to be read in one
-FALLBACK = {"L1": 32 << 10, "L2": 1 << 20, "L3": 16 << 20}
 
 
 @dataclass(frozen=True, slots=True)
 class Ceiling:
-    """A call that does `work` flop or bytes, and the row of ceilings.c that does it fastest here."""
+    """A call that does `work` flop or bytes, and the row of bsrgen_ceilings.c that does it fastest here."""
 
     name: str
     work: float
@@ -53,35 +58,29 @@ class Ceiling:
         return kernel.ratio(timing) * kernel_work / self.work
 
 
-def cache_bytes() -> dict[str, int]:
-    """Bytes of the L1 data, L2 and L3 cache of the first core, as Linux tells them."""
-    sizes = dict(FALLBACK)
-    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
-        if (index / "type").read_text().strip() != "Instruction":
-            size = (index / "size").read_text().strip()
-            sizes["L" + (index / "level").read_text().strip()] = int(size.rstrip("K")) << 10
-    return sizes
-
-
 @functools.cache
 def _load() -> tuple[cffi.FFI, Any]:
-    """Compile and open ceilings.c, once and for good: a Ceiling's call may outlive its Ceilings."""
+    """Compile and open the rows, once and for good: a Ceiling's call may outlive its Ceilings."""
+    if os.environ.get("BSRGEN_DISABLE_JIT") == "1":
+        raise BuildError("the ceilings are compiled when they are measured, but BSRGEN_DISABLE_JIT=1 forbids it")
     ffi = cffi.FFI()
     ffi.cdef(CDEF)
     with tempfile.TemporaryDirectory() as folder:
         lib = Path(folder) / "ceilings.so"
-        cc = os.environ.get("BSRGEN_CC", os.environ.get("CC", "cc"))
-        subprocess.run([cc, "-O2", "-shared", "-fPIC", "-o", str(lib), str(SOURCE)], check=True)
+        command = [find_compiler(native()).path, "-O2", "-shared", "-fPIC", "-o", str(lib), str(SOURCE)]
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if result.returncode:
+            raise BuildError(f"{' '.join(command)}: exit status {result.returncode}: {result.stderr[:500]}")
         return ffi, ffi.dlopen(str(lib))
 
 
 class Ceilings:
-    """Compiles ceilings.c and offers its rows as `Ceiling`s; the fastest row is found once for each question."""
+    """Compiles bsrgen_ceilings.c and offers its rows as `Ceiling`s; the fastest row is found once for each question."""
 
     def __init__(self) -> None:
         self._ffi, self._lib = _load()
         self._found: dict[str, Ceiling] = {}
-        self._buffers: dict[int, np.ndarray] = {}
+        self._buffers: dict[int, NDArray[Any]] = {}
         sizes = cache_bytes()
         self.sizes = {
             "L1": sizes["L1"] // 2,
@@ -116,7 +115,7 @@ class Ceilings:
     def _best(self, name: str, work: float, calls: Mapping[str, Callable[[], object]]) -> Ceiling:
         """The fastest of `calls`, timed at the first question only."""
         if not calls:
-            raise ValueError(f"{name}: no row of {SOURCE.name} runs on this CPU; it has {', '.join(self.levels)}")
+            raise UnsupportedError(f"{name}: no row of {SOURCE.name} runs on this CPU; it has {', '.join(self.levels)}")
         if name not in self._found:
             timings = measure(calls, rounds=5)
             row = min(timings, key=lambda r: timings[r].min_s)

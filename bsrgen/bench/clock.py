@@ -21,7 +21,7 @@ HANDICAPS = frozenset(
         *("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"),
     )
 )
-_STARTED = "BSRGEN_BENCH_STARTED"  # set in the process that at_their_best started
+_STARTED = "_BSRGEN_BENCH"  # set in the process that at_their_best started
 SAMPLE_S = 200e-6  # a shorter sample is mostly clock (30 ns) and Python's call (50 ns); a longer one catches more noise
 
 
@@ -85,13 +85,15 @@ def measure(
     seconds: float | None = None,
     sample_s: float = SAMPLE_S,
     cpus: Sequence[int] | None = None,
+    settle_s: float = 0.0,
     progress: Callable[[float], object] | None = None,
 ) -> dict[str, Timing]:
     """Time zero-argument callables in alternation on one core (or on `cpus`).
 
     Every round takes one sample of each contender: one untimed call (the others have cooled its caches), then as
     many calls as make `sample_s`.  At most `rounds` are taken, and no more than fit into `seconds`, but never fewer
-    than 3.  `progress` is told after each round which share is done.
+    than 3.  `settle_s` passes before each contender's turn: threads of the one before spin on for a few milliseconds
+    (libgomp, OpenBLAS) and would take a core away.  `progress` is told after each round which share is done.
     """
     most, limit_s = rounds or sys.maxsize, seconds or float("inf")
     with pinned(cpus):
@@ -101,6 +103,8 @@ def measure(
         done, spent = 0, 0.0
         while done < 3 or (done < most and spent < limit_s):
             for name, call in contenders.items():
+                if settle_s:
+                    time.sleep(settle_s)
                 call()
                 samples[name].append(_sample(call, calls[name]))
             done, spent = done + 1, time.perf_counter() - start
@@ -120,8 +124,13 @@ def importable(name: str) -> bool:
 
 @contextlib.contextmanager
 def peer_threads(count: int = 1) -> Iterator[None]:
-    """OpenBLAS, OpenMP and torch on `count` threads; without threadpoolctl only where the environment already says so."""
+    """OpenBLAS, OpenMP and torch on `count` threads; without threadpoolctl only where the environment says so.
+
+    Several threads keep to as many cores: TBB, which MKL uses then, takes all cores of the process.
+    """
     with contextlib.ExitStack() as stack:
+        if count > 1 and hasattr(os, "sched_getaffinity"):
+            stack.enter_context(pinned(sorted(os.sched_getaffinity(0))[-count:]))
         if importable("torch"):
             import torch
 

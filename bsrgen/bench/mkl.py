@@ -1,6 +1,6 @@
 """Intel MKL through cffi: dense gemm, gemm with a packed weight, and the inspector-executor sparse routines.
 
-Only what `peers` times.  One thread (the sequential layer).  `pip install mkl` puts libmkl_rt where it is looked for.
+Only what `peers` times.  `pip install mkl` puts libmkl_rt where it is looked for.
 """
 
 from __future__ import annotations
@@ -15,11 +15,20 @@ from typing import Any
 import cffi
 import numpy as np
 import scipy.sparse
+from numpy.typing import NDArray
 
+from bsrgen.errors import BsrgenError
+
+Array = NDArray[Any]
 ROW_MAJOR, COL_MAJOR, NO_TRANS, TRANS, PACKED, A_MATRIX, B_MATRIX = 101, 102, 111, 112, 151, 161, 162
-SEQUENTIAL, NON_TRANSPOSE, GENERAL, AGGRESSIVE, MANY_CALLS = 1, 10, 20, 81, 1_000_000
+SEQUENTIAL, TBB = 1, 4  # not MKL's OpenMP layers: beside torch's libgomp their products are wrong or crash
+NON_TRANSPOSE, GENERAL, AGGRESSIVE, MANY_CALLS = 10, 20, 81, 1_000_000
 CTYPE = {"s": "float", "d": "double"}
-CDEF = "typedef struct { int type, mode, diag; } descr; int MKL_Set_Threading_Layer(int);" + "".join(
+CDEF = """
+typedef struct { int type, mode, diag; } descr;
+int MKL_Set_Threading_Layer(int);
+void MKL_Set_Num_Threads(int);
+""" + "".join(
     f"""
 void cblas_{p}gemm(int, int, int, int, int, int, {t}, const {t} *, int, const {t} *, int, {t}, {t} *, int);
 size_t cblas_{p}gemm_pack_get_size(int, int, int, int);
@@ -46,21 +55,35 @@ ffi.cdef(CDEF)
 
 @functools.cache
 def library() -> Any:
-    """libmkl_rt with the sequential layer, or None where it is not installed."""
-    installed = sorted(map(str, Path(sys.prefix, "lib").glob("libmkl_rt.so*")))
-    path = installed[0] if installed else ctypes.util.find_library("mkl_rt")
-    if path is None:
-        return None
-    lib = ffi.dlopen(path)
-    lib.MKL_Set_Threading_Layer(SEQUENTIAL)
-    return lib
+    """libmkl_rt, or None where it is not installed."""
+    path = _find("libmkl_rt.so*") or ctypes.util.find_library("mkl_rt")
+    return None if path is None else ffi.dlopen(path)
 
 
-def _prefix(dtype: np.dtype) -> str:
+@functools.cache
+def declines(threads: int) -> str | None:
+    """Put MKL on `threads` threads from here on, or say why not.  It keeps the layer a process asks for first."""
+    if library() is None:
+        return "mkl is not installed"
+    if threads > 1:
+        tbb = _find("libtbb.so.*")
+        if tbb is None:  # MKL would end the process
+            return "tbb is not installed, which mkl needs for several threads"
+        ffi.dlopen(tbb, ffi.RTLD_NOW | ffi.RTLD_GLOBAL)
+    library().MKL_Set_Threading_Layer(SEQUENTIAL if threads == 1 else TBB)
+    library().MKL_Set_Num_Threads(threads)
+    return None
+
+
+def _find(name: str) -> str | None:
+    return next(iter(sorted(map(str, Path(sys.prefix, "lib").glob(name)))), None)
+
+
+def _prefix(dtype: np.dtype[Any]) -> str:
     return {"float32": "s", "float64": "d"}[dtype.name]
 
 
-def _pointer(a: np.ndarray) -> Any:
+def _pointer(a: Array) -> Any:
     """The data of a contiguous array; keeps the array alive."""
     kind = {"float32": "float[]", "float64": "double[]", "int32": "int[]"}[a.dtype.name]
     return ffi.from_buffer(kind, a if a.flags.c_contiguous else a.T)
@@ -68,10 +91,10 @@ def _pointer(a: np.ndarray) -> Any:
 
 def _ok(status: int, what: str) -> None:
     if status:
-        raise RuntimeError(f"MKL: {what} returned status {status}")
+        raise BsrgenError(f"MKL: {what} returned status {status}")
 
 
-def gemm(W: np.ndarray, x: np.ndarray, y: np.ndarray, *, linear: bool) -> Callable[[], object]:
+def gemm(W: Array, x: Array, y: Array, *, linear: bool) -> Callable[[], object]:
     """y = x @ W.T (linear) or y = W @ x, all row-major."""
     fn = getattr(library(), f"cblas_{_prefix(W.dtype)}gemm")
     (M, K), (w, a, b) = W.shape, map(_pointer, (W, x, y))
@@ -82,7 +105,7 @@ def gemm(W: np.ndarray, x: np.ndarray, y: np.ndarray, *, linear: bool) -> Callab
     return lambda: fn(ROW_MAJOR, NO_TRANS, NO_TRANS, M, N, K, 1.0, w, K, a, N, 0.0, b, N)
 
 
-def gemm_packed(W: np.ndarray, x: np.ndarray, y: np.ndarray, *, linear: bool) -> Callable[[], object]:
+def gemm_packed(W: Array, x: Array, y: Array, *, linear: bool) -> Callable[[], object]:
     """As `gemm`, with the weight packed once, which MKL offers for exactly this use."""
     lib, p, (M, K) = library(), _prefix(W.dtype), W.shape
     size, pack, fn = (getattr(lib, f"cblas_{p}gemm_{name}") for name in ("pack_get_size", "pack", "compute"))
@@ -97,7 +120,7 @@ def gemm_packed(W: np.ndarray, x: np.ndarray, y: np.ndarray, *, linear: bool) ->
     return lambda: fn(ROW_MAJOR, PACKED, NO_TRANS, m, n, K, pw, K, a, n, 0.0, b, n)
 
 
-def sparse(W: Any, X: np.ndarray, Y: np.ndarray) -> Callable[[], object]:
+def sparse(W: Any, X: Array, Y: Array) -> Callable[[], object]:
     """Y[M,N] = W @ X[K,N] for a scipy csr or (square-block) bsr `W`; X and Y both row-major, or both column-major.
 
     Inspector-executor: the hints say that millions of calls follow and that memory may be spent on them."""

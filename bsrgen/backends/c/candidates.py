@@ -48,7 +48,7 @@ def _weight_tiles(problem: Problem, target: Target) -> Iterator[WeightTile]:
     for k_lanes in (1 << b for b in range(lanes.bit_length())):
         row_lanes = lanes // k_lanes
         whole = -(-p.R // row_lanes)
-        if p.C % k_lanes or 3 * whole * row_lanes > 4 * p.R:
+        if p.C % k_lanes or 3 * whole * row_lanes > 4 * p.R or (k_lanes > 1 and lanes <= p.R):
             continue
         for vectors in {min(whole, v): None for v in (2, 1, 3)}:
             most = min(target.registers - 1 - vectors, MAX_TILE) // vectors

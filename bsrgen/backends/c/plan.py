@@ -115,6 +115,16 @@ class CPlan(Plan):
         return self.tokens.rows
 
     @property
+    def weight_window(self) -> int:
+        """Block rows whose partial sums are folded together: whole vectors of rows come out, within 32 KiB of L1."""
+        w, R = self.weight, self.problem.pattern.R
+        if w is None or w.k_lanes == 1 or R % w.row_lanes:
+            return 1
+        room = (32 << 10) // (w.tokens * self.target.vector_bytes * max(R // w.row_lanes, 1))
+        whole = [count for count in range(1, room + 1) if count * R % self.lanes == 0]
+        return whole[0] if whole else max(min(room, self.lanes // R), 1)
+
+    @property
     def block_values(self) -> int:
         """Packed elements of one block."""
         return sum(group.slots for group in self.groups) * self.problem.pattern.C

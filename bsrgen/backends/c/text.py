@@ -145,8 +145,7 @@ def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
     padded_k, unit = p.block_cols * p.C, plan.weight.row_lanes if plan.weight else 1
     groups = [_group(plan, q, unit) for q in range(len(plan.groups))]
     full = sum(1 for g in groups if (g["rows"], g["slots"]) == (groups[0]["rows"], groups[0]["slots"]))
-    aliases = padded_k * problem.dtype.bytes % 4096 == 0  # rows of X in one L1 set: copy them apart
-    spread = padded_k + 64 // problem.dtype.bytes if aliases and padded_k else padded_k
+    spread = _leading_dimension(plan)
     index = iter(range(len(problem.operands)))
     epilogue = [
         {"name": step.name, "c": step.c, "operands": [
@@ -156,7 +155,6 @@ def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
     ]  # fmt: skip
     rows = _code(plan) if plan.encoding == "code" else ()
     code, weight_code = (rows, ()) if plan.tokens else ((), rows)
-    pack_lanes = range(0, plan.lanes, plan.k_lanes)
     return {
         "name": level["name"], "tables": level["tables"], "real": problem.dtype.c, "real_bytes": problem.dtype.bytes,
         "lanes": plan.lanes, "M": p.M, "K": p.K, "R": p.R, "C": p.C, "block_rows": p.block_rows,
@@ -169,7 +167,9 @@ def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
         "groups": groups, "groups_full": full if full > 1 else 0,
         "groups_single": groups[full:] if full > 1 else groups,
         "ldx": spread, "copy_x": spread != p.K,
-        "pick_lanes": ", ".join(str(i) for i in [*pack_lanes, *[-1] * (plan.lanes - len(pack_lanes))]),
+        "folds": _folds(plan.lanes, plan.k_lanes),
+        "weight_vectors": sum(g["slots"] for g in groups) // unit,
+        "weight_window": plan.weight_window,
         "weight_token_counts": _variants(plan.weight.tokens, bool(weight_code)) if plan.weight else (),
         "token_vector_counts": _variants(plan.tokens.vectors, bool(code)) if plan.tokens else (),
         "code": code, "weight_code": weight_code,
@@ -193,6 +193,27 @@ def _code(plan: CPlan) -> list[dict[str, Any]]:
             for b in range(p.indptr[i], p.indptr[i + 1])]}
         for i in range(p.block_rows)
     ]  # fmt: skip
+
+
+def _leading_dimension(plan: CPlan) -> int:
+    """Of X in the weight tile: K, or more where rows would share an L1 set, or where vectors along k must be aligned."""
+    p, lanes = plan.problem.pattern, plan.lanes
+    features = p.block_cols * p.C
+    if plan.k_lanes > 1:
+        features = -(-features // lanes) * lanes
+    return features + lanes if features and features * plan.problem.dtype.bytes % 4096 == 0 else features
+
+
+def _folds(lanes: int, k_lanes: int) -> list[dict[str, Any]]:
+    """Rounds that add up the `k_lanes` neighbours of each row: two vectors of groups become one of half groups."""
+    rounds = []
+    group = k_lanes
+    while group > 1:
+        low = [first + q for first in range(0, 2 * lanes, group) for q in range(group // 2)]
+        high = [q + group // 2 for q in low]
+        rounds.append({"group": group, "low": ", ".join(map(str, low)), "high": ", ".join(map(str, high))})
+        group //= 2
+    return rounds
 
 
 def _group(plan: CPlan, q: int, unit: int) -> dict[str, int]:

@@ -1,0 +1,198 @@
+"""Report: bsrgen, its peers and the ceilings of the core timed side by side for one weight, and what follows."""
+
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bsrgen import api
+from bsrgen.bench.case import case_of
+from bsrgen.bench.ceilings import Ceiling, Ceilings
+from bsrgen.bench.clock import Timing, measure
+from bsrgen.bench.peers import PEERS, Run, check, kernel_run, prepare
+from bsrgen.errors import BuildError
+from bsrgen.kernel import Kernel
+from bsrgen.pattern import Weight
+from bsrgen.problem import Problem
+from bsrgen.verify import error_share
+
+PEAK, READ = "FMA peak", "weight read"
+EVEN = 0.03  # ratios this close to 1 are noise on a shared machine
+SETTLE_S = 5e-3  # between contenders of several threads
+LIMIT_S = 12.0  # of timing for one n: a slow peer of a large weight would take minutes for all rounds
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to compare: how bsrgen compiles, and how long the clock runs."""
+
+    operator: str = "linear"
+    epilogue: tuple[str, ...] = ()
+    target: tuple[str, ...] = ("native",)
+    tune: Literal["off", "model", "measure"] = "model"
+    threads: int = 1
+    rounds: int = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A contender on the clock; `gain` is how many times faster bsrgen is, at least."""
+
+    name: str
+    kind: Literal["bsrgen", "dense", "sparse"]
+    timing: Timing
+    gain: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One n: the rows, fastest first, and bsrgen's share of what the core can do and of the error it may make."""
+
+    problem: Problem
+    kernel: Kernel
+    rows: tuple[Row, ...]
+    absent: dict[str, str]  # peers that are not in the rows, and why
+    peak: Ceiling
+    peak_flop_per_s: float
+    peak_share: float
+    read_bytes_per_s: float
+    read_share: float
+    error_share: float
+    threads: int
+
+    @property
+    def n(self) -> int:
+        """Tokens."""
+        return self.problem.n or 0
+
+    def best(self, kind: str) -> Row:
+        """The peer of that kind that bsrgen gains least over."""
+        return min((row for row in self.rows if row.kind == kind), key=lambda row: row.gain)
+
+    @property
+    def unrest(self) -> float:
+        """Usual over best time, the median over the rows: 1 on a machine that does nothing else."""
+        return statistics.median(row.timing.median_s / row.timing.min_s for row in self.rows)
+
+    def rate(self, row: Row) -> float:
+        """FLOP per second on nonzeros."""
+        return self.problem.flop(self.n) / row.timing.min_s
+
+
+def compare(
+    weight: Weight, request: Request, n: int, ceilings: Ceilings, progress: Callable[[float], object] | None = None
+) -> Comparison:
+    """Compile `weight` for n tokens, check every contender against float64 and time them in alternation.
+
+    Call it within clock.peer_threads(request.threads).  BuildError where bsrgen's own result exceeds its bound.
+    """
+    case = case_of(weight, request.operator, n, request.threads)
+    kernel = _compiled(weight, request, n, ())
+    runs, absent = prepare(case, PEERS[1:])
+    own = {PEERS[0].name: kernel_run(kernel, case)}
+    share = _own_error(own[PEERS[0].name], *case.problem.reference(weight, case.x))
+    if request.epilogue:
+        own[f"bsrgen + {', '.join(request.epilogue)}"] = _fused(weight, request, n)
+    peak = ceilings.fma(case.problem.dtype.short)
+    read = ceilings.read(max(kernel.plan.values.bytes, 1))
+    calls = {name: run.call for name, run in (own | runs).items()} | {PEAK: peak.call, READ: read.call}
+    cpus, settle_s = (None, 0.0) if request.threads == 1 else ((), SETTLE_S)
+    times = measure(calls, rounds=request.rounds, seconds=LIMIT_S, cpus=cpus, settle_s=settle_s, progress=progress)
+    mine = times[PEERS[0].name]
+    kinds = {peer.name: peer.kind for peer in PEERS}
+    rows = [Row(name, kinds.get(name, "bsrgen"), times[name], _gain(mine, times[name])) for name in own | runs]
+    return Comparison(
+        problem=case.problem, kernel=kernel, rows=tuple(sorted(rows, key=lambda row: row.timing.min_s)),
+        absent=absent, peak=peak, peak_flop_per_s=peak.rate(times[PEAK]),
+        peak_share=peak.share(times[PEAK], mine, case.nonzero_flop) / request.threads,
+        read_bytes_per_s=read.rate(times[READ]),
+        read_share=read.share(times[READ], mine, kernel.plan.values.bytes) / request.threads,
+        error_share=share, threads=request.threads,
+    )  # fmt: skip
+
+
+def _gain(mine: Timing, other: Timing) -> float:
+    """The smaller of the ratio of the best samples and the usual ratio within a round.
+
+    The one suffers where bsrgen had the luckier moment, the other where a neighbour hurts some contenders more: a busy
+    machine stops threads that wait for each other far longer than one that works alone.
+    """
+    return min(other.min_s / mine.min_s, mine.ratio(other))
+
+
+def _compiled(weight: Weight, request: Request, n: int, epilogue: tuple[str, ...]) -> Kernel:
+    return api.compile(
+        weight, request.operator, dtype=weight.data.dtype, epilogue=epilogue, target=request.target, n=n,
+        threads=request.threads, tune=request.tune,
+    )  # fmt: skip
+
+
+def _own_error(run: Run, expected: Any, bound: Any) -> float:
+    run.call()
+    try:
+        return check(run.result(), expected, bound, slack=1.0)
+    except ArithmeticError as e:
+        raise BuildError(f"bsrgen: {e}; the compiler or bsrgen is at fault, please report it") from e
+
+
+def _fused(weight: Weight, request: Request, n: int) -> Run:
+    """bsrgen with the epilogue: what the fused steps cost; the peers compute the product alone."""
+    import numpy as np
+
+    kernel = _compiled(weight, request, n, request.epilogue)
+    case = case_of(weight, request.operator, n, request.threads)
+    _, given = kernel.problem.sample(np.random.default_rng(0), n)
+    y = case.out()
+    call = functools.partial(kernel, case.x, out=y, **given)
+    expected, bound = kernel.problem.reference(weight, case.x, given, y.copy())
+    call()
+    if error_share(y, expected, bound) > 1:
+        raise BuildError(f"{kernel.name}: its result exceeds the error bound; please report it")
+    return Run(call, lambda: y)
+
+
+def verdict(comparisons: Sequence[Comparison]) -> str:
+    """One line: sparse or dense for this matrix, and how much faster than the best peers of either kind, for each n."""
+    words: dict[str, list[int]] = {}
+    for c in comparisons:
+        gain = c.best("dense").gain
+        word = "even" if abs(gain - 1) <= EVEN else "sparse" if gain > 1 else "dense"
+        words.setdefault(word, []).append(c.n)
+    ns = [c.n for c in comparisons]
+    who = ", ".join(word if len(words) == 1 else f"{word} at n = {_list(at)}" for word, at in words.items())
+    dense, sparse = (_list(f"{c.best(kind).gain:.2g}" for c in comparisons) for kind in ("dense", "sparse"))
+    return f"{who}: {dense} x the best dense, {sparse} x the best sparse (n = {_list(ns)})"
+
+
+def _list(values: Any) -> str:
+    return ", ".join(map(str, values))
+
+
+def document(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """The comparisons as plain data, in seconds, FLOP per second and bytes per second."""
+    first = comparisons[0]
+    return {
+        "problem": str(first.problem), "threads": first.threads, "verdict": verdict(comparisons),
+        "runs": [_run(c) for c in comparisons],
+    }  # fmt: skip
+
+
+def _run(c: Comparison) -> dict[str, Any]:
+    return {
+        "n": c.n,
+        "plan": str(c.kernel.plan),
+        "artifact": str(c.kernel.artifact),
+        "contenders": [
+            {
+                "name": row.name, "kind": row.kind, "min_s": row.timing.min_s, "median_s": row.timing.median_s,
+                "flop_per_s": c.rate(row), "bsrgen_speedup": row.gain, "samples": len(row.timing.samples),
+            }
+            for row in c.rows
+        ],
+        "absent": c.absent,
+        "peak": {"row": c.peak.row, "flop_per_s": c.peak_flop_per_s, "share": c.peak_share},
+        "weight_read": {"bytes_per_s": c.read_bytes_per_s, "share": c.read_share},
+        "error_share_of_bound": c.error_share,
+        "unrest": c.unrest,
+    }  # fmt: skip

@@ -1,0 +1,132 @@
+"""bsrgen bench: is sparse worth it for this weight, on this machine?"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bsrgen.cli.common import (
+    console,
+    numbers,
+    plain,
+    problem_options,
+    read,
+    show_json,
+    size,
+    tune_option,
+    verb,
+    working,
+)
+
+if TYPE_CHECKING:
+    from bsrgen.bench.report import Comparison
+
+PACKAGES = ("numpy", "scipy", "mkl", "torch")
+UNREST = 1.25  # usual over best time, above which a run is called disturbed
+FEW = 8  # tokens up to which reading the weight is the limit
+
+
+@click.command()
+@problem_options
+@click.option("--n", "ns", callback=numbers, default="1,32,128", show_default=True, help="Tokens, a table for each.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="For bsrgen and all peers.")
+@click.option("--rounds", type=click.IntRange(3), default=30, show_default=True, help="Samples of each contender.")
+@tune_option
+@verb
+def bench(
+    *, weight_file: Path, key: str | None, blocksize: tuple[int, int] | None, dtype: str,
+    ns: tuple[int, ...], as_json: bool, threads: int, **options: Any,
+) -> None:  # fmt: skip
+    """Time the kernel of WEIGHT against every installed library, and say whether sparse is worth it.
+
+    Values are the file's, activations random.  All contenders and the multiply-add peak of the core take turns in one
+    run.  Rates count stored elements only, for dense products too; speed-up is that of bsrgen over each.  With
+    --epilogue, bsrgen is timed with it as well; the libraries compute the product alone.
+    """
+    from bsrgen.bench.clock import at_their_best, peer_threads
+
+    if click.get_current_context().find_root().obj is True:
+        at_their_best(threads)
+    from bsrgen.bench import report
+    from bsrgen.bench.ceilings import Ceilings
+
+    weight = read(weight_file, key, blocksize, dtype)
+    request = report.Request(threads=threads, **options)
+    comparisons = []
+    with peer_threads(threads):
+        with working("measuring the ceilings of this core"):
+            ceilings = Ceilings()
+        for n in ns:
+            with working(f"n = {n}") as progress:
+                comparisons.append(report.compare(weight, request, n, ceilings, progress))
+            if not as_json:
+                if len(comparisons) == 1:
+                    _head(weight_file, comparisons[0])
+                _table(comparisons[-1])
+    if as_json:
+        show_json({"weight": str(weight_file), "machine": _machine(), **report.document(comparisons)})
+        return
+    _notes(comparisons)
+    click.echo(f"verdict: {report.verdict(comparisons)}")
+
+
+def _machine() -> dict[str, Any]:
+    from bsrgen.machine import cpu_model, versions
+    from bsrgen.targets import native
+
+    installed = {name: version for name, version in versions(PACKAGES).items() if version}
+    return {"cpu": cpu_model(), "target": native().name, "packages": installed}
+
+
+def _head(weight_file: Path, c: "Comparison") -> None:
+    machine = _machine()
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    threads = "one thread" if c.threads == 1 else f"{c.threads} threads"
+    out = console()
+    out.print(f"[bold]{plain(weight_file.name)}[/]: {plain(str(c.problem))}, {threads}", soft_wrap=True)
+    out.print(f"[dim]{plain(machine['cpu'])}, {machine['target']}; {packages}[/]", soft_wrap=True)
+
+
+def _table(c: "Comparison") -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column(f"n = {c.n}", min_width=34, no_wrap=True)
+    for name in ("min us", "median us", "GFLOP/s", "speed-up"):
+        table.add_column(name, justify="right", no_wrap=True, min_width=10)
+    for row in c.rows:
+        own = row.kind == "bsrgen"
+        cells = [f"{row.timing.min_s * 1e6:.1f}", f"{row.timing.median_s * 1e6:.1f}", f"{c.rate(row) / 1e9:.1f}"]
+        gain = "" if own else f"{row.gain:.2f}x"
+        table.add_row(row.name, *cells, gain, style="bold" if own else "")
+    table.add_row(f"peak ({c.peak.row})", "", "", f"{c.peak_flop_per_s / 1e9:.1f}", "", style="dim")
+    shares = [f"{100 * c.peak_share:.0f} % of peak"]
+    if c.n <= FEW:
+        rate, held = f"{c.read_bytes_per_s / 1e9:.0f} GB/s", size(c.kernel.plan.values.bytes)
+        shares.append(f"{100 * c.read_share:.0f} % of this core's {rate} ({held} of weight)")
+    out = console()
+    out.print()
+    out.print(table)
+    out.print(f"bsrgen: {', '.join(shares)}; error {100 * c.error_share:.1f} % of its bound", soft_wrap=True)
+    out.print(f"[dim]{plain(str(c.kernel.plan))}[/]")
+
+
+def _notes(comparisons: list["Comparison"]) -> None:
+    from bsrgen.bench.peers import SAME
+
+    reasons: dict[str, list[str]] = {}
+    for c in comparisons:
+        for name, why in c.absent.items():
+            if why.startswith(SAME):
+                continue
+            names = reasons.setdefault(why, [])
+            if name not in names:
+                names.append(name)
+    out = console()
+    out.print()
+    for why, names in reasons.items():
+        out.print(f"[dim]not timed: {', '.join(names)}: {plain(why)}[/]", soft_wrap=True)
+    unrest = max(c.unrest for c in comparisons)
+    if unrest > UNREST:
+        out.print(f"[yellow]other work disturbed this run: usual times are {unrest:.1f} x the best; run it again[/]")

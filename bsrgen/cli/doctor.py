@@ -1,0 +1,164 @@
+"""bsrgen doctor: can this machine build and run kernels, and what to do where it cannot."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from bsrgen.cli.common import FAILED, console, plain, show_json, size, verb
+from bsrgen.errors import BsrgenError
+
+VARIABLES = ("BSRGEN_CACHE_DIR", "BSRGEN_DISABLE_JIT", "BSRGEN_CC", "BSRGEN_NUM_THREADS")
+NEEDED = ("numpy", "scipy", "jinja2", "cffi", "ml_dtypes", "safetensors")
+PEERS = ("mkl", "torch", "threadpoolctl")
+SMOKE = "#include <math.h>\n#include <pthread.h>\n#include <stdint.h>\n#include <stdlib.h>\nint f(void) { return 0; }\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at; `advice` says what to do unless it is ok."""
+
+    what: str
+    status: Literal["ok", "warn", "fail"]
+    detail: str
+    advice: str = ""
+
+
+@click.command()
+@verb
+def doctor(*, as_json: bool) -> int:
+    """Look at everything that kernels need here: versions, compiler, CPU, call path, store, variables."""
+    findings = [finding for look in LOOKS for finding in look()]
+    healthy = all(finding.status != "fail" for finding in findings)
+    if as_json:
+        show_json({"ok": healthy, "findings": [asdict(finding) for finding in findings]})
+        return 0 if healthy else FAILED
+    marks = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
+    out = console()
+    for f in findings:
+        out.print(f"{marks[f.status]}  {f.what:10}  {plain(f.detail)}", soft_wrap=True)
+        if f.advice:
+            out.print(f"{'':18}[yellow]{plain(f.advice)}[/]", soft_wrap=True)
+    out.print(
+        "kernels can be built and run here" if healthy else "[red]kernels cannot be built here[/]: see FAIL above"
+    )
+    return 0 if healthy else FAILED
+
+
+def _versions() -> Iterator[Finding]:
+    from bsrgen import __version__
+    from bsrgen.machine import versions
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    yield Finding("bsrgen", "ok", f"{__version__}, Python {python} ({sys.executable})")
+    found = versions(NEEDED)
+    missing = [name for name, version in found.items() if version is None]
+    detail = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    if missing:
+        yield Finding(
+            "packages", "fail", f"without {', '.join(missing)}; {detail}", "pip install --force-reinstall bsrgen"
+        )
+    else:
+        yield Finding("packages", "ok", detail)
+
+
+def _compiler() -> Iterator[Finding]:
+    from bsrgen.build import find_compiler
+    from bsrgen.targets import native
+
+    try:
+        compiler = find_compiler(native())
+    except BsrgenError as e:
+        yield Finding("compiler", "fail", str(e), "e.g. apt install gcc libc6-dev, or dnf install gcc")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        command = [compiler.path, *native().flags, "-x", "c", "-shared", "-fPIC", "-o", f"{folder}/smoke.so", "-"]
+        done = subprocess.run(command, input=SMOKE, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        first = next(iter(done.stderr.splitlines()), f"exit status {done.returncode}")
+        yield Finding(
+            "compiler", "fail", f"{compiler.path} cannot compile: {first}", "install libc6-dev, or set BSRGEN_CC"
+        )
+    else:
+        yield Finding("compiler", "ok", f"{compiler.path}: {compiler.identity}")
+
+
+def _cpu() -> Iterator[Finding]:
+    from bsrgen.machine import cache_bytes, core_quota, cpu_model, usable_cores
+    from bsrgen.targets import native
+
+    target = native()
+    caches = ", ".join(f"{level} {size(count)}" for level, count in cache_bytes().items())
+    yield Finding("cpu", "ok", f"{cpu_model()}; {caches}")
+    yield Finding("target", "ok", f"{target.name}: {', '.join(target.requires) or 'baseline'}")
+    cores, quota = usable_cores(), core_quota()
+    if quota is not None and quota < cores:
+        advice = f"set BSRGEN_NUM_THREADS={max(1, int(quota))}, so that threads do not wait for their share"
+        yield Finding("cores", "warn", f"{cores} usable, but the control group allows {quota:g}", advice)
+    else:
+        yield Finding("cores", "ok", f"{cores} usable")
+
+
+def _call_path() -> Iterator[Finding]:
+    import sysconfig
+
+    from bsrgen.trampoline import trampoline
+
+    if trampoline().mode == "api":
+        yield Finding("call path", "ok", "compiled extension")
+    elif Path(sysconfig.get_path("include"), "Python.h").is_file():
+        yield Finding("call path", "ok", "cffi ABI mode now; the first compile builds the faster extension")
+    else:
+        advice = "install Python's headers, e.g. apt install python3-dev"
+        yield Finding("call path", "warn", "cffi ABI mode, microseconds slower per call: there is no Python.h", advice)
+
+
+def _store() -> Iterator[Finding]:
+    from bsrgen.store import Store
+
+    try:
+        store = Store.default()
+        with tempfile.TemporaryFile(dir=store.root):
+            pass
+        entries = store.entries()
+    except OSError as e:  # StoreError is one
+        yield Finding("store", "fail", " ".join(str(e).split()), "set BSRGEN_CACHE_DIR to a folder of yours")
+        return
+    used, mode = size(sum(entry.bytes for entry in entries)), store.root.stat().st_mode & 0o777
+    detail = f"{store.root} (mode {mode:04o}): {len(entries)} artifacts, {used} of at most {size(store.max_bytes)}"
+    yield Finding("store", "ok", detail)
+
+
+def _peers() -> Iterator[Finding]:
+    from bsrgen.machine import versions
+
+    found = versions(PEERS)
+    here = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    missing = ", ".join(name for name, version in found.items() if not version)
+    without = f"; without {missing} `bsrgen bench` has fewer peers" if missing else ""
+    yield Finding("peers", "ok", f"{here or 'numpy and scipy only'}{without}")
+
+
+def _variables() -> Iterator[Finding]:
+    from bsrgen.bench.clock import HANDICAPS
+
+    for name in sorted(os.environ):
+        setting = f"{name}={os.environ[name]}"
+        if name in VARIABLES:
+            off = name == "BSRGEN_DISABLE_JIT" and os.environ[name] == "1"
+            advice = "no kernel is built, only loaded; unset it to build" if off else ""
+            yield Finding("variable", "warn" if off else "ok", setting, advice)
+        elif name.startswith("BSRGEN_"):
+            yield Finding("variable", "warn", f"{setting}: not one of ours", f"there are {', '.join(VARIABLES)}")
+        elif name in HANDICAPS:
+            advice = "it ties another library to older code; `bsrgen bench` drops it for its own run"
+            yield Finding("variable", "warn", setting, advice)
+
+
+LOOKS = (_versions, _compiler, _cpu, _call_path, _store, _peers, _variables)

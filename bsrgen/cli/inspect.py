@@ -1,0 +1,247 @@
+"""bsrgen inspect: what is in an artifact, or what would become of a weight."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bsrgen.cli.common import duration, facts, problem_options, read, show_json, size, verb
+
+if TYPE_CHECKING:
+    from bsrgen.artifact import Artifact, LevelRecord
+    from bsrgen.pattern import Pattern
+    from bsrgen.plan import Counts, Plan
+    from bsrgen.problem import Problem
+
+Rows = list[tuple[str, str]]
+
+
+@click.command()
+@problem_options
+@click.option("--n", type=click.IntRange(1), help="Tokens to count and plan for.  [default: 128]")
+@click.option("--png", type=click.Path(path_type=Path), metavar="FILE", help="Write a picture of the pattern there.")
+@verb
+def inspect(
+    *, weight_file: Path, key: str | None, blocksize: tuple[int, int] | None, dtype: str, png: Path | None,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Show an artifact (a folder), or a weight file and the plan that the cost model would take for it.
+
+    Nothing is compiled, and no library is loaded.  The options other than --png are for weight files.
+    """
+    folder = weight_file.is_dir()
+    if folder:
+        pattern, document = _pattern(_artifact(weight_file)), artifact_document(weight_file)
+    else:
+        weight = read(weight_file, key, blocksize, dtype)
+        plans = _plans(weight.pattern, dtype=dtype, **options)
+        pattern, document = weight.pattern, _weight_document(weight.notes, plans, options["n"])
+    if png is not None:
+        from bsrgen.picture import png as encode
+
+        png.write_bytes(encode(pattern))
+        document["png"] = str(png)
+    if as_json:
+        show_json(document)
+    elif folder:
+        artifact_facts(weight_file)
+    else:
+        _weight_facts(weight_file.name, weight.notes, plans, options["n"])
+    if png is not None and not as_json:
+        click.echo(f"wrote {png}")
+
+
+# ── an artifact ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def artifact_document(folder: Path) -> dict[str, Any]:
+    """The manifest, what can be counted of its plans, and its digest."""
+    import msgspec
+
+    artifact = _artifact(folder)
+    manifest = msgspec.to_builtins(artifact.manifest)
+    counts = [asdict(c) if c else None for c in _counts(artifact)]
+    return {
+        "artifact": str(folder), "sha256": _sha256(artifact), "pattern": pattern_document(_pattern(artifact)),
+        "counts": {"n": artifact.manifest.cost.n, "levels": counts}, "manifest": manifest,
+    }  # fmt: skip
+
+
+def artifact_facts(folder: Path, *, short: bool = False, err: bool = False) -> None:
+    """The artifact for people; `short` is what `compile` prints."""
+    artifact = _artifact(folder)
+    m, problem = artifact.manifest, _problem(artifact)
+    rows: Rows = [("problem", str(problem))]
+    for level, counts in zip(m.levels, _counts(artifact), strict=True):
+        rows.append(("plan", level.plan))
+        if not short:
+            rows.append(("", f"needs {', '.join(level.requires) or 'nothing beyond the baseline'}"))
+            rows += _count_rows(counts, m.cost.n) if counts else []
+    measured = "" if m.cost.measured_seconds is None else f", measured {duration(m.cost.measured_seconds)}"
+    rows.append(("cost", f"{_cost(m.cost.flop, m.cost.bytes, m.cost.seconds, m.cost.n)}{measured}"))
+    rows.append(("verdict", m.verdict))
+    check = "not run: this CPU cannot" if m.check is None else (
+        f"largest error {100 * m.check.worst:.2g} % of the float64 bound at n = {', '.join(map(str, m.check.n))}"
+    )  # fmt: skip
+    rows.append(("check", check))
+    if not short:
+        rows += [("tuning" * (not i), line) for i, line in enumerate(m.tuning)]
+        rows += [("C", m.prototype), ("compiler", m.compiler), ("flags", " ".join(m.flags))]
+        rows += [("bsrgen", f"{m.bsrgen}, ABI {m.abi}, schema {m.schema}")]
+        sizes = {name: (artifact.folder / name).stat().st_size for name in m.files}
+        rows += [("files" * (not i), f"{name}  {size(n)}") for i, (name, n) in enumerate(sizes.items())]
+    rows += [("notes" * (not i), line) for i, line in enumerate(m.notes)]
+    rows += [("folder", str(folder)), ("sha256", _sha256(artifact))]
+    facts(m.name, rows if short else [*rows, *_pattern_rows(problem.pattern)], err=err)
+
+
+def _artifact(folder: Path) -> "Artifact":
+    from bsrgen.artifact import read_artifact
+
+    return read_artifact(folder)
+
+
+def _sha256(artifact: "Artifact") -> str:
+    from bsrgen.store import MANIFEST_DIGEST
+
+    return (artifact.folder / MANIFEST_DIGEST).read_text().split()[0]
+
+
+def _pattern(artifact: "Artifact") -> "Pattern":
+    """The pattern, without loading the library."""
+    import numpy as np
+
+    from bsrgen.errors import ArtifactCorruptError
+    from bsrgen.kernel import PATTERN_FILE
+    from bsrgen.pattern import Pattern
+
+    m = artifact.manifest
+    with np.load(artifact.folder / PATTERN_FILE, allow_pickle=False) as arrays:
+        pattern = Pattern(m.shape, m.blocksize, arrays["indptr"], arrays["indices"])
+    if pattern.digest != m.pattern:
+        raise ArtifactCorruptError(f"{artifact}: {PATTERN_FILE} does not hold the manifest's pattern")
+    return pattern
+
+
+def _problem(artifact: "Artifact") -> "Problem":
+    from bsrgen.dtypes import as_dtype
+    from bsrgen.epilogues import as_epilogues
+    from bsrgen.operators import as_operator
+    from bsrgen.problem import Problem
+
+    m = artifact.manifest
+    return Problem(as_operator(m.operator), _pattern(artifact), as_dtype(m.dtype), as_epilogues(m.epilogue))
+
+
+def _counts(artifact: "Artifact") -> list["Counts | None"]:
+    """What each level's plan does at the planned n; None where this bsrgen has no such plan."""
+    problem = _problem(artifact)
+    plans = [_restored(problem, level) for level in artifact.manifest.levels]
+    return [plan.counts(artifact.manifest.cost.n) if plan else None for plan in plans]
+
+
+def _restored(problem: "Problem", level: "LevelRecord") -> "Plan | None":
+    """The plan that the manifest describes, found again among the candidates."""
+    from bsrgen.targets import TARGETS, native
+
+    target = native() if native().name == level.target else TARGETS.get(level.target)
+    found = (plan for plan in _candidates(problem, target) if plan.knobs() == level.knobs) if target else iter(())
+    return next(found, None)
+
+
+# ── a weight ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _candidates(problem: "Problem", target: Any) -> list["Plan"]:
+    from bsrgen.backends import BACKENDS
+
+    return list(BACKENDS["c"].candidates(problem, target))
+
+
+def _plans(
+    pattern: "Pattern", *, operator: str, dtype: str, epilogue: tuple[str, ...], target: tuple[str, ...], n: int | None
+) -> list["Plan"]:
+    """What tune="model" takes, for each target."""
+    from bsrgen.dtypes import as_dtype
+    from bsrgen.epilogues import as_epilogues
+    from bsrgen.operators import as_operator
+    from bsrgen.problem import Problem
+    from bsrgen.targets import as_targets
+    from bsrgen.tune import rank
+
+    problem = Problem(as_operator(operator), pattern, as_dtype(dtype), as_epilogues(epilogue), n)
+    return [rank(_candidates(problem, row), n)[0][1] for row in as_targets(target)]
+
+
+def _weight_document(notes: tuple[str, ...], plans: list["Plan"], n: int | None) -> dict[str, Any]:
+    from bsrgen.cost import estimate
+    from bsrgen.tune import PLANNED_N
+
+    n = n or PLANNED_N
+    levels = [
+        {
+            "target": plan.target.name, "plan": str(plan), "knobs": plan.knobs(), "counts": asdict(plan.counts(n)),
+            "cost": asdict(estimate(plan, n)),
+        }
+        for plan in plans
+    ]  # fmt: skip
+    problem = plans[0].problem
+    return {
+        "problem": str(problem), "pattern": pattern_document(problem.pattern), "notes": list(notes), "n": n,
+        "levels": levels,
+    }  # fmt: skip
+
+
+def _weight_facts(name: str, notes: tuple[str, ...], plans: list["Plan"], n: int | None) -> None:
+    from bsrgen.cost import estimate
+    from bsrgen.tune import PLANNED_N, verdict
+
+    n = n or PLANNED_N
+    problem = plans[0].problem
+    rows: Rows = [("problem", str(problem)), *(("note", line) for line in notes)]
+    for plan in plans:
+        cost = estimate(plan, n)
+        rows += [("plan", str(plan)), *_count_rows(plan.counts(n), n)]
+        rows += [("cost", _cost(cost.flop, cost.bytes, cost.seconds, n))]
+        rows += [("verdict", verdict(cost, problem.pattern.density))]
+    facts(name, [*rows, *_pattern_rows(problem.pattern)])
+
+
+# ── both ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pattern_document(pattern: "Pattern") -> dict[str, Any]:
+    """Facts of a pattern as plain data."""
+    counts = pattern.row_counts
+    per_row = (
+        {"min": int(counts.min()), "mean": float(counts.mean()), "max": int(counts.max())} if counts.size else None
+    )
+    return {
+        "shape": pattern.shape, "blocksize": pattern.blocksize, "nnzb": pattern.nnzb, "density": pattern.density,
+        "block_rows": pattern.block_rows, "block_cols": pattern.block_cols, "blocks_per_row": per_row,
+        "empty_rows": int((counts == 0).sum()), "sha256": pattern.digest,
+    }  # fmt: skip
+
+
+def _pattern_rows(pattern: "Pattern") -> Rows:
+    document = pattern_document(pattern)
+    rows: Rows = [("pattern", str(pattern))]
+    if per_row := document["blocks_per_row"]:
+        spread = f"{per_row['min']} to {per_row['max']}, mean {per_row['mean']:.4g}"
+        rows.append(("", f"blocks in a block row: {spread}; {document['empty_rows']} of {pattern.block_rows} empty"))
+    rows += [("", line) for line in pattern.picture(80, 24).splitlines()]
+    return rows
+
+
+def _count_rows(c: "Counts", n: int) -> Rows:
+    fill = c.flop / c.effective_flop if c.effective_flop else 1.0
+    return [
+        ("", f"n = {n}: {c.flop:.4g} FLOP, {fill:.3g} x those of the stored values; {c.vector_fma:.4g} vector FMAs"),
+        ("", f"{c.vector_loads:.4g} vector loads; {size(c.l1_bytes)} from L1, {size(c.l2_bytes)} from beyond it"),
+        ("", f"{size(c.value_bytes)} of values, {size(c.table_bytes)} of tables; {c.registers} vector registers"),
+    ]
+
+
+def _cost(flop: int, count: int, seconds: float, n: int) -> str:
+    return f"{flop / 1e6:.4g} MFLOP, {size(count)}, predicted {duration(seconds)} at n = {n} on one core"
