@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from bsrgen.errors import ArtifactCorruptError, ArtifactError
-from bsrgen.store import MANIFEST, MANIFEST_DIGEST, verify_folder
+from bsrgen.integrity import MANIFEST, MANIFEST_DIGEST, verify_folder
 
 SCHEMA = 1
 ABI = 1  # BSRGEN_ABI in runtime/bsrgen.h

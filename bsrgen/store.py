@@ -1,4 +1,4 @@
-"""The content-addressed store of built artifacts, and the check of a folder before anything in it is loaded.
+"""The content-addressed store of built artifacts.
 
 root/v1/<key[:2]>/<key>/   one artifact; complete from the moment the name exists, never changed, mtime = last use
 root/tmp/                  builds in progress, and what is on its way out
@@ -9,10 +9,8 @@ root/usage                 ledger: one number a line, whose sum is an upper boun
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -23,37 +21,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bsrgen.errors import ArgumentError, ArtifactCorruptError, BsrgenError, StoreError
+from bsrgen.integrity import (
+    ELSEWHERE,
+    KEY,
+    MANIFEST,
+    MANIFEST_BYTES,
+    NAME,
+    READ,
+    WAYS_OUT,
+    open_plain,
+    store_error,
+    typed,
+    verify_folder,
+    verify_open,
+)
 
-MANIFEST = "manifest.json"
-MANIFEST_DIGEST = "manifest.sha256"  # hex sha256 of manifest.json, bare or as sha256sum(1) prints it
-MANIFEST_BYTES = 4 << 20
-MANIFEST_FIELDS = 1 << 14  # 380,000 one-digit fields fit into 4 MiB and take 180 ms to decode
 STALE_S = 3600.0
 LOCK_WAIT_S = 300.0
 
-_KEY = re.compile(r"\A[0-9a-f]{64}\Z")
-_NAME = re.compile(r"\A[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\Z")
-_SHARED_OBJECT = re.compile(r"\.(so|dylib|dll|pyd)(\.|\Z)")
-_SPACE = b" \t\r\n"
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a FIFO must not block, a link must not be followed
-_ELSEWHERE = "set BSRGEN_CACHE_DIR to another folder"
-_AGAIN = "build the artifact again or copy it again"
-_WAYS_OUT = {
-    errno.ENOSPC: f"the disk is full; free space, run `bsrgen cache gc`, or {_ELSEWHERE}",
-    errno.EDQUOT: f"the disk quota is used up; free space, run `bsrgen cache gc`, or {_ELSEWHERE}",
-    errno.EFBIG: "a file is larger than this process may write; raise `ulimit -f`",
-    errno.EROFS: f"the file system is read-only; {_ELSEWHERE}",
-    errno.EACCES: f"permission denied; {_ELSEWHERE}",
-    errno.EPERM: f"operation not permitted; {_ELSEWHERE}",
-}
-_DAMAGE = {
-    errno.ENOENT: "is missing",
-    errno.ESTALE: "is missing",
-    errno.ELOOP: "is a symbolic link",
-    errno.ENOTDIR: "is not a folder",
-    errno.ENXIO: "is not a regular file",
-    errno.EIO: "cannot be read from the disk",
-}
 _log = logging.getLogger(__name__)
 
 
@@ -91,20 +76,20 @@ class Store:
         except RuntimeError as error:
             raise StoreError("this user has no home folder for the store; set HOME or BSRGEN_CACHE_DIR") from error
         store = cls(root)
-        with _typed(store.root):
+        with typed(store.root):
             _own_folder(store.root)
         return store
 
     def get(self, key: str) -> Path | None:
         """The folder of `key`, every file checked by hash, or None; a damaged entry is removed with a warning."""
         entry = self._place(key)
-        with _typed(self.root):
+        with typed(self.root):
             if not _is_ours(self.root) or not os.path.lexists(entry):
                 return None
             fd = -1
             try:
-                fd = _open(entry)
-                _verify(fd, entry)
+                fd = open_plain(entry)
+                verify_open(fd, entry)
                 with suppress(OSError):  # a read-only store still serves
                     os.utime(fd, ns=(time.time_ns(),) * 2)
                 return entry if _is_same(entry, fd) else None
@@ -129,7 +114,7 @@ class Store:
         with self._locked(key):
             if (found := self.get(key)) is not None:
                 return found
-            with _typed(self.root):
+            with typed(self.root):
                 temp = Path(tempfile.mkdtemp(prefix=f"{key[:12]}.", dir=self.root / "tmp"))
             try:
                 self._build(build, temp)
@@ -145,7 +130,7 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """All artifacts, the least recently used first."""
-        with _typed(self.root):
+        with typed(self.root):
             return self._scan() if _is_ours(self.root) else []
 
     def gc(self, max_bytes: int | None = None) -> list[Entry]:
@@ -159,13 +144,13 @@ class Store:
         return self._collect(-1)
 
     def _place(self, key: str) -> Path:
-        if not isinstance(key, str) or not _KEY.match(key):
+        if not isinstance(key, str) or not KEY.match(key):
             raise ArgumentError(f"store key {key!r:.80} is not 64 lower-case hex digits; give a sha256 hexdigest")
         return self.root / "v1" / key[:2] / key
 
     def _prepare(self, *shards: Path) -> None:
         """Make the folders that are missing, and sweep what killed builds left behind."""
-        with _typed(self.root):
+        with typed(self.root):
             for folder in (self.root, *(self.root / name for name in ("v1", "tmp", "locks")), *shards):
                 _own_folder(folder)
             for path in (self.root / "tmp").iterdir():
@@ -178,14 +163,14 @@ class Store:
             build(temp)
         except OSError as error:
             where = Path(os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else temp)
-            if isinstance(error, BsrgenError) or error.errno not in _WAYS_OUT or self.root not in where.parents:
+            if isinstance(error, BsrgenError) or error.errno not in WAYS_OUT or self.root not in where.parents:
                 raise
-            raise _store_error(error, where) from error
+            raise store_error(error, where) from error
 
     def _admit(self, temp: Path, entry: Path) -> tuple[Path, bool]:
         """Make `temp` durable and rename it to `entry`, or use what somebody faster put there; True: time for gc."""
         verify_folder(temp)
-        with _typed(self.root):
+        with typed(self.root):
             _sync(*sorted(temp.rglob("*"), reverse=True), temp)  # files before their folder, all before the rename
             full = self._record(_size_bytes(temp))  # before the rename: a crash can only make the ledger too big
             os.utime(temp, ns=(time.time_ns(),) * 2)
@@ -200,7 +185,7 @@ class Store:
                 else:
                     _sync(entry.parent, entry.parent.parent)
                     return entry, full
-        raise StoreError(f"{entry} is damaged and cannot be replaced; remove it by hand or {_ELSEWHERE}")
+        raise StoreError(f"{entry} is damaged and cannot be replaced; remove it by hand or {ELSEWHERE}")
 
     def _record(self, size_bytes: int) -> bool:
         """Add to the ledger; True if the store may exceed `max_bytes`.  Saves walking the store at each publish."""
@@ -215,7 +200,7 @@ class Store:
 
     def _collect(self, cap_bytes: int, keep: str = "") -> list[Entry]:
         evicted: list[Entry] = []
-        with _typed(self.root):
+        with typed(self.root):
             if not _is_ours(self.root):
                 return evicted
             self._prepare()
@@ -236,7 +221,7 @@ class Store:
     def _scan(self) -> list[Entry]:
         found = []
         for path in (self.root / "v1").glob("??/*"):
-            if _KEY.match(path.name):
+            if KEY.match(path.name):
                 with suppress(FileNotFoundError):
                     last_use_s = path.lstat().st_mtime_ns / 1e9
                     found.append(Entry(path.name, _size_bytes(path), last_use_s, _name_of(path)))
@@ -269,7 +254,7 @@ class Store:
         import filelock
 
         lock = filelock.FileLock(self.root / "locks" / f"{name}.lock", mode=0o600)
-        with _typed(self.root):
+        with typed(self.root):
             try:
                 lock.acquire(timeout=LOCK_WAIT_S, poll_interval=0.02)
             except TimeoutError:
@@ -283,62 +268,6 @@ class Store:
             lock.release()
 
 
-def verify_folder(folder: Path) -> None:
-    """Check `folder` against its manifest.json, and that against manifest.sha256; ArtifactCorruptError names the file.
-
-    Also refused: links, and shared libraries that the manifest does not list.  Other unlisted files are let be.
-    """
-    with _typed(folder):
-        fd = _open(Path(os.path.realpath(folder)))
-        try:
-            _verify(fd, Path(folder))
-        finally:
-            os.close(fd)
-
-
-def _verify(folder_fd: int, folder: Path) -> None:
-    manifest = _read(folder_fd, folder / MANIFEST, MANIFEST_BYTES)
-    digest = hashlib.sha256(manifest).hexdigest()
-    said = _read(folder_fd, folder / MANIFEST_DIGEST, 256).decode("ascii", "replace")
-    if said not in (digest, f"{digest}\n", f"{digest}  {MANIFEST}\n"):
-        raise _differs(folder / MANIFEST, len(manifest), digest, MANIFEST_DIGEST, said)
-    files = _listed(manifest, folder / MANIFEST)
-    with os.scandir(folder_fd) as items:
-        for item in items:
-            if item.is_symlink():
-                raise ArtifactCorruptError(f"{folder / item.name} is a symbolic link; put the file itself there")
-            if item.name not in files and _SHARED_OBJECT.search(item.name):
-                raise ArtifactCorruptError(f"{folder / item.name} is not listed in {MANIFEST}; move it elsewhere")
-    for name, said in files.items():
-        with _reading(folder / name), open(_open(folder / name, folder_fd), "rb", buffering=0) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != said:
-                raise _differs(folder / name, os.fstat(file.fileno()).st_size, digest, MANIFEST, said)
-
-
-def _listed(manifest: bytes, path: Path) -> dict[str, str]:
-    """The `files` map of a manifest: plain file names to sha256."""
-    import msgspec
-
-    try:
-        if manifest.count(b":") > MANIFEST_FIELDS:
-            raise ValueError(f"more than {MANIFEST_FIELDS} fields")
-        top = msgspec.json.decode(manifest, type=dict[str, msgspec.Raw])
-        files = msgspec.json.decode(top.get("files", b"{}"), type=dict[str, str])
-        if not files:
-            raise ValueError("it lists no files")
-        # msgspec keeps the last of equal names without a word; then the text does not come back
-        for parsed, text in (top, manifest), (files, bytes(top["files"])):
-            if msgspec.json.encode(parsed).translate(None, _SPACE) != text.translate(None, _SPACE):
-                raise ValueError("a name comes twice or is escaped")
-        for name, digest in files.items():
-            if not _NAME.match(name) or not _KEY.match(digest):
-                raise ValueError(f"file {name!r:.80} with hash {digest!r:.80} is not a plain name with a sha256")
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise ArtifactCorruptError(f"{path} is not the manifest of an artifact: {error}") from error
-    return files
-
-
 def _name_of(folder: Path) -> str:
     import msgspec
 
@@ -346,47 +275,9 @@ def _name_of(folder: Path) -> str:
         with open(folder / MANIFEST, "rb") as file:
             top = msgspec.json.decode(file.read(MANIFEST_BYTES), type=dict[str, msgspec.Raw])
         name = msgspec.json.decode(top["name"], type=str)
-        return name if _NAME.match(name) else ""
+        return name if NAME.match(name) else ""
     except (OSError, LookupError, ValueError, RecursionError, msgspec.MsgspecError):
         return ""
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn OSError into ArtifactCorruptError where the file is to blame, into StoreError where the machine is."""
-    with _typed(path):
-        try:
-            yield
-        except OSError as error:
-            if isinstance(error, BsrgenError) or error.errno not in _DAMAGE:
-                raise
-            raise ArtifactCorruptError(f"{path} {_DAMAGE[error.errno]}; {_AGAIN}") from error
-
-
-def _open(path: Path, folder_fd: int | None = None) -> int:
-    """Open the folder `path`, or the regular file of that name in `folder_fd`, and never a link."""
-    with _reading(path):
-        fd = os.open(path if folder_fd is None else path.name, _READ, dir_fd=folder_fd)
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISDIR(mode) if folder_fd is None else stat.S_ISREG(mode):
-            return fd
-        os.close(fd)
-        raise OSError(errno.ENOTDIR if folder_fd is None else errno.ENXIO, "wrong kind of file")
-
-
-def _read(folder_fd: int, path: Path, limit: int) -> bytes:
-    with _reading(path), open(_open(path, folder_fd), "rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ArtifactCorruptError(f"{path} has more than {limit} bytes; that is no {path.name} of an artifact")
-    return data
-
-
-def _differs(path: Path, size: int, digest: str, judge: str, said: str) -> ArtifactCorruptError:
-    return ArtifactCorruptError(
-        f"{path} is {'altered or truncated' if size else 'empty'}: {size} bytes with sha256 {digest[:12]}..., "
-        f"{judge} says {said[:12]!r}...; {_AGAIN}"
-    )
 
 
 def _is_ours(path: Path) -> bool:
@@ -405,7 +296,7 @@ def _is_ours(path: Path) -> bool:
         why = f"can be written by others (mode {stat.S_IMODE(found.st_mode):04o})"
     else:
         return True
-    raise StoreError(f"{path} {why}, and code is loaded from it; make it yours alone with mode 0700, or {_ELSEWHERE}")
+    raise StoreError(f"{path} {why}, and code is loaded from it; make it yours alone with mode 0700, or {ELSEWHERE}")
 
 
 def _own_folder(path: Path) -> None:
@@ -437,25 +328,8 @@ def _size_bytes(path: Path) -> int:
 
 def _sync(*paths: Path) -> None:
     for path in paths:
-        fd = os.open(path, _READ)
+        fd = os.open(path, READ)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-
-@contextmanager
-def _typed(where: Path) -> Iterator[None]:
-    """Turn OSError into StoreError, which names `where` unless the error names an absolute path itself."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, BsrgenError):
-            raise
-        raise _store_error(error, where) from error
-
-
-def _store_error(error: OSError, where: Path) -> StoreError:
-    code = error.errno or errno.EIO
-    named = error.filename if isinstance(error.filename, str) and os.path.isabs(error.filename) else where
-    return StoreError(code, f"{named}: {_WAYS_OUT.get(code) or f'{error.strerror}; {_ELSEWHERE}'}")

@@ -23,7 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bsrgen.store import MANIFEST, MANIFEST_DIGEST, Store
+from bsrgen.integrity import MANIFEST, MANIFEST_DIGEST
+from bsrgen.store import Store
 
 
 def contents(key: str, size: int = 20_000) -> dict[str, bytes]:

@@ -25,7 +25,8 @@ from store_worker import contents, holds, write
 
 import bsrgen.store
 from bsrgen.errors import ArgumentError, ArtifactCorruptError, BuildError, StoreError
-from bsrgen.store import MANIFEST, MANIFEST_BYTES, MANIFEST_DIGEST, Store, verify_folder
+from bsrgen.integrity import MANIFEST, MANIFEST_BYTES, MANIFEST_DIGEST, verify_folder
+from bsrgen.store import Store
 
 PROCESSES, ROUNDS = 16, 5
 
@@ -305,14 +306,14 @@ def test_a_damaged_entry_is_dropped_and_built_again(store, caplog, name, damage)
 
 def test_a_fresh_entry_is_not_dropped_for_the_damage_of_the_old_one(store, monkeypatch, caplog):
     (store.publish(KEY, builder()) / "fake.c").write_text("x")
-    verify = bsrgen.store._verify
+    verify = bsrgen.store.verify_open
 
     def slow(fd: int, folder: Path) -> None:  # meanwhile another process drops and builds it again
-        monkeypatch.setattr(bsrgen.store, "_verify", verify)
+        monkeypatch.setattr(bsrgen.store, "verify_open", verify)
         assert Store(store.root, locks=False).publish(KEY, builder())
         verify(fd, folder)
 
-    monkeypatch.setattr(bsrgen.store, "_verify", slow)
+    monkeypatch.setattr(bsrgen.store, "verify_open", slow)
     caplog.clear()
     assert store.get(KEY) is None
     assert holds(store.publish(KEY, never), KEY)
@@ -794,13 +795,13 @@ def test_an_entry_in_use_can_go(store):
 
 def test_get_while_the_entry_goes(store, monkeypatch, caplog):
     store.publish(KEY, builder())
-    verify = bsrgen.store._verify
+    verify = bsrgen.store.verify_open
 
     def slow(fd: int, folder: Path) -> None:
         store.clear()
         verify(fd, folder)
 
-    monkeypatch.setattr(bsrgen.store, "_verify", slow)
+    monkeypatch.setattr(bsrgen.store, "verify_open", slow)
     assert store.get(KEY) is None
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 

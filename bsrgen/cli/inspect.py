@@ -103,7 +103,7 @@ def _artifact(folder: Path) -> "Artifact":
 
 
 def _sha256(artifact: "Artifact") -> str:
-    from bsrgen.store import MANIFEST_DIGEST
+    from bsrgen.integrity import MANIFEST_DIGEST
 
     return (artifact.folder / MANIFEST_DIGEST).read_text().split()[0]
 

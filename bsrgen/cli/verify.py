@@ -17,7 +17,7 @@ def verify(*, folder: Path, expect_sha256: str | None, as_json: bool) -> int:
     The weight is read back out of the library and must be the one of the manifest; the kernel must then agree with
     the float64 reference of that weight on random data.
     """
-    from bsrgen.store import MANIFEST_DIGEST
+    from bsrgen.integrity import MANIFEST_DIGEST
     from bsrgen.verify import verify as check
 
     kernel, findings = check(folder, expect_sha256=expect_sha256)
