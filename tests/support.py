@@ -58,10 +58,8 @@ def assert_right(problem: Problem, weight: Weight, y: Array, x: Array, given: An
         )
 
 
-def framed(
-    inner: Array, before: tuple[int, int] = (1, 3), after: tuple[int, int] = (2, 5), fill: float = np.nan
-) -> Array:
-    """A view with the values of the matrix `inner`, in the middle of a larger array of `fill`: see `frame_is_intact`."""
+def framed(inner: Array, before: tuple[int, int] = (1, 3), after: tuple[int, int] = (2, 5), fill: float = np.nan):
+    """A view with the values of the matrix `inner`, in the middle of an array of `fill`; see `frame_is_intact`."""
     rows, cols = inner.shape
     outer = np.full((before[0] + rows + after[0], before[1] + cols + after[1]), fill, inner.dtype)
     view = outer[before[0] : before[0] + rows, before[1] : before[1] + cols]

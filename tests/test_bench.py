@@ -190,9 +190,9 @@ def compared(n: int, dense: float, sparse: float) -> Comparison:
 
 def test_verdict_is_one_line() -> None:
     a, b, c = compared(1, 0.5, 3.0), compared(32, 1.01, 4.0), compared(128, 5.21, 10.4)
-    assert verdict([c]) == "sparse: 5.2 x the best dense, 10 x the best sparse (n = 128)"
-    assert verdict([a, c]).startswith("dense at n = 1, sparse at n = 128: 0.5, 5.2 x the best dense, 3, 10 x")
-    assert verdict([b]).startswith("even: 1 x")
+    assert verdict([c]) == "sparse: bsrgen 5.2x the best dense, 10x the best sparse (n=128)"
+    assert verdict([a, c]).startswith("dense at n=1, sparse at n=128: bsrgen 0.5, 5.2x the best dense, 3, 10x")
+    assert verdict([b]).startswith("even: bsrgen 1x")
 
 
 def test_at_their_best_starts_once_more_without_handicaps() -> None:

@@ -36,7 +36,7 @@ BLOCKS = (
 
 
 def covering(*factors: tuple, apart: tuple[int, int] | None = None) -> Iterator[tuple]:
-    """Rows in which every pair of values of every two factors occurs, found greedily; not so the two factors `apart`."""
+    """Rows in which every pair of values of every two factors occurs, found greedily; not so of those `apart`."""
     rng = random.Random(0)
     open_pairs = {
         (a, u, b, v)
@@ -138,7 +138,7 @@ def planned() -> Iterator[pytest.ParameterSet]:
             yield pytest.param(name, plan, marks=mark, id=f"{name}-{i}-{plan.target.name}")
 
 
-@pytest.mark.parametrize(("name", "plan"), planned())
+@pytest.mark.parametrize(("name", "plan"), list(planned()))
 def test_plan_space(name, plan, rng, tmp_path):
     operator, dtype, shape, blocksize, kind = PLANNED[name]
     weight = make_weight(kind, shape, blocksize, dtype)
@@ -291,7 +291,7 @@ def test_a_weight_with_nan_and_inf_compiles_without_a_warning(operator, rng):
 @pytest.mark.parametrize(("dtype", "K"), [("float32", 1024), ("float64", 512), ("float32", 2048)])
 @pytest.mark.parametrize("operator", OPERATOR_NAMES)
 def test_rows_of_X_4096_bytes_apart(operator, dtype, K, rng):
-    """Rows of X in one L1 set are copied apart first: right with and without a leading dimension, in or out of place."""
+    """Rows of X in one L1 set are copied apart first: right with and without a leading dimension."""
     weight = random_weight(4, (70, K), (32, 1), 0.1, dtype=dtype)
     kernel = bsrgen.compile(weight, operator, dtype=dtype)
     check_calls(kernel, problem_of(weight, operator), weight, rng, (1, 2, 5, 33, 130))

@@ -159,14 +159,10 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
         gain = c.best("dense").gain
         word = "even" if abs(gain - 1) <= EVEN else "sparse" if gain > 1 else "dense"
         words.setdefault(word, []).append(c.n)
-    ns = [c.n for c in comparisons]
-    who = ", ".join(word if len(words) == 1 else f"{word} at n = {_list(at)}" for word, at in words.items())
-    dense, sparse = (_list(f"{c.best(kind).gain:.2g}" for c in comparisons) for kind in ("dense", "sparse"))
-    return f"{who}: {dense} x the best dense, {sparse} x the best sparse (n = {_list(ns)})"
-
-
-def _list(values: Any) -> str:
-    return ", ".join(map(str, values))
+    who = ", ".join(word if len(words) == 1 else f"{word} at n={','.join(map(str, at))}" for word, at in words.items())
+    dense, sparse = (", ".join(f"{c.best(kind).gain:.2g}" for c in comparisons) for kind in ("dense", "sparse"))
+    ns = ",".join(str(c.n) for c in comparisons)
+    return f"{who}: bsrgen {dense}x the best dense, {sparse}x the best sparse (n={ns})"
 
 
 def document(comparisons: Sequence[Comparison]) -> dict[str, Any]:
