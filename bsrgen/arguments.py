@@ -234,7 +234,7 @@ def _reshaped(out: Array, shape: tuple[int, int]) -> Array:
 
 
 def _self_overlapping(a: Array) -> bool:
-    return any(stride == 0 and size > 1 for stride, size in zip(a.strides, a.shape, strict=True))
+    return a.size > 0 and any(stride == 0 and size > 1 for stride, size in zip(a.strides, a.shape, strict=True))
 
 
 def _same(a: Array, b: Array) -> bool:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 import shutil
 import tempfile
 from pathlib import Path
@@ -43,34 +44,50 @@ class Kernel:
     Everything it was made of can be looked at: pattern, problem, plan, cost, source, artifact, verdict.
     """
 
-    def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
+    def __init__(self, artifact: Artifact, *, threads: int | None = None, may_be_foreign: bool = False) -> None:
+        """`may_be_foreign`: where this machine cannot run the artifact, calls raise IncompatibleCPUError, not this."""
         m = artifact.manifest
         self.artifact = artifact
-        self._tramp = path = trampoline()
-        library = path.library(artifact.library.absolute(), m.files[m.library])
+        self._call = Call(m, _arrays(artifact, OPERANDS_FILE) if m.bound else {}, default_threads(threads))
+        self._dtype = DTYPES[m.dtype].numpy
+        self._packed: Array | None = None  # keeps updated values alive
+        self._data: Array | None = None
+        self._level = 0
+        self._foreign: IncompatibleCPUError | None = None
+        self._tramp = trampoline()
+        self._values: Any = self._tramp.ffi.NULL  # those in the library
+        self._threads = self._call.threads
+        self._token_axis = OPERATORS[m.operator].token_axis
+        self._rows, self._features = m.shape
+        self._x_bytes, self._y_bytes = (size * self._dtype.itemsize for size in (self._features, self._rows))
+        self._plain = False
+        try:
+            self._bind()
+        except IncompatibleCPUError as e:
+            if not may_be_foreign:
+                raise
+            self._foreign = e
+        else:
+            self._plain = not m.operands and "accumulate" not in m.epilogue
+
+    def _bind(self) -> None:
+        """Map the library and find its functions, if this CPU has what one of its levels needs."""
+        m, path = self.artifact.manifest, self._tramp
+        if m.family != platform.machine():
+            raise IncompatibleCPUError(f"{self.artifact}: built for {m.family}, this machine is {platform.machine()}")
+        library = path.library(self.artifact.library.absolute(), m.files[m.library])
         info = path.function(library, f"{m.name}_info")
-        ask = functools.partial(lambda what: path.ffi.string(path.info(info, what)).decode())
-        target = ask(2)
+        target = path.ffi.string(path.info(info, 2)).decode()
         if not target:
             needs = " or ".join(level.target for level in m.levels)
+            lacks = path.ffi.string(path.info(info, 1)).decode().strip().replace(" ", ", ")
             raise IncompatibleCPUError(
-                f"{artifact}: built for {needs}; this CPU lacks {ask(1).strip().replace(' ', ', ')}; "
+                f"{self.artifact}: built for {needs}; this CPU lacks {lacks}; "
                 f"build it again with target='native' or a lower level"
             )
         self._level = [level.target for level in m.levels].index(target)
         self._function = path.function(library, f"{m.name}_call")
         self._pack = path.function(library, f"{m.name}_pack")
-        self._values: Any = path.ffi.NULL  # those in the library
-        self._packed: Array | None = None  # keeps updated values alive
-        self._data: Array | None = None
-        bound = _arrays(artifact, OPERANDS_FILE) if m.bound else {}
-        self._call = Call(m, bound, default_threads(threads))
-        # what the fast path of __call__ compares with
-        self._dtype = DTYPES[m.dtype].numpy
-        self._linear = m.operator == "linear"
-        self._rows, self._features = m.shape
-        self._plain = not m.operands and "accumulate" not in m.epilogue
-        self._threads = self._call.threads
 
     # ── the call ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -83,27 +100,22 @@ class Kernel:
         name: bias [M], scale [M], residual like the result, and scalars.  Other threads run meanwhile.
         """
         if self._plain and not operands and threads is None and type(x) is np.ndarray and x.dtype is self._dtype:
-            shape = x.shape
-            if len(shape) == 2 and x.flags.c_contiguous and x.flags.aligned:
-                if self._linear:
-                    n, k = shape
-                    ldx, ldy, yshape = k, self._rows, (n, self._rows)
-                else:
-                    k, n = shape
-                    ldx, ldy, yshape = n, n, (self._rows, n)
-                if k == self._features:
-                    if out is None:
-                        out = np.empty(yshape, self._dtype)
-                    elif (
-                        type(out) is not np.ndarray or out.dtype is not self._dtype or out.shape != yshape
-                        or not out.flags.carray
-                    ):  # fmt: skip
+            axis, shape = self._token_axis, x.shape
+            if len(shape) == 2 and shape[1 - axis] == self._features:
+                n = shape[axis]
+                full = (self._rows, n) if axis else (n, self._rows)
+                if out is None:
+                    out = np.empty(full, self._dtype)
+                if type(out) is np.ndarray and out.dtype is self._dtype and out.shape == full:
+                    path = self._tramp
+                    view = path.ffi.from_buffer
+                    try:
+                        here, there = view(x), view(path.bytes, out, True)
+                    except (ValueError, BufferError):  # not contiguous, or not writable
                         return self._general(x, out, threads, operands)
-                    t = self._tramp
-                    buffer = t.ffi.from_buffer
-                    status = t.call(
-                        self._function, n, buffer(x), ldx, x.nbytes, buffer(out), ldy, out.nbytes, self._values,
-                        t.ffi.NULL, self._threads,
+                    status = path.call(
+                        self._function, n, here, shape[1], n * self._x_bytes, there, full[1], n * self._y_bytes,
+                        self._values, path.ffi.NULL, self._threads,
                     )  # fmt: skip
                     if status == _OK:
                         return out
@@ -113,6 +125,8 @@ class Kernel:
 
     def _general(self, x: Any, out: Array | None, threads: int | None, operands: dict[str, Any]) -> Array:
         ffi = self._tramp.ffi
+        if self._foreign:
+            raise self._foreign
         call = self._call.prepare(x, out, threads, operands)
         records = ffi.NULL
         if call.operands:
@@ -135,7 +149,7 @@ class Kernel:
 
     def __matmul__(self, x: Any) -> Array:
         """k @ x for spmm without operands: the same as k(x)."""
-        if self._linear and np.ndim(x) != 1:
+        if self._token_axis == 0 and np.ndim(x) != 1:
             raise ArgumentError(
                 f"{self.name}: operator 'linear' computes x @ W.T; call k(x), or compile operator='spmm'"
             )
@@ -154,6 +168,8 @@ class Kernel:
         Calls that run meanwhile finish with the old values.
         """
         m = self.artifact.manifest
+        if self._foreign:
+            raise self._foreign
         shape = m.shape if isinstance(W, (tuple, list)) else None
         weight = as_weight(W, blocksize=m.blocksize, shape=shape, dtype=self._dtype)
         same = weight.pattern.digest == m.pattern
@@ -162,7 +178,7 @@ class Kernel:
             where = self.pattern.difference(weight.pattern)
             raise PatternMismatchError(f"{self.name}: update needs the kernel's pattern: {where}; compile a new kernel")
         self._data = data
-        packed = self._packed_values(data, self._level)
+        packed = self.packed(data, self._level)
         self._values, self._packed = self._tramp.ffi.from_buffer(packed), packed
 
     def _filled(self, weight: Weight) -> Array | None:
@@ -178,7 +194,8 @@ class Kernel:
         data[at] = weight.data
         return data
 
-    def _packed_values(self, data: Array, level: int) -> Array:
+    def packed(self, data: Array, level: int) -> Array:
+        """Values [nnzb, R, C] in the order in which ISA level `level` of the library keeps them."""
         ffi = self._tramp.ffi
         count = self._tramp.pack(self._pack, ffi.NULL, ffi.NULL, level)
         packed = np.empty(count, self._dtype)
@@ -211,7 +228,7 @@ class Kernel:
         """Put new values into the library of `folder` and beside it, for every ISA level."""
         m = self.artifact.manifest
         for number, level in enumerate(m.levels):
-            raw = self._packed_values(data, number).tobytes()
+            raw = self.packed(data, number).tobytes()
             (folder / level.values.file).write_bytes(raw)
             with open(folder / m.library, "r+b") as f:
                 f.seek(level.values.offset)

@@ -1,11 +1,10 @@
 """The targets: ISA levels and microarchitectures, one row each."""
 
 import functools
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from bsrgen.errors import ArgumentError, UnsupportedError
+from bsrgen.machine import cache_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,20 +85,8 @@ def native() -> Target:
     import archspec.cpu
 
     row = _level(archspec.cpu.host(), "native")
-    caches = {1: row.l1_bytes, 2: row.l2_bytes} | _cache_bytes()
-    return replace(row, l1_bytes=caches[1], l2_bytes=caches[2])
-
-
-def _cache_bytes() -> dict[int, int]:
-    """Bytes of each level of data cache of core 0, as far as the system tells."""
-    sizes = {}
-    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
-        with suppress(OSError, ValueError):
-            if (index / "type").read_text().strip() != "Instruction":
-                sizes[int((index / "level").read_text())] = (
-                    int((index / "size").read_text().strip().removesuffix("K")) << 10
-                )
-    return sizes
+    caches = cache_bytes()
+    return replace(row, l1_bytes=caches["L1"], l2_bytes=caches["L2"])
 
 
 def _level(cpu: "archspec.cpu.Microarchitecture", asked: str) -> Target:  # type: ignore[name-defined]  # noqa: F821

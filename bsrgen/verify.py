@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen.artifact import LevelRecord, read_artifact
+from bsrgen.artifact import LevelRecord
 from bsrgen.errors import ArtifactCorruptError
-from bsrgen.kernel import Kernel, default_threads
+from bsrgen.kernel import Kernel, default_threads, load
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
 
@@ -33,10 +33,9 @@ def verify(folder: str | Path, *, expect_sha256: str | None = None) -> tuple[Ker
     agree with the float64 reference of that weight on random data, and with itself on any number of threads.
     Errors: ArtifactError and its kin where the folder is damaged or this CPU cannot run it.
     """
-    artifact = read_artifact(folder, expect_sha256)
-    m = artifact.manifest
+    kernel = load(folder, expect_sha256=expect_sha256)
+    m = kernel.artifact.manifest
     findings = [Finding("files", True, f"{len(m.files)} files have the sha256 of the manifest")]
-    kernel = Kernel(artifact)
     findings.append(Finding("cpu", True, f"runs {kernel.plan.target}; the library holds {_names(m.levels)}"))
     problem = kernel.problem  # raises where pattern.npz is not the manifest's pattern
     findings.append(Finding("pattern", True, str(problem.pattern)))
@@ -44,7 +43,7 @@ def verify(folder: str | Path, *, expect_sha256: str | None = None) -> tuple[Ker
     same = [weight.digest == m.weight for weight in weights]
     values = f"{kernel.nnz} values in {len(same)} level{'s' * (len(same) > 1)}"
     findings.append(Finding("values", all(same), f"{values}: {'those' if all(same) else 'not those'} of the manifest"))
-    return kernel, [*findings, *_results(kernel, problem, weights[kernel.artifact.manifest.levels.index(kernel.plan)])]
+    return kernel, [*findings, *_results(kernel, problem, weights[m.levels.index(kernel.plan)])]
 
 
 def recover(kernel: Kernel, level: int) -> Weight:
@@ -56,7 +55,7 @@ def recover(kernel: Kernel, level: int) -> Weight:
     real = kernel.dtype
     bits = np.dtype(f"u{real.itemsize}")
     numbers = np.arange(1, p.nnz + 1, dtype=bits).view(real).reshape(p.nnzb, *p.blocksize)
-    place = kernel._packed_values(numbers, level).view(bits)
+    place = kernel.packed(numbers, level).view(bits)
     stored = np.fromfile(kernel.artifact.library, real, record.bytes // real.itemsize, offset=record.offset)
     if stored.size != place.size or np.count_nonzero(place) != p.nnz:
         raise ArtifactCorruptError(f"{kernel.artifact}: the values at {record.offset} do not fit the library's packing")
@@ -68,7 +67,7 @@ def recover(kernel: Kernel, level: int) -> Weight:
 def error_share(y: Array, expected: Array, bound: Array) -> float:
     """The largest |y - expected| / bound over finite `expected`: at most 1 for a right result."""
     finite = np.isfinite(expected)
-    error = np.abs(np.asarray(y, np.float64) - expected)[finite]
+    error = np.abs(np.asarray(y, np.float64)[finite] - expected[finite])
     share = error / np.maximum(bound[finite], np.finfo(np.float64).tiny)
     return float(np.nan_to_num(share, nan=np.inf).max(initial=0.0))
 

@@ -1,5 +1,4 @@
 /* bsrgen_parallel.h: the thread driver.  Linux, gnu11, _GNU_SOURCE; everything static: each library has its own pool.
- *
  *   bsrgen_parallel(parts, task, context)   task(context, p, parts) for p = 0 .. parts-1; returns when all are done
  *
  * Part 0 runs on the calling thread, part p on worker p-1.  The caller takes back a part that its worker has not begun,
@@ -7,7 +6,6 @@
  * A caller that finds the pool in use (a call from another thread, a nested call) runs all its parts itself, as it does
  * the parts for which no thread can be had.  Workers start at the first call and sleep between calls until the library
  * is closed.  After fork() the child starts its own: libgomp hangs there, which is why this is not OpenMP.
- *
  * @COST@
  */
 #ifndef BSRGEN_PARALLEL_H
@@ -22,12 +20,9 @@
 
 #define BSRGEN_MAX_THREADS 256
 #define BSRGEN_STACK_BYTES (512 * 1024) /* kernels need < 64 KiB; glibc takes the static TLS out of it */
-#ifndef BSRGEN_ROUNDS
-#define BSRGEN_ROUNDS 100 /* of watching before sleep: ~100 us, about the price of a wake-up on a virtual machine */
-#endif
+#define BSRGEN_ROUNDS 75 /* of watching before sleep: ~100 us, about the price of a wake-up on a virtual machine */
 
 typedef void (*bsrgen_task)(void *context, int part, int parts);
-
 enum { BSRGEN_IDLE, BSRGEN_ASLEEP, BSRGEN_GO, BSRGEN_QUIT }; /* of a word that a thread waits on, until GO or QUIT */
 
 struct bsrgen_job {
@@ -45,7 +40,7 @@ struct bsrgen_seat {
 };
 
 static struct {
-    _Alignas(64) atomic_int taken; /* 1: one caller owns all that follows */
+    atomic_int taken; /* 1: one caller owns all that follows */
     int workers, cores, atfork_done;
     struct bsrgen_job job;
     _Alignas(64) atomic_int pending; /* parts posted and not finished, + 1 until the caller has nothing left to run */
@@ -53,13 +48,13 @@ static struct {
     struct bsrgen_seat seats[BSRGEN_MAX_THREADS - 1];
 } bsrgen_pool;
 
-/* Rounding and flush-to-zero belong to a thread: in another mode than the caller's, bits depended on the threads. */
+/* Rounding and flush-to-zero belong to a thread: workers take the caller's, or bits would depend on the threads. */
 #if defined __SSE__
 #define bsrgen_pause() __builtin_ia32_pause()
 #define bsrgen_get_float_mode(mode) ((mode) = __builtin_ia32_stmxcsr() & ~0x3Fu) /* less the sticky exceptions */
 #define bsrgen_set_float_mode(mode) __builtin_ia32_ldmxcsr(mode)
 #elif defined __aarch64__
-#define bsrgen_pause() __asm__ volatile("yield")
+#define bsrgen_pause() __extension__({ __asm__ volatile("yield"); })
 #define bsrgen_get_float_mode(mode) __asm__ volatile("mrs %x0, fpcr" : "=r"(mode))
 #define bsrgen_set_float_mode(mode) __asm__ volatile("msr fpcr, %x0" : : "r"(mode))
 #else
@@ -69,8 +64,7 @@ static struct {
 #endif
 
 /* Return when the word is GO or QUIT, or was GO for a moment (a part posted and taken back): look again.
- * The yield lets in the worker of another library, woken on this core: four libraries in turn, parts of 100 us, take
- * 103 us a region, 146 us without it (2-core VM, Zen 5, 2026-11-20). */
+ * The yield lets in another library's worker, woken on this core (four in turn, parts of 20 us: 24 us, without 39). */
 static void bsrgen_wait(_Atomic uint32_t *word, int rounds)
 {
     for (; rounds > 0; rounds--, sched_yield())
@@ -123,7 +117,8 @@ static void bsrgen_hire(int wanted)
     sigset_t blocked, before;
     pthread_attr_t small;
     cpu_set_t cpus;
-    if (!bsrgen_pool.atfork_done && pthread_atfork(NULL, NULL, bsrgen_after_fork) != 0)
+    if (bsrgen_pool.workers >= wanted || bsrgen_pool.workers == BSRGEN_MAX_THREADS - 1 ||
+        (!bsrgen_pool.atfork_done && pthread_atfork(NULL, NULL, bsrgen_after_fork) != 0))
         return;
     bsrgen_pool.atfork_done = 1;
     bsrgen_pool.cores = sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 1;
@@ -145,16 +140,15 @@ static void bsrgen_hire(int wanted)
     pthread_attr_destroy(&small);
 }
 
-/* Keep a worker off the caller's core, where some kernels wake it and leave it beside an idle core (2-core VM, Zen 5,
- * 2026-11-20: 2 x 300 us after 1 ms idle took 558 us, with this 324 us).  A system call, when it was seen there. */
+/* Keep a worker off the caller's core, where some kernels wake it and leave it beside an idle one (parts of 300 us
+ * after 1 ms idle: 570 us, with this 335).  Two system calls, when it was seen there. */
 static void bsrgen_steer(struct bsrgen_seat *seat, int cpu)
 {
     cpu_set_t cpus;
     if (atomic_load_explicit(&seat->cpu, memory_order_relaxed) != cpu || seat->barred == cpu ||
         pthread_getaffinity_np(seat->thread, sizeof cpus, &cpus) != 0)
         return;
-    if (seat->barred >= 0)
-        CPU_SET((unsigned)seat->barred, &cpus);
+    CPU_SET((unsigned)seat->barred, &cpus); /* -1: nothing */
     CPU_CLR((unsigned)cpu, &cpus);
     pthread_setaffinity_np(seat->thread, sizeof cpus, &cpus);
     seat->barred = cpu;
@@ -165,17 +159,15 @@ __attribute__((unused)) static void bsrgen_parallel(int parts, bsrgen_task task,
     int nobody = 0, owner = parts > 1 && atomic_compare_exchange_strong(&bsrgen_pool.taken, &nobody, 1);
     int workers = 0, finished = 1, rounds = 0;
     if (owner) {
-        if (bsrgen_pool.workers < parts - 1)
-            bsrgen_hire(parts - 1);
+        bsrgen_hire(parts - 1);
         workers = bsrgen_pool.workers < parts - 1 ? bsrgen_pool.workers : parts - 1;
         rounds = parts <= bsrgen_pool.cores ? BSRGEN_ROUNDS : 0; /* else whom we wait for needs our core */
         bsrgen_pool.job = (struct bsrgen_job){task, context, parts, rounds, 0};
         bsrgen_get_float_mode(bsrgen_pool.job.float_mode);
         atomic_store(&bsrgen_pool.pending, workers + 1);
         atomic_store(&bsrgen_pool.done, BSRGEN_IDLE);
-        for (int cpu = sched_getcpu(), w = 0; w < workers; w++) {
-            if (rounds > 0)
-                bsrgen_steer(&bsrgen_pool.seats[w], cpu);
+        for (int cpu = rounds > 0 ? sched_getcpu() : -2, w = 0; w < workers; w++) {
+            bsrgen_steer(&bsrgen_pool.seats[w], cpu);
             bsrgen_post(&bsrgen_pool.seats[w].word, BSRGEN_GO);
         }
     }
@@ -188,11 +180,10 @@ __attribute__((unused)) static void bsrgen_parallel(int parts, bsrgen_task task,
             finished += part <= workers;
         }
     }
-    if (owner) {
-        if (atomic_fetch_sub(&bsrgen_pool.pending, finished) != finished)
-            bsrgen_wait(&bsrgen_pool.done, rounds);
+    if (owner && atomic_fetch_sub(&bsrgen_pool.pending, finished) != finished)
+        bsrgen_wait(&bsrgen_pool.done, rounds);
+    if (owner)
         atomic_store(&bsrgen_pool.taken, 0);
-    }
 }
 
 /* dlclose must not unmap code that a worker runs.  exit() beside a running call unmaps nothing and leaves the workers
@@ -200,9 +191,9 @@ __attribute__((unused)) static void bsrgen_parallel(int parts, bsrgen_task task,
 __attribute__((destructor)) static void bsrgen_dismiss(void)
 {
     int nobody = 0, workers = atomic_compare_exchange_strong(&bsrgen_pool.taken, &nobody, 1) ? bsrgen_pool.workers : 0;
-    for (int w = 0; w < workers; w++)
+    for (int w = 0; w < workers; w++) {
         bsrgen_post(&bsrgen_pool.seats[w].word, BSRGEN_QUIT);
-    for (int w = 0; w < workers; w++)
         pthread_join(bsrgen_pool.seats[w].thread, NULL);
+    }
 }
 #endif

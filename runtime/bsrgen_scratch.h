@@ -1,16 +1,16 @@
 /* bsrgen_scratch.h: a cache of scratch buffers.  Linux, gnu11; everything static: each C file has its own.
- *
- *   bsrgen_scratch_take(bytes)   a buffer of at least `bytes`, on a page, contents undefined; NULL: out of memory
+ *   bsrgen_scratch_take(bytes)   a buffer of at least `bytes`, 4096-byte aligned, contents undefined; NULL: no memory
  *   bsrgen_scratch_give(buffer)  hand it back, from any thread; NULL is nothing
  *
  * A part takes one buffer and gives it back; a warm take is one exchange: no system call, no page fault, and as a rule
- * the buffer this thread used last.  No more buffers are kept than were in use at one time; each grows to the largest
- * request that meets it; closing the library frees them.  After fork() parent and child each own a (copy-on-write) copy;
- * buffers that other threads of the parent held are lost to the child, nothing else is.
+ * the buffer that this thread used last.  About as many are kept as were in use at one time; each grows to the largest
+ * request that meets it; closing the library frees them.  After fork() parent and child own a copy (on write) each;
+ * those that other threads of the parent held are lost to the child, nothing else is.
  *
- * 4K aliasing: every buffer starts on a page.  A load whose address agrees in the low 12 bits with a store still in
- * flight waits for it (LD_BLOCKS_PARTIAL.ADDRESS_ALIAS on Intel), and lines 4096 bytes apart share one L1 set.  So a plan
- * keeps row strides off multiples of 4096, and starts the second of two panels of one buffer some lines further on.
+ * 4K aliasing: a load whose address agrees in the low 12 bits with that of a store in flight waits for the store
+ * (LD_BLOCKS_PARTIAL.ADDRESS_ALIAS on Intel), and lines 4096 bytes apart share an L1 set.  All buffers start at 0 in
+ * these bits, as large arrays nearly do.  So a plan keeps row strides off multiples of 4096 bytes, and starts the
+ * second of two panels in a buffer some lines further on.
  */
 #ifndef BSRGEN_SCRATCH_H
 #define BSRGEN_SCRATCH_H

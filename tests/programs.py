@@ -127,7 +127,11 @@ def assert_driver_is_right(stdout: str, problem: Problem, weight: Weight) -> Non
     assert len(lines) == 32, stdout
     for line in lines:
         n, total = int(line.split()[0]), float(line.split()[1])
-        made = {"row": lambda i: sample(M, i + 1)[:, i], "element": lambda _: lay(sample(M, n)), "scalar": lambda i: 0.5 + i}  # noqa: B023
+        made = {
+            "row": lambda i: sample(M, i + 1)[:, i],
+            "element": lambda _: lay(sample(M, n)),
+            "scalar": lambda i: 0.5 + i,
+        }  # noqa: B023
         given = {o.name: made[o.kind](i) for i, o in enumerate(problem.operands)}
         expected, bound = problem.reference(weight, lay(sample(K, n)), given, lay(sample(M, n)))
         assert abs(total - expected.sum()) <= bound.sum() + 1e-12, line

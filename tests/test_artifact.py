@@ -201,7 +201,9 @@ HEADER_CHECKS = (
 
 @pytest.mark.parametrize(("names", "std", "language"), HEADER_CHECKS, ids=lambda v: v[0] if isinstance(v, tuple) else v)
 @pytest.mark.parametrize("kind", ["linear", "spmm"])
-def test_header_compiles(kind: str, names: tuple[str, ...], std: str, language: str, request: Any, tmp_path: Path) -> None:
+def test_header_compiles(
+    kind: str, names: tuple[str, ...], std: str, language: str, request: Any, tmp_path: Path
+) -> None:
     folder = request.getfixturevalue(kind).folder
     header = f"{kernel_name(folder)}.h"
     text = f'#include "{header}"\n#include "{header}"\n#include "bsrgen.h"\n#include "bsrgen.h"\nint main(void) {{ return 0; }}\n'
@@ -299,8 +301,25 @@ def test_two_artifacts_in_one_program(
     linear: Made, spmm: Made, names: tuple[str, ...], language: str, tmp_path: Path
 ) -> None:
     (tmp_path / "two").write_text(TWO.format(a=linear.name, b=spmm.name))
-    flags = [f for m in (linear, spmm) for f in (f"-I{m.folder}", f"-L{m.folder}", f"-l{m.name}", f"-Wl,-rpath,{m.folder}")]
-    run([tool(*names), "-Wall", "-Wextra", "-Werror", "-x", language, tmp_path / "two", "-x", "none", *flags, "-o", tmp_path / "program"])
+    flags = [
+        f for m in (linear, spmm) for f in (f"-I{m.folder}", f"-L{m.folder}", f"-l{m.name}", f"-Wl,-rpath,{m.folder}")
+    ]
+    run(
+        [
+            tool(*names),
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-x",
+            language,
+            tmp_path / "two",
+            "-x",
+            "none",
+            *flags,
+            "-o",
+            tmp_path / "program",
+        ]
+    )
     first, second = map(float, run(["env", "-i", tmp_path / "program"]).split())
     bias, residual = np.zeros(24), np.zeros((23, 3))
     expected, bound = linear.problem.reference(linear.weight, np.ones((3, 40)), {"bias": bias})
@@ -313,7 +332,9 @@ def test_two_artifacts_in_one_program(
 
 
 @pytest.mark.parametrize("case", [case for case in GOLDEN if case.plans[0].target.family == "x86_64"], ids=str)
-def test_pack_from_c_is_pack_of_the_plan(case: Golden, golden_artifacts: dict[str, Artifact], rng: np.random.Generator) -> None:
+def test_pack_from_c_is_pack_of_the_plan(
+    case: Golden, golden_artifacts: dict[str, Artifact], rng: np.random.Generator
+) -> None:
     if case.name not in golden_artifacts:
         pytest.skip(f"x86-64 only, this is {native().family}")
     pack = ctypes.CDLL(str(golden_artifacts[case.name].library))[f"{case.problem.name}_pack"]
@@ -328,6 +349,20 @@ def test_pack_from_c_is_pack_of_the_plan(case: Golden, golden_artifacts: dict[st
         assert (packed[expected.size :] == 7).all()
     assert pack(None, None, len(case.plans)) == -1
     assert pack(None, None, 1 << 30) == -1
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_new_values_are_saved_whatever_the_old_ones_were(
+    value: float, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """Where values lie in the library is not a matter of finding bytes: zeros are everywhere."""
+    old = random_weight(0, (16, 16), (1, 1), 0.3)
+    kernel = bsrgen.compile(Weight(old.pattern, np.full_like(old.data, value)))
+    kernel.update(old)
+    again = bsrgen.load(kernel.save(tmp_path / "saved"))
+    x = rng.standard_normal((5, 16)).astype(np.float32)
+    np.testing.assert_array_equal(again(x), kernel(x))
+    np.testing.assert_allclose(again(x), x @ old.todense().T, rtol=1e-5, atol=1e-5)
 
 
 # ── damage and forgery ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -71,7 +71,9 @@ def table(level: str) -> Iterator[Case]:
         kinds = [plans[0], plans[-1]]
         kinds += [replace(p, tokens=replace(p.tokens, k_panel=blocksize[1], pack=True)) for p in plans if p.tokens][:1]
         kinds += [p for p in plans if p.encoding == "code"][:1]
-        for plan in {str(kinds[(number + turn + i) % len(kinds)]): kinds[(number + turn + i) % len(kinds)] for i in (0, 2)}.values():
+        for plan in {
+            str(kinds[(number + turn + i) % len(kinds)]): kinds[(number + turn + i) % len(kinds)] for i in (0, 2)
+        }.values():
             yield Case(f"{operator} {dtype} {blocksize[0]}x{blocksize[1]} {'+'.join(steps)}", (plan,), weight)
     for shape, density in (((0, 5), 0.0), ((5, 0), 0.0), ((6, 6), 0.0), ((64, 64), 1.0)):
         weight = random_weight(0, shape, (2, 2) if shape != (64, 64) else shape, density)
@@ -159,7 +161,13 @@ def sanitized() -> list[Case]:
         weight = random_weight(0, (37, 43), blocksize, 0.4, dtype="float32")
         plans = list(candidates(problem_of(weight, operator, tuple(EPILOGUES)), native()))
         both = [plan for plan in plans if plan.tokens and plan.weight] or plans
-        cases.append(Case(f"{operator}-{blocksize[0]}x{blocksize[1]}", (replace(both[0], small_n=4 if both[0].weight else 0),), weight))
+        cases.append(
+            Case(
+                f"{operator}-{blocksize[0]}x{blocksize[1]}",
+                (replace(both[0], small_n=4 if both[0].weight else 0),),
+                weight,
+            )
+        )
         code = [plan for plan in plans if plan.encoding == "code"]
         cases += [Case(f"{operator}-{blocksize[0]}x{blocksize[1]}-code", (plan,), weight) for plan in code[:1]]
     return cases
@@ -201,7 +209,9 @@ def drive(case: Case, sanitizer: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("case", sanitized(), ids=str)
-def test_no_report_of_address_and_undefined_sanitizer(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_report_of_address_and_undefined_sanitizer(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Threads take part even in little work; every buffer is as long as the contract says and no longer."""
     monkeypatch.setattr(text, "FLOP_PER_PART", 1)
     drive(Case(case.name, case.plans, case.weight), "address,undefined", tmp_path)

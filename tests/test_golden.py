@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ class Level:
     tokens: TokenTile | None = None
     weight: WeightTile | None = None
     small_n: int = 0
+    encoding: Literal["table", "code"] = "table"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class Golden:
     @cached_property
     def plans(self) -> tuple[CPlan, ...]:
         """How, best level first."""
-        return tuple(CPlan(self.problem, TARGETS[v.target], v.tokens, v.weight, v.small_n) for v in self.levels)
+        return tuple(
+            CPlan(self.problem, TARGETS[v.target], v.tokens, v.weight, v.small_n, v.encoding) for v in self.levels
+        )
 
     @cached_property
     def source(self) -> Source:
@@ -106,6 +110,10 @@ GOLDEN = (
         (Level("x86-64-v3", weight=WeightTile(row_lanes=1, k_lanes=8, vectors=1, tokens=4, chunk=4)),),
     ),
     Golden(
+        "token_code", "the pattern as code: one line per stored block", "spmm", "float32", (6, 12), (2, 3),
+        (Level("x86-64-v3", TokenTile(rows=2, vectors=2, chunk=2, k_panel=12, pack=False), encoding="code"),),
+    ),
+    Golden(
         "mixed", "both: few tokens along the weight, many along the tokens; operands of every kind", "linear", "float64",
         (16, 18), (4, 4),
         (Level("aarch64", TokenTile(2, 2, 2, 20), WeightTile(2, 1, 2, tokens=3, chunk=3), small_n=4),),
@@ -134,7 +142,9 @@ def test_emitted_text_is_golden(case: Golden, update_golden: bool) -> None:
     assert sorted(path.name for path in folder.iterdir()) == sorted(texts)
     for name, text in texts.items():
         golden = (folder / name).read_text()
-        diff = difflib.unified_diff(golden.splitlines(), text.splitlines(), f"golden {name}", "emitted", lineterm="", n=1)
+        diff = difflib.unified_diff(
+            golden.splitlines(), text.splitlines(), f"golden {name}", "emitted", lineterm="", n=1
+        )
         assert text == golden, "emitted text changed; if that is meant, --update-golden:\n" + "\n".join([*diff][:60])
 
 

@@ -69,6 +69,20 @@ def test_best_level_is_picked(cpu: str, operator: str, dtype: str, saved: Saved,
     assert_example_is_right(run(command), problem, weight, best)
 
 
+@x86
+@pytest.mark.parametrize("blocksize", [(1, 1), (4, 1), (16, 1)], ids=lambda b: f"{b[0]}x{b[1]}")
+def test_new_values_reach_every_level(blocksize: tuple[int, int], tmp_path: Path) -> None:
+    """The old values are all ones: no level's can be told from another's."""
+    weight = random_weight(0, (32, 24), blocksize, 0.4)
+    problem = problem_of(weight)
+    kernel = bsrgen.compile(Weight(weight.pattern, np.ones_like(weight.data)), target=("x86-64", "x86-64-v3"))
+    kernel.update(weight)
+    folder = kernel.save(tmp_path / "saved")
+    program = build_example(folder, tmp_path / "example", compiler())
+    for cpu, level in (("Nehalem", "x86-64"), ("Haswell", "x86-64-v3")):
+        assert_example_is_right(run([*emulator("x86_64", cpu), program]), problem, weight, level)
+
+
 def _has(target: Target, level: str) -> bool:
     return set(TARGETS[level].requires) <= set(target.requires)
 
@@ -138,11 +152,15 @@ for folder in sys.argv[1:]:
 
 @x86
 @pytest.mark.parametrize(
-    ("cpu", "only", "lacks", "not_lacks"), [("Nehalem", "x86-64-v3", "avx2", "sse4.2"), ("max", "x86-64-v4", "avx512f", "avx2")]
+    ("cpu", "only", "lacks", "not_lacks"),
+    [("Nehalem", "x86-64-v3", "avx2", "sse4.2"), ("max", "x86-64-v4", "avx512f", "avx2")],
 )
 def test_python_on_another_cpu(cpu: str, only: str, lacks: str, not_lacks: str, saved: Saved) -> None:
     refused, (multi, problem, weight) = saved(only)[0], saved(LEVELS)
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OPENBLAS_CORETYPE": "Nehalem"}  # OpenBLAS's own guess dies in qemu
+    env = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "OPENBLAS_CORETYPE": "Nehalem",
+    }  # OpenBLAS's own guess dies in qemu
     out = run([*emulator("x86_64", cpu), sys.executable, "-c", LOAD, refused, multi], env=env).splitlines()
     assert out[0].startswith("refused:")
     said = out[0].split("lacks ")[1].split(";")[0].split(", ")

@@ -33,7 +33,9 @@ FLOORS = """
 RANK = {name: -floor for floor, line in enumerate(FLOORS.split("\n")) for name in line.split()}
 ROOMS = ("cli", "bench")  # packages whose own files may import each other in any order that is no circle
 
-DEPLOY = "kernel arguments artifact trampoline store pattern canonical foreign problem operators epilogues dtypes".split()
+DEPLOY = (
+    "kernel arguments artifact trampoline store pattern canonical foreign problem operators epilogues dtypes".split()
+)
 WORKSHOP = "api build emit package plan cost tune backends bench cli files".split()  # needs a compiler or templates
 NOT_ON_IMPORT = ("torch", "jinja2", "safetensors", "scipy", "matplotlib", "click", "rich", "archspec")
 MAY_ON_IMPORT = {"cli": ("click", "rich"), "__main__": ("click", "rich"), "bench": ("scipy",)}
@@ -97,7 +99,9 @@ def own(path: Path) -> list[tuple[str, Import]]:
 
 def _version_only(path: Path, line: int) -> bool:
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
-    return any(node.lineno == line and all(a.name == "__version__" or a.name in MODULES for a in node.names) for node in nodes)
+    return any(
+        node.lineno == line and all(a.name == "__version__" or a.name in MODULES for a in node.names) for node in nodes
+    )
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -108,7 +112,9 @@ def test_every_import_goes_down(module: str) -> None:
         below = room_of(target)
         assert below in RANK, f"{target} has no floor: give it one in FLOORS"
         if room != below or room not in ROOMS:
-            assert RANK[below] < RANK[room], f"{MODULES[module]}:{item.line}: {module} imports {target}, which is not below it"
+            assert RANK[below] < RANK[room], (
+                f"{MODULES[module]}:{item.line}: {module} imports {target}, which is not below it"
+            )
 
 
 def test_floors_name_only_what_exists() -> None:
@@ -117,7 +123,9 @@ def test_floors_name_only_what_exists() -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_circle_within_a_room(room: str) -> None:
-    left = {m: {t for t, _ in own(p) if room_of(t) == room and t != m} for m, p in MODULES.items() if room_of(m) == room}
+    left = {
+        m: {t for t, _ in own(p) if room_of(t) == room and t != m} for m, p in MODULES.items() if room_of(m) == room
+    }
     while free := [module for module, below in left.items() if not below & left.keys()]:
         for module in free:
             del left[module]
@@ -137,7 +145,9 @@ def test_heavy_packages_are_imported_where_they_are_used(module: str) -> None:
     allowed = MAY_ON_IMPORT.get(room_of(module), ())
     at_once = {item.module.split(".")[0]: item.line for item in imports(MODULES[module]) if not item.late}
     for name in NOT_ON_IMPORT:
-        assert name not in at_once or name in allowed, f"{MODULES[module]}:{at_once[name]}: import {name} in the function"
+        assert name not in at_once or name in allowed, (
+            f"{MODULES[module]}:{at_once[name]}: import {name} in the function"
+        )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +169,9 @@ def test_functions_are_short() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 first = node.body[1] if len(node.body) > 1 and isinstance(node.body[0], ast.Expr) else node.body[0]
-                count = (node.end_lineno or 0) - first.lineno + 1  # the body alone: not the signature, not the docstring
+                count = (
+                    (node.end_lineno or 0) - first.lineno + 1
+                )  # the body alone: not the signature, not the docstring
                 if count > 40:
                     long.append(f"{path.relative_to(REPOSITORY)}:{node.lineno} {node.name}: {count} lines")
     assert not long, long

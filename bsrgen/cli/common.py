@@ -182,9 +182,11 @@ def working(what: str) -> Iterator[Callable[[float], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(30), TimeElapsedColumn())
-    with Progress(*columns, console=console(err=True), transient=True) as bar:
+    # no refresh of its own: a thread that wakes up ten times a second is in every timing
+    with Progress(*columns, console=console(err=True), transient=True, auto_refresh=False) as bar:
         task = bar.add_task(plain(what), total=None)
-        yield lambda share: bar.update(task, total=1.0, completed=share)
+        bar.refresh()
+        yield lambda share: bar.update(task, total=1.0, completed=share, refresh=True)
 
 
 def size(count: float) -> str:

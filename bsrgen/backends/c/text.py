@@ -196,7 +196,7 @@ def _code(plan: CPlan) -> list[dict[str, Any]]:
 
 
 def _leading_dimension(plan: CPlan) -> int:
-    """Of X in the weight tile: K, or more where rows would share an L1 set, or where vectors along k must be aligned."""
+    """Of X in the weight tile: K, or more where rows would share an L1 set or vectors along k must be aligned."""
     p, lanes = plan.problem.pattern, plan.lanes
     features = p.block_cols * p.C
     if plan.k_lanes > 1:

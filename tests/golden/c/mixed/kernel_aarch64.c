@@ -23,6 +23,8 @@ enum { BLOCK_R = 4, BLOCK_C = 4, BLOCK_VALUES = 16, K_STEP = 1 };
 typedef uint16_t offset; /* first feature of a block, from the start of its panel */
 extern const uint32_t linear_f64_16x18_b4x4_77bea486_u16_pointers[] __attribute__((visibility("hidden")));
 extern const offset linear_f64_16x18_b4x4_77bea486_u16_offsets[] __attribute__((visibility("hidden")));
+#define POINTERS linear_f64_16x18_b4x4_77bea486_u16_pointers /* first block of each panel and block row */
+#define OFFSETS linear_f64_16x18_b4x4_77bea486_u16_offsets
 
 /* Y[n, m:m+count] = epilogue(v), lanes along rows. */
 INLINE void put_rows(const struct bsrgen_call *call, int64_t m, int64_t n, vec v, int count)
@@ -43,7 +45,6 @@ INLINE void put_rows(const struct bsrgen_call *call, int64_t m, int64_t n, vec v
         const real hi = (real)call->operands[3].scalar;
         v = v_min(v_max(v, splat(lo)), splat(hi));
     }
-
     real *y = (real *)call->y + n * call->ldy + m;
     if (count == LANES) store(y, v);
     else store_part(y, v, count);
@@ -60,6 +61,8 @@ INLINE int64_t pieces(int64_t total, int64_t most)
 }
 
 enum { W_TOKENS = 3, W_CHUNK = 3, W_LDX = 20, K_STEPS = BLOCK_C / K_STEP };
+/* Vectors of sums of one block row; block rows whose sums are finished together; vectors of a token in a tile. */
+enum { W_VECTORS = 2, W_WINDOW = 1, W_TILE = W_VECTORS * W_WINDOW };
 
 /* Sums kept per tile: with few accumulators, several partial sums hide the latency of the multiply-add. */
 #define W_SUMS(t, v) ((t) * (v) >= 8 ? 1 : (t) * (v) >= 4 ? 2 : (t) * (v) >= 2 ? 4 : 8)
@@ -97,10 +100,9 @@ INLINE void weight_sum(const int T, const int V, vec *sum, const int before, con
     enum { BY_BLOCK = K_STEPS < 8 };
     const int S = W_SUMS(T, V);
     for (int64_t p = 0; p < PANELS; p++) {
-        const int64_t at_row = p * BLOCK_ROWS + i;
-        const int64_t first = linear_f64_16x18_b4x4_77bea486_u16_pointers[at_row], last = linear_f64_16x18_b4x4_77bea486_u16_pointers[at_row + 1];
+        const int64_t first = POINTERS[p * BLOCK_ROWS + i], last = POINTERS[p * BLOCK_ROWS + i + 1];
         const real *w = values + first * BLOCK_VALUES + (last - first) * before;
-        const offset *at = linear_f64_16x18_b4x4_77bea486_u16_offsets + first, *end = linear_f64_16x18_b4x4_77bea486_u16_offsets + last;
+        const offset *at = OFFSETS + first, *end = OFFSETS + last;
         const real *xp = x + p * K_PANEL;
         if (!BY_BLOCK || S == 1) {
             for (; at < end; at++, w += K_STEPS * V * LANES) weight_block(T, V, S, sum, w, xp + *at);
@@ -115,7 +117,7 @@ INLINE void weight_sum(const int T, const int V, vec *sum, const int before, con
     }
 }
 
-/* tile[T][V] = X[T tokens, K] @ W[one group of block row i, K].T */
+/* tile[T][V] = X[T tokens, K] @ W[one group of block row i, K].T, partial sums of a row side by side. */
 INLINE void weight_tile(const int T, const int V, const int before, const real *values, const real *x, int64_t i, real *tile)
 {
     const int S = W_SUMS(T, V);
@@ -129,80 +131,84 @@ INLINE void weight_tile(const int T, const int V, const int before, const real *
         for (int q = 0; q < s * T * V; q++) sum[q] += sum[s * T * V + q];
     }
     UNROLL
-    for (int q = 0; q < T * V; q++) store(tile + q * LANES, sum[q]);
+    for (int q = 0; q < T * V; q++) store(tile + (q / V * W_TILE + q % V) * LANES, sum[q]);
 }
 
-/* Y of T tokens from n on and block row i: tiles to results. */
-NOINLINE void weight_finish(const struct bsrgen_call *call, int64_t n, int T, int V, int64_t m, int rows, const real *tile)
+/* 1 token x block row i. */
+NOINLINE void weight_row_1(const real *values, const real *x, int64_t i, real *tile)
 {
-    if (rows > M - m) rows = (int)(M - m);
-    for (int t = 0; t < T; t++)
-        for (int r = 0, v = 0; r < rows; r += 2, v++) {
-            vec sum = load(tile + (t * V + v) * LANES);
-            put_rows(call, m + r, n + t, sum, rows - r < 2 ? rows - r : 2);
+    weight_tile(1, 2, 0, values, x, i, tile);
+}
+
+/* 2 tokens x block row i. */
+NOINLINE void weight_row_2(const real *values, const real *x, int64_t i, real *tile)
+{
+    weight_tile(2, 2, 0, values, x, i, tile);
+}
+
+/* 3 tokens x block row i. */
+NOINLINE void weight_row_3(const real *values, const real *x, int64_t i, real *tile)
+{
+    weight_tile(3, 2, 0, values, x, i, tile);
+}
+
+/* `count` tokens x block row i. */
+INLINE void weight_row(const real *values, const real *x, int64_t count, int64_t i, real *tile)
+{
+    switch (count) {
+    case 1: weight_row_1(values, x, i, tile); break;
+    case 2: weight_row_2(values, x, i, tile); break;
+    case 3: weight_row_3(values, x, i, tile); break;
+    }
+}
+
+/* Y of `count` tokens from n on and rows [m, m + rows): K_STEP vectors of partial sums become one of LANES rows. */
+static void weight_finish(const struct bsrgen_call *call, int64_t n, int64_t count, int64_t m, int64_t rows, const real *tile)
+{
+    if (rows > M - m) rows = M - m;
+    for (int64_t t = 0; t < count; t++)
+        for (int64_t r = 0; r < rows; r += LANES) {
+            const real *part = tile + (t * W_TILE + r / 2) * LANES;
+            const vec sum = load(part);
+            put_rows(call, m + r, n + t, sum, rows - r < LANES ? (int)(rows - r) : LANES);
         }
 }
 
-/* Y[1 tokens from n, block row i]. */
-NOINLINE void weight_row_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t i)
+/* X of tokens [n0, n1) with the constant leading dimension and zeros behind feature K. */
+static void weight_copy(const struct bsrgen_call *call, int64_t n0, int64_t n1, real *to)
 {
-    real tile[2 * LANES];
-    weight_tile(1, 2, 0, values, x, i, tile);
-    weight_finish(call, n, 1, 2, i * BLOCK_R + 0, 4, tile);
-}
-
-/* Y[2 tokens from n, block row i]. */
-NOINLINE void weight_row_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t i)
-{
-    real tile[4 * LANES];
-    weight_tile(2, 2, 0, values, x, i, tile);
-    weight_finish(call, n, 2, 2, i * BLOCK_R + 0, 4, tile);
-}
-
-/* Y[3 tokens from n, block row i]. */
-NOINLINE void weight_row_3(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t i)
-{
-    real tile[6 * LANES];
-    weight_tile(3, 2, 0, values, x, i, tile);
-    weight_finish(call, n, 3, 2, i * BLOCK_R + 0, 4, tile);
+    const real *x = call->x;
+    for (int64_t n = n0; n < n1; n++, to += W_LDX) {
+        memcpy(to, x + n * call->ldx, sizeof(real) * K);
+        for (int64_t c = K; c < W_LDX; c++) to[c] = 0;
+    }
 }
 
 INLINE int64_t weight_units(int64_t n) { return pieces(n, W_TOKENS); }
 
-/* Y of tokens [n, n + count) and block row i. */
-INLINE void weight_row(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t count, int64_t i)
-{
-    switch (count) {
-    case 1: weight_row_1(call, values, x, n, i); break;
-    case 2: weight_row_2(call, values, x, n, i); break;
-    case 3: weight_row_3(call, values, x, n, i); break;
-    }
-}
-
-/* Token units [u0, u1) x block rows [i0, i1): within a chunk of tokens each block row of W is read once from beyond L1. */
+/* Token units [u0, u1) x block rows [i0, i1): within a chunk of tokens each window of W is read once from beyond L1. */
 static int weight_run(const struct bsrgen_call *call, const real *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
 {
     const int64_t units = weight_units(call->n), step = W_CHUNK / W_TOKENS;
-    const real *x = call->x;
     const int copy = 1;
-    real *scratch = copy ? bsrgen_scratch_take(sizeof(real) * W_LDX * W_CHUNK) : NULL;
-    if (copy && !scratch) return BSRGEN_NO_MEMORY;
+    real *tile = bsrgen_scratch_take(sizeof(real) * (W_TOKENS * W_TILE * LANES + (copy ? W_LDX * W_CHUNK : 0)));
+    if (!tile) return BSRGEN_NO_MEMORY;
+    real *copied = tile + W_TOKENS * W_TILE * LANES;
     for (int64_t u = u0; u < u1; u += step) {
         const int64_t stop = u + step < u1 ? u + step : u1, n0 = cut(call->n, units, u), n1 = cut(call->n, units, stop);
-        if (copy)
-            for (int64_t n = n0; n < n1; n++) {
-                real *to = scratch + (n - n0) * W_LDX;
-                memcpy(to, x + n * call->ldx, sizeof(real) * K);
-                for (int64_t c = K; c < W_LDX; c++) to[c] = 0;
-            }
-        for (int64_t i = i0; i < i1; i++)
+        if (copy) weight_copy(call, n0, n1, copied);
+        const real *x = copy ? copied : (const real *)call->x + n0 * W_LDX;
+        for (int64_t i = i0; i < i1; i += W_WINDOW) {
+            const int64_t end = i + W_WINDOW < i1 ? i + W_WINDOW : i1;
             for (int64_t v = u; v < stop; v++) {
-                const int64_t n = cut(call->n, units, v);
-                const real *xn = copy ? scratch + (n - n0) * W_LDX : x + n * W_LDX;
-                weight_row(call, values, xn, n, cut(call->n, units, v + 1) - n, i);
+                const int64_t n = cut(call->n, units, v), count = cut(call->n, units, v + 1) - n;
+                for (int64_t j = i; j < end; j++)
+                    weight_row(values, x + (n - n0) * W_LDX, count, j, tile + (j - i) * W_VECTORS * LANES);
+                weight_finish(call, n, count, i * BLOCK_R, (end - i) * BLOCK_R, tile);
             }
+        }
     }
-    if (copy) bsrgen_scratch_give(scratch);
+    bsrgen_scratch_give(tile);
     return BSRGEN_OK;
 }
 
@@ -282,30 +288,30 @@ INLINE void token_tile(const struct bsrgen_call *call, const int rows, const int
     token_end(call, rows, V, sum, m, n, sums);
 }
 
-/* Place i of panel p, which is block row `row`, 1 vectors of tokens. */
-NOINLINE void token_row_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, int64_t row, real *sums)
+/* Block row i of panel p, 1 vector of tokens. */
+NOINLINE void token_row_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, real *sums)
 {
     enum { ldp = T_CHUNK };
-    const int64_t first = linear_f64_16x18_b4x4_77bea486_u16_pointers[p * BLOCK_ROWS + i], last = linear_f64_16x18_b4x4_77bea486_u16_pointers[p * BLOCK_ROWS + i + 1];
+    const int64_t first = POINTERS[p * BLOCK_ROWS + i], last = POINTERS[p * BLOCK_ROWS + i + 1];
     const real *w = values + first * BLOCK_VALUES;
-    const offset *at = linear_f64_16x18_b4x4_77bea486_u16_offsets + first, *end = linear_f64_16x18_b4x4_77bea486_u16_offsets + last;
+    const offset *at = OFFSETS + first, *end = OFFSETS + last;
     for (int g = 0; g < 1; g++)
         for (int r = 0; r < 4; r += 2)
             token_tile(call, 2, 1, 4, w + (last - first) * (0 + g * 16) + r * K_STEP, at, end, x, ldp,
-                       row * BLOCK_R + 0 + g * 4 + r, n, sums + (0 + g * 4 + r) * T_CHUNK);
+                       i * BLOCK_R + 0 + g * 4 + r, n, sums + (0 + g * 4 + r) * T_CHUNK);
 }
 
-/* Place i of panel p, which is block row `row`, 2 vectors of tokens. */
-NOINLINE void token_row_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, int64_t row, real *sums)
+/* Block row i of panel p, 2 vectors of tokens. */
+NOINLINE void token_row_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, real *sums)
 {
     enum { ldp = T_CHUNK };
-    const int64_t first = linear_f64_16x18_b4x4_77bea486_u16_pointers[p * BLOCK_ROWS + i], last = linear_f64_16x18_b4x4_77bea486_u16_pointers[p * BLOCK_ROWS + i + 1];
+    const int64_t first = POINTERS[p * BLOCK_ROWS + i], last = POINTERS[p * BLOCK_ROWS + i + 1];
     const real *w = values + first * BLOCK_VALUES;
-    const offset *at = linear_f64_16x18_b4x4_77bea486_u16_offsets + first, *end = linear_f64_16x18_b4x4_77bea486_u16_offsets + last;
+    const offset *at = OFFSETS + first, *end = OFFSETS + last;
     for (int g = 0; g < 1; g++)
         for (int r = 0; r < 4; r += 2)
             token_tile(call, 2, 2, 4, w + (last - first) * (0 + g * 16) + r * K_STEP, at, end, x, ldp,
-                       row * BLOCK_R + 0 + g * 4 + r, n, sums + (0 + g * 4 + r) * T_CHUNK);
+                       i * BLOCK_R + 0 + g * 4 + r, n, sums + (0 + g * 4 + r) * T_CHUNK);
 }
 
 /* panel[k1 - k0][T_CHUNK] = X of tokens [n0, n1) and features [k0, k1), zeros behind the last token and feature. */
@@ -365,17 +371,15 @@ static void token_rows(const struct bsrgen_call *call, const real *values, const
 {
     const int64_t vectors = token_vectors(n1 - n0);
     const int64_t tiles = (vectors + T_VECTORS - 1) / T_VECTORS;
-    for (int64_t i = i0; i < i1; i++) {
-        const int64_t row = i;
+    for (int64_t i = i0; i < i1; i++)
         for (int64_t q = 0; q < tiles; q++) {
             const int64_t v = cut(vectors, tiles, q) * LANES, width = cut(vectors, tiles, q + 1) - cut(vectors, tiles, q);
-            real *to = sums + (row - i0) * BLOCK_R * T_CHUNK + v;
+            real *to = sums + (i - i0) * BLOCK_R * T_CHUNK + v;
             switch (width) {
-            case 1: token_row_1(call, values, x + v, n0 + v, p, i, row, to); break;
-            case 2: token_row_2(call, values, x + v, n0 + v, p, i, row, to); break;
+            case 1: token_row_1(call, values, x + v, n0 + v, p, i, to); break;
+            case 2: token_row_2(call, values, x + v, n0 + v, p, i, to); break;
             }
         }
-    }
     (void)ldp;
 }
 

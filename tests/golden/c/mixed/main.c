@@ -37,12 +37,11 @@ struct level {
     int64_t (*units)(int64_t n);
     int (*run)(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t);
     const real *values;
-    int window; /* block rows that must stay together */
 };
 
 /* ISA levels, best first. */
 static const struct level levels[] = {
-    {"aarch64", linear_f64_16x18_b4x4_77bea486_aarch64_units, linear_f64_16x18_b4x4_77bea486_aarch64_run, linear_f64_16x18_b4x4_77bea486_values_0, 1},
+    {"aarch64", linear_f64_16x18_b4x4_77bea486_aarch64_units, linear_f64_16x18_b4x4_77bea486_aarch64_run, linear_f64_16x18_b4x4_77bea486_values_0},
 };
 
 /* The best level that this CPU has in full, NULL when it has none. */
@@ -77,7 +76,7 @@ struct region {
 enum { BLOCK_ROWS = 4 };
 
 /* First block row of part p of `parts`: where the work before it is nearest to p / parts of the whole. */
-static int64_t row_cut(int parts, int p, int window)
+static int64_t row_cut(int parts, int p)
 {
     if (p == parts) return BLOCK_ROWS;
     const uint64_t want = linear_f64_16x18_b4x4_77bea486_work[BLOCK_ROWS] * (uint64_t)p / (uint64_t)parts;
@@ -87,7 +86,7 @@ static int64_t row_cut(int parts, int p, int window)
         if (linear_f64_16x18_b4x4_77bea486_work[mid] + linear_f64_16x18_b4x4_77bea486_work[mid + 1] >= 2 * want) high = mid;
         else low = mid + 1;
     }
-    return low / window * window;
+    return low;
 }
 
 static void run_part(void *context, int part, int parts)
@@ -95,7 +94,7 @@ static void run_part(void *context, int part, int parts)
     struct region *r = context;
     const int t = part / r->row_parts, m = part % r->row_parts;
     const int64_t u0 = r->units * t / r->token_parts, u1 = r->units * (t + 1) / r->token_parts;
-    const int64_t i0 = row_cut(r->row_parts, m, r->level->window), i1 = row_cut(r->row_parts, m + 1, r->level->window);
+    const int64_t i0 = row_cut(r->row_parts, m), i1 = row_cut(r->row_parts, m + 1);
     (void)parts;
     if (u0 < u1 && i0 < i1) {
         const int status = r->level->run(r->call, r->values, u0, u1, i0, i1);
@@ -111,7 +110,7 @@ static void split(struct region *r, int threads)
         const int tokens = threads / rows < r->units ? threads / rows : (int)r->units;
         uint64_t largest = 0;
         for (int p = 0; p < rows; p++) {
-            const uint64_t share = linear_f64_16x18_b4x4_77bea486_work[row_cut(rows, p + 1, r->level->window)] - linear_f64_16x18_b4x4_77bea486_work[row_cut(rows, p, r->level->window)];
+            const uint64_t share = linear_f64_16x18_b4x4_77bea486_work[row_cut(rows, p + 1)] - linear_f64_16x18_b4x4_77bea486_work[row_cut(rows, p)];
             if (share > largest) largest = share;
         }
         const double units = (double)((r->units + tokens - 1) / tokens) / (double)r->units;

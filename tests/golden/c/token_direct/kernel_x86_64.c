@@ -23,6 +23,8 @@ enum { BLOCK_R = 3, BLOCK_C = 5, BLOCK_VALUES = 15, K_STEP = 1 };
 typedef uint16_t offset; /* first feature of a block, from the start of its panel */
 extern const uint32_t spmm_f64_10x12_b3x5_5fb770f1_u16_pointers[] __attribute__((visibility("hidden")));
 extern const offset spmm_f64_10x12_b3x5_5fb770f1_u16_offsets[] __attribute__((visibility("hidden")));
+#define POINTERS spmm_f64_10x12_b3x5_5fb770f1_u16_pointers /* first block of each panel and block row */
+#define OFFSETS spmm_f64_10x12_b3x5_5fb770f1_u16_offsets
 
 /* Y[m, n:n+LANES] = epilogue(v), lanes along tokens; nothing is written past the last token. */
 INLINE void put_tokens(const struct bsrgen_call *call, int64_t m, int64_t n, vec v)
@@ -39,7 +41,6 @@ INLINE void put_tokens(const struct bsrgen_call *call, int64_t m, int64_t n, vec
         const vec out = load_part((const real *)call->y + m * call->ldy + n, count);
         v = beta == 0 ? alpha * v : alpha * v + beta * out;
     }
-
     real *y = (real *)call->y + m * call->ldy + n;
     if (count == LANES) store(y, v);
     else store_part(y, v, count);
@@ -135,46 +136,46 @@ INLINE void token_tile(const struct bsrgen_call *call, const int rows, const int
     token_end(call, rows, V, sum, m, n, sums);
 }
 
-/* Place i of panel p, which is block row `row`, 1 vectors of tokens. */
-NOINLINE void token_row_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, int64_t row, real *sums)
+/* Block row i of panel p, 1 vector of tokens. */
+NOINLINE void token_row_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, real *sums)
 {
     enum { ldp = T_CHUNK };
-    const int64_t first = spmm_f64_10x12_b3x5_5fb770f1_u16_pointers[p * BLOCK_ROWS + i], last = spmm_f64_10x12_b3x5_5fb770f1_u16_pointers[p * BLOCK_ROWS + i + 1];
+    const int64_t first = POINTERS[p * BLOCK_ROWS + i], last = POINTERS[p * BLOCK_ROWS + i + 1];
     const real *w = values + first * BLOCK_VALUES;
-    const offset *at = spmm_f64_10x12_b3x5_5fb770f1_u16_offsets + first, *end = spmm_f64_10x12_b3x5_5fb770f1_u16_offsets + last;
+    const offset *at = OFFSETS + first, *end = OFFSETS + last;
     token_tile(call, 3, 1, 3, w + (last - first) * 0 + 0 * K_STEP, at, end, x, ldp,
-               row * BLOCK_R + 0, n, sums + 0 * T_CHUNK);
+               i * BLOCK_R + 0, n, sums + 0 * T_CHUNK);
 }
 
-/* Place i of panel p, which is block row `row`, 1 vectors of tokens, X as it lies. */
-NOINLINE void token_row_1x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, int64_t p, int64_t i, int64_t row, real *sums)
+/* Block row i of panel p, 1 vector of tokens, X as it lies. */
+NOINLINE void token_row_1x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, int64_t p, int64_t i, real *sums)
 {
-    const int64_t first = spmm_f64_10x12_b3x5_5fb770f1_u16_pointers[p * BLOCK_ROWS + i], last = spmm_f64_10x12_b3x5_5fb770f1_u16_pointers[p * BLOCK_ROWS + i + 1];
+    const int64_t first = POINTERS[p * BLOCK_ROWS + i], last = POINTERS[p * BLOCK_ROWS + i + 1];
     const real *w = values + first * BLOCK_VALUES;
-    const offset *at = spmm_f64_10x12_b3x5_5fb770f1_u16_offsets + first, *end = spmm_f64_10x12_b3x5_5fb770f1_u16_offsets + last;
+    const offset *at = OFFSETS + first, *end = OFFSETS + last;
     token_tile(call, 3, 1, 3, w + (last - first) * 0 + 0 * K_STEP, at, end, x, ldp,
-               row * BLOCK_R + 0, n, sums + 0 * T_CHUNK);
+               i * BLOCK_R + 0, n, sums + 0 * T_CHUNK);
 }
 
-/* Place i of panel p, which is block row `row`, 2 vectors of tokens. */
-NOINLINE void token_row_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, int64_t row, real *sums)
+/* Block row i of panel p, 2 vectors of tokens. */
+NOINLINE void token_row_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, real *sums)
 {
     enum { ldp = T_CHUNK };
-    const int64_t first = spmm_f64_10x12_b3x5_5fb770f1_u16_pointers[p * BLOCK_ROWS + i], last = spmm_f64_10x12_b3x5_5fb770f1_u16_pointers[p * BLOCK_ROWS + i + 1];
+    const int64_t first = POINTERS[p * BLOCK_ROWS + i], last = POINTERS[p * BLOCK_ROWS + i + 1];
     const real *w = values + first * BLOCK_VALUES;
-    const offset *at = spmm_f64_10x12_b3x5_5fb770f1_u16_offsets + first, *end = spmm_f64_10x12_b3x5_5fb770f1_u16_offsets + last;
+    const offset *at = OFFSETS + first, *end = OFFSETS + last;
     token_tile(call, 3, 2, 3, w + (last - first) * 0 + 0 * K_STEP, at, end, x, ldp,
-               row * BLOCK_R + 0, n, sums + 0 * T_CHUNK);
+               i * BLOCK_R + 0, n, sums + 0 * T_CHUNK);
 }
 
-/* Place i of panel p, which is block row `row`, 2 vectors of tokens, X as it lies. */
-NOINLINE void token_row_2x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, int64_t p, int64_t i, int64_t row, real *sums)
+/* Block row i of panel p, 2 vectors of tokens, X as it lies. */
+NOINLINE void token_row_2x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, int64_t p, int64_t i, real *sums)
 {
-    const int64_t first = spmm_f64_10x12_b3x5_5fb770f1_u16_pointers[p * BLOCK_ROWS + i], last = spmm_f64_10x12_b3x5_5fb770f1_u16_pointers[p * BLOCK_ROWS + i + 1];
+    const int64_t first = POINTERS[p * BLOCK_ROWS + i], last = POINTERS[p * BLOCK_ROWS + i + 1];
     const real *w = values + first * BLOCK_VALUES;
-    const offset *at = spmm_f64_10x12_b3x5_5fb770f1_u16_offsets + first, *end = spmm_f64_10x12_b3x5_5fb770f1_u16_offsets + last;
+    const offset *at = OFFSETS + first, *end = OFFSETS + last;
     token_tile(call, 3, 2, 3, w + (last - first) * 0 + 0 * K_STEP, at, end, x, ldp,
-               row * BLOCK_R + 0, n, sums + 0 * T_CHUNK);
+               i * BLOCK_R + 0, n, sums + 0 * T_CHUNK);
 }
 
 /* panel[k1 - k0][T_CHUNK] = X of tokens [n0, n1) and features [k0, k1), zeros behind the last token and feature. */
@@ -202,23 +203,21 @@ static void token_rows(const struct bsrgen_call *call, const real *values, const
 {
     const int64_t vectors = token_vectors(n1 - n0);
     const int64_t tiles = (vectors + T_VECTORS - 1) / T_VECTORS;
-    for (int64_t i = i0; i < i1; i++) {
-        const int64_t row = i;
+    for (int64_t i = i0; i < i1; i++)
         for (int64_t q = 0; q < tiles; q++) {
             const int64_t v = cut(vectors, tiles, q) * LANES, width = cut(vectors, tiles, q + 1) - cut(vectors, tiles, q);
             real *to = sums;
             switch (width) {
             case 1:
-                if (ldp == T_CHUNK) token_row_1(call, values, x + v, n0 + v, p, i, row, to);
-                else token_row_1x(call, values, x + v, ldp, n0 + v, p, i, row, to);
+                if (ldp == T_CHUNK) token_row_1(call, values, x + v, n0 + v, p, i, to);
+                else token_row_1x(call, values, x + v, ldp, n0 + v, p, i, to);
                 break;
             case 2:
-                if (ldp == T_CHUNK) token_row_2(call, values, x + v, n0 + v, p, i, row, to);
-                else token_row_2x(call, values, x + v, ldp, n0 + v, p, i, row, to);
+                if (ldp == T_CHUNK) token_row_2(call, values, x + v, n0 + v, p, i, to);
+                else token_row_2x(call, values, x + v, ldp, n0 + v, p, i, to);
                 break;
             }
         }
-    }
     (void)ldp;
 }
 

@@ -22,13 +22,14 @@ enum { M = 12, K = 24, BLOCK_ROWS = 6, PANELS = 3, K_PANEL = 8 };
 enum { BLOCK_R = 2, BLOCK_C = 2, BLOCK_VALUES = 4, K_STEP = 1 };
 
 typedef uint16_t offset; /* first feature of a block, from the start of its panel */
-extern const uint32_t linear_f32_12x24_b2x2_892b39a4_u16_8_1_pointers[] __attribute__((visibility("hidden")));
-extern const offset linear_f32_12x24_b2x2_892b39a4_u16_8_1_offsets[] __attribute__((visibility("hidden")));
+extern const uint32_t linear_f32_12x24_b2x2_892b39a4_u16_8_pointers[] __attribute__((visibility("hidden")));
+extern const offset linear_f32_12x24_b2x2_892b39a4_u16_8_offsets[] __attribute__((visibility("hidden")));
+#define POINTERS linear_f32_12x24_b2x2_892b39a4_u16_8_pointers /* first block of each panel and block row */
+#define OFFSETS linear_f32_12x24_b2x2_892b39a4_u16_8_offsets
 
 /* Y[n, m:m+count] = epilogue(v), lanes along rows. */
 INLINE void put_rows(const struct bsrgen_call *call, int64_t m, int64_t n, vec v, int count)
 {
-
     real *y = (real *)call->y + n * call->ldy + m;
     if (count == LANES) store(y, v);
     else store_part(y, v, count);
@@ -122,26 +123,26 @@ INLINE void token_tile(const struct bsrgen_call *call, const int rows, const int
     token_end(call, rows, V, sum, m, n, sums);
 }
 
-/* Place i of panel p, which is block row `row`, 1 vectors of tokens. */
-NOINLINE void token_row_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, int64_t row, real *sums)
+/* Block row i of panel p, 1 vector of tokens. */
+NOINLINE void token_row_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, real *sums)
 {
     enum { ldp = T_CHUNK };
-    const int64_t first = linear_f32_12x24_b2x2_892b39a4_u16_8_1_pointers[p * BLOCK_ROWS + i], last = linear_f32_12x24_b2x2_892b39a4_u16_8_1_pointers[p * BLOCK_ROWS + i + 1];
+    const int64_t first = POINTERS[p * BLOCK_ROWS + i], last = POINTERS[p * BLOCK_ROWS + i + 1];
     const real *w = values + first * BLOCK_VALUES;
-    const offset *at = linear_f32_12x24_b2x2_892b39a4_u16_8_1_offsets + first, *end = linear_f32_12x24_b2x2_892b39a4_u16_8_1_offsets + last;
+    const offset *at = OFFSETS + first, *end = OFFSETS + last;
     token_tile(call, 2, 1, 2, w + (last - first) * 0 + 0 * K_STEP, at, end, x, ldp,
-               row * BLOCK_R + 0, n, sums + 0 * T_CHUNK);
+               i * BLOCK_R + 0, n, sums + 0 * T_CHUNK);
 }
 
-/* Place i of panel p, which is block row `row`, 2 vectors of tokens. */
-NOINLINE void token_row_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, int64_t row, real *sums)
+/* Block row i of panel p, 2 vectors of tokens. */
+NOINLINE void token_row_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, real *sums)
 {
     enum { ldp = T_CHUNK };
-    const int64_t first = linear_f32_12x24_b2x2_892b39a4_u16_8_1_pointers[p * BLOCK_ROWS + i], last = linear_f32_12x24_b2x2_892b39a4_u16_8_1_pointers[p * BLOCK_ROWS + i + 1];
+    const int64_t first = POINTERS[p * BLOCK_ROWS + i], last = POINTERS[p * BLOCK_ROWS + i + 1];
     const real *w = values + first * BLOCK_VALUES;
-    const offset *at = linear_f32_12x24_b2x2_892b39a4_u16_8_1_offsets + first, *end = linear_f32_12x24_b2x2_892b39a4_u16_8_1_offsets + last;
+    const offset *at = OFFSETS + first, *end = OFFSETS + last;
     token_tile(call, 2, 2, 2, w + (last - first) * 0 + 0 * K_STEP, at, end, x, ldp,
-               row * BLOCK_R + 0, n, sums + 0 * T_CHUNK);
+               i * BLOCK_R + 0, n, sums + 0 * T_CHUNK);
 }
 
 /* panel[k1 - k0][T_CHUNK] = X of tokens [n0, n1) and features [k0, k1), zeros behind the last token and feature. */
@@ -201,17 +202,15 @@ static void token_rows(const struct bsrgen_call *call, const real *values, const
 {
     const int64_t vectors = token_vectors(n1 - n0);
     const int64_t tiles = (vectors + T_VECTORS - 1) / T_VECTORS;
-    for (int64_t i = i0; i < i1; i++) {
-        const int64_t row = i;
+    for (int64_t i = i0; i < i1; i++)
         for (int64_t q = 0; q < tiles; q++) {
             const int64_t v = cut(vectors, tiles, q) * LANES, width = cut(vectors, tiles, q + 1) - cut(vectors, tiles, q);
-            real *to = sums + (row - i0) * BLOCK_R * T_CHUNK + v;
+            real *to = sums + (i - i0) * BLOCK_R * T_CHUNK + v;
             switch (width) {
-            case 1: token_row_1(call, values, x + v, n0 + v, p, i, row, to); break;
-            case 2: token_row_2(call, values, x + v, n0 + v, p, i, row, to); break;
+            case 1: token_row_1(call, values, x + v, n0 + v, p, i, to); break;
+            case 2: token_row_2(call, values, x + v, n0 + v, p, i, to); break;
             }
         }
-    }
     (void)ldp;
 }
 

@@ -39,13 +39,12 @@ struct level {
     int64_t (*units)(int64_t n);
     int (*run)(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t);
     const real *values;
-    int window; /* block rows that must stay together */
 };
 
 /* ISA levels, best first. */
 static const struct level levels[] = {
-    {"x86-64-v3", spmm_f32_12x16_b4x1_6d89d2d2_x86_64_v3_units, spmm_f32_12x16_b4x1_6d89d2d2_x86_64_v3_run, spmm_f32_12x16_b4x1_6d89d2d2_values_0, 1},
-    {"x86-64", spmm_f32_12x16_b4x1_6d89d2d2_x86_64_units, spmm_f32_12x16_b4x1_6d89d2d2_x86_64_run, spmm_f32_12x16_b4x1_6d89d2d2_values_0, 1},
+    {"x86-64-v3", spmm_f32_12x16_b4x1_6d89d2d2_x86_64_v3_units, spmm_f32_12x16_b4x1_6d89d2d2_x86_64_v3_run, spmm_f32_12x16_b4x1_6d89d2d2_values_0},
+    {"x86-64", spmm_f32_12x16_b4x1_6d89d2d2_x86_64_units, spmm_f32_12x16_b4x1_6d89d2d2_x86_64_run, spmm_f32_12x16_b4x1_6d89d2d2_values_0},
 };
 
 /* The best level that this CPU has in full, NULL when it has none. */
@@ -93,7 +92,7 @@ struct region {
 enum { BLOCK_ROWS = 3 };
 
 /* First block row of part p of `parts`: where the work before it is nearest to p / parts of the whole. */
-static int64_t row_cut(int parts, int p, int window)
+static int64_t row_cut(int parts, int p)
 {
     if (p == parts) return BLOCK_ROWS;
     const uint64_t want = spmm_f32_12x16_b4x1_6d89d2d2_work[BLOCK_ROWS] * (uint64_t)p / (uint64_t)parts;
@@ -103,7 +102,7 @@ static int64_t row_cut(int parts, int p, int window)
         if (spmm_f32_12x16_b4x1_6d89d2d2_work[mid] + spmm_f32_12x16_b4x1_6d89d2d2_work[mid + 1] >= 2 * want) high = mid;
         else low = mid + 1;
     }
-    return low / window * window;
+    return low;
 }
 
 static void run_part(void *context, int part, int parts)
@@ -111,7 +110,7 @@ static void run_part(void *context, int part, int parts)
     struct region *r = context;
     const int t = part / r->row_parts, m = part % r->row_parts;
     const int64_t u0 = r->units * t / r->token_parts, u1 = r->units * (t + 1) / r->token_parts;
-    const int64_t i0 = row_cut(r->row_parts, m, r->level->window), i1 = row_cut(r->row_parts, m + 1, r->level->window);
+    const int64_t i0 = row_cut(r->row_parts, m), i1 = row_cut(r->row_parts, m + 1);
     (void)parts;
     if (u0 < u1 && i0 < i1) {
         const int status = r->level->run(r->call, r->values, u0, u1, i0, i1);
@@ -127,7 +126,7 @@ static void split(struct region *r, int threads)
         const int tokens = threads / rows < r->units ? threads / rows : (int)r->units;
         uint64_t largest = 0;
         for (int p = 0; p < rows; p++) {
-            const uint64_t share = spmm_f32_12x16_b4x1_6d89d2d2_work[row_cut(rows, p + 1, r->level->window)] - spmm_f32_12x16_b4x1_6d89d2d2_work[row_cut(rows, p, r->level->window)];
+            const uint64_t share = spmm_f32_12x16_b4x1_6d89d2d2_work[row_cut(rows, p + 1)] - spmm_f32_12x16_b4x1_6d89d2d2_work[row_cut(rows, p)];
             if (share > largest) largest = share;
         }
         const double units = (double)((r->units + tokens - 1) / tokens) / (double)r->units;

@@ -23,11 +23,12 @@ enum { BLOCK_R = 1, BLOCK_C = 16, BLOCK_VALUES = 16, K_STEP = 8 };
 typedef uint16_t offset; /* first feature of a block, from the start of its panel */
 extern const uint32_t linear_f32_5x64_b1x16_373905d5_u16_pointers[] __attribute__((visibility("hidden")));
 extern const offset linear_f32_5x64_b1x16_373905d5_u16_offsets[] __attribute__((visibility("hidden")));
+#define POINTERS linear_f32_5x64_b1x16_373905d5_u16_pointers /* first block of each panel and block row */
+#define OFFSETS linear_f32_5x64_b1x16_373905d5_u16_offsets
 
 /* Y[n, m:m+count] = epilogue(v), lanes along rows. */
 INLINE void put_rows(const struct bsrgen_call *call, int64_t m, int64_t n, vec v, int count)
 {
-
     real *y = (real *)call->y + n * call->ldy + m;
     if (count == LANES) store(y, v);
     else store_part(y, v, count);
@@ -44,6 +45,8 @@ INLINE int64_t pieces(int64_t total, int64_t most)
 }
 
 enum { W_TOKENS = 4, W_CHUNK = 4, W_LDX = 64, K_STEPS = BLOCK_C / K_STEP };
+/* Vectors of sums of one block row; block rows whose sums are finished together; vectors of a token in a tile. */
+enum { W_VECTORS = 1, W_WINDOW = 8, W_TILE = W_VECTORS * W_WINDOW };
 
 /* Sums kept per tile: with few accumulators, several partial sums hide the latency of the multiply-add. */
 #define W_SUMS(t, v) ((t) * (v) >= 8 ? 1 : (t) * (v) >= 4 ? 2 : (t) * (v) >= 2 ? 4 : 8)
@@ -81,10 +84,9 @@ INLINE void weight_sum(const int T, const int V, vec *sum, const int before, con
     enum { BY_BLOCK = K_STEPS < 8 };
     const int S = W_SUMS(T, V);
     for (int64_t p = 0; p < PANELS; p++) {
-        const int64_t at_row = p * BLOCK_ROWS + i;
-        const int64_t first = linear_f32_5x64_b1x16_373905d5_u16_pointers[at_row], last = linear_f32_5x64_b1x16_373905d5_u16_pointers[at_row + 1];
+        const int64_t first = POINTERS[p * BLOCK_ROWS + i], last = POINTERS[p * BLOCK_ROWS + i + 1];
         const real *w = values + first * BLOCK_VALUES + (last - first) * before;
-        const offset *at = linear_f32_5x64_b1x16_373905d5_u16_offsets + first, *end = linear_f32_5x64_b1x16_373905d5_u16_offsets + last;
+        const offset *at = OFFSETS + first, *end = OFFSETS + last;
         const real *xp = x + p * K_PANEL;
         if (!BY_BLOCK || S == 1) {
             for (; at < end; at++, w += K_STEPS * V * LANES) weight_block(T, V, S, sum, w, xp + *at);
@@ -99,7 +101,7 @@ INLINE void weight_sum(const int T, const int V, vec *sum, const int before, con
     }
 }
 
-/* tile[T][V] = X[T tokens, K] @ W[one group of block row i, K].T */
+/* tile[T][V] = X[T tokens, K] @ W[one group of block row i, K].T, partial sums of a row side by side. */
 INLINE void weight_tile(const int T, const int V, const int before, const real *values, const real *x, int64_t i, real *tile)
 {
     const int S = W_SUMS(T, V);
@@ -113,90 +115,106 @@ INLINE void weight_tile(const int T, const int V, const int before, const real *
         for (int q = 0; q < s * T * V; q++) sum[q] += sum[s * T * V + q];
     }
     UNROLL
-    for (int q = 0; q < T * V; q++) store(tile + q * LANES, sum[q]);
+    for (int q = 0; q < T * V; q++) store(tile + (q / V * W_TILE + q % V) * LANES, sum[q]);
 }
 
-/* Y of T tokens from n on and block row i: tiles to results. */
-NOINLINE void weight_finish(const struct bsrgen_call *call, int64_t n, int T, int V, int64_t m, int rows, const real *tile)
+/* 1 token x block row i. */
+NOINLINE void weight_row_1(const real *values, const real *x, int64_t i, real *tile)
 {
-    if (rows > M - m) rows = (int)(M - m);
-    for (int t = 0; t < T; t++)
-        for (int r = 0, v = 0; r < rows; r += 1, v++) {
-            vec sum = load(tile + (t * V + v) * LANES);
-            sum = sum_groups(sum, K_STEP); /* every lane of a group holds its row's sum: keep the first of each */
-            put_rows(call, m + r, n + t, sum, rows - r < 1 ? rows - r : 1);
+    weight_tile(1, 1, 0, values, x, i, tile);
+}
+
+/* 2 tokens x block row i. */
+NOINLINE void weight_row_2(const real *values, const real *x, int64_t i, real *tile)
+{
+    weight_tile(2, 1, 0, values, x, i, tile);
+}
+
+/* 3 tokens x block row i. */
+NOINLINE void weight_row_3(const real *values, const real *x, int64_t i, real *tile)
+{
+    weight_tile(3, 1, 0, values, x, i, tile);
+}
+
+/* 4 tokens x block row i. */
+NOINLINE void weight_row_4(const real *values, const real *x, int64_t i, real *tile)
+{
+    weight_tile(4, 1, 0, values, x, i, tile);
+}
+
+/* `count` tokens x block row i. */
+INLINE void weight_row(const real *values, const real *x, int64_t count, int64_t i, real *tile)
+{
+    switch (count) {
+    case 1: weight_row_1(values, x, i, tile); break;
+    case 2: weight_row_2(values, x, i, tile); break;
+    case 3: weight_row_3(values, x, i, tile); break;
+    case 4: weight_row_4(values, x, i, tile); break;
+    }
+}
+
+/* Y of `count` tokens from n on and rows [m, m + rows): K_STEP vectors of partial sums become one of LANES rows. */
+static void weight_finish(const struct bsrgen_call *call, int64_t n, int64_t count, int64_t m, int64_t rows, const real *tile)
+{
+    if (rows > M - m) rows = M - m;
+    for (int64_t t = 0; t < count; t++)
+        for (int64_t r = 0; r < rows; r += LANES) {
+            const real *part = tile + (t * W_TILE + r / 1) * LANES;
+            vec v[K_STEP];
+            UNROLL
+            for (int q = 0; q < K_STEP; q++) v[q] = r + q * 1 < rows ? load(part + q * LANES) : zero();
+            UNROLL /* groups of 8 partial sums to 4 */
+            for (int q = 0; q < 4; q++)
+                v[q] = __builtin_shufflevector(v[2 * q], v[2 * q + 1], 0, 1, 2, 3, 8, 9, 10, 11)
+                     + __builtin_shufflevector(v[2 * q], v[2 * q + 1], 4, 5, 6, 7, 12, 13, 14, 15);
+            UNROLL /* groups of 4 partial sums to 2 */
+            for (int q = 0; q < 2; q++)
+                v[q] = __builtin_shufflevector(v[2 * q], v[2 * q + 1], 0, 1, 4, 5, 8, 9, 12, 13)
+                     + __builtin_shufflevector(v[2 * q], v[2 * q + 1], 2, 3, 6, 7, 10, 11, 14, 15);
+            UNROLL /* groups of 2 partial sums to 1 */
+            for (int q = 0; q < 1; q++)
+                v[q] = __builtin_shufflevector(v[2 * q], v[2 * q + 1], 0, 2, 4, 6, 8, 10, 12, 14)
+                     + __builtin_shufflevector(v[2 * q], v[2 * q + 1], 1, 3, 5, 7, 9, 11, 13, 15);
+            const vec sum = v[0];
+            put_rows(call, m + r, n + t, sum, rows - r < LANES ? (int)(rows - r) : LANES);
         }
 }
 
-/* Y[1 tokens from n, block row i]. */
-NOINLINE void weight_row_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t i)
+/* X of tokens [n0, n1) with the constant leading dimension and zeros behind feature K. */
+static void weight_copy(const struct bsrgen_call *call, int64_t n0, int64_t n1, real *to)
 {
-    real tile[1 * LANES];
-    weight_tile(1, 1, 0, values, x, i, tile);
-    weight_finish(call, n, 1, 1, i * BLOCK_R + 0, 1, tile);
-}
-
-/* Y[2 tokens from n, block row i]. */
-NOINLINE void weight_row_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t i)
-{
-    real tile[2 * LANES];
-    weight_tile(2, 1, 0, values, x, i, tile);
-    weight_finish(call, n, 2, 1, i * BLOCK_R + 0, 1, tile);
-}
-
-/* Y[3 tokens from n, block row i]. */
-NOINLINE void weight_row_3(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t i)
-{
-    real tile[3 * LANES];
-    weight_tile(3, 1, 0, values, x, i, tile);
-    weight_finish(call, n, 3, 1, i * BLOCK_R + 0, 1, tile);
-}
-
-/* Y[4 tokens from n, block row i]. */
-NOINLINE void weight_row_4(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t i)
-{
-    real tile[4 * LANES];
-    weight_tile(4, 1, 0, values, x, i, tile);
-    weight_finish(call, n, 4, 1, i * BLOCK_R + 0, 1, tile);
+    const real *x = call->x;
+    for (int64_t n = n0; n < n1; n++, to += W_LDX) {
+        memcpy(to, x + n * call->ldx, sizeof(real) * K);
+        for (int64_t c = K; c < W_LDX; c++) to[c] = 0;
+    }
 }
 
 INLINE int64_t weight_units(int64_t n) { return pieces(n, W_TOKENS); }
 
-/* Y of tokens [n, n + count) and block row i. */
-INLINE void weight_row(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t count, int64_t i)
-{
-    switch (count) {
-    case 1: weight_row_1(call, values, x, n, i); break;
-    case 2: weight_row_2(call, values, x, n, i); break;
-    case 3: weight_row_3(call, values, x, n, i); break;
-    case 4: weight_row_4(call, values, x, n, i); break;
-    }
-}
-
-/* Token units [u0, u1) x block rows [i0, i1): within a chunk of tokens each block row of W is read once from beyond L1. */
+/* Token units [u0, u1) x block rows [i0, i1): within a chunk of tokens each window of W is read once from beyond L1. */
 static int weight_run(const struct bsrgen_call *call, const real *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
 {
     const int64_t units = weight_units(call->n), step = W_CHUNK / W_TOKENS;
-    const real *x = call->x;
-    const int copy = call->ldx != W_LDX && call->n > 1;
-    real *scratch = copy ? bsrgen_scratch_take(sizeof(real) * W_LDX * W_CHUNK) : NULL;
-    if (copy && !scratch) return BSRGEN_NO_MEMORY;
+    const int copy = (call->ldx != W_LDX && call->n > 1) || (uintptr_t)call->x % sizeof(vec) /* split loads cost twice */;
+    real *tile = bsrgen_scratch_take(sizeof(real) * (W_TOKENS * W_TILE * LANES + (copy ? W_LDX * W_CHUNK : 0)));
+    if (!tile) return BSRGEN_NO_MEMORY;
+    real *copied = tile + W_TOKENS * W_TILE * LANES;
     for (int64_t u = u0; u < u1; u += step) {
         const int64_t stop = u + step < u1 ? u + step : u1, n0 = cut(call->n, units, u), n1 = cut(call->n, units, stop);
-        if (copy)
-            for (int64_t n = n0; n < n1; n++) {
-                real *to = scratch + (n - n0) * W_LDX;
-                memcpy(to, x + n * call->ldx, sizeof(real) * K);
-                for (int64_t c = K; c < W_LDX; c++) to[c] = 0;
-            }
-        for (int64_t i = i0; i < i1; i++)
+        if (copy) weight_copy(call, n0, n1, copied);
+        const real *x = copy ? copied : (const real *)call->x + n0 * W_LDX;
+        for (int64_t i = i0; i < i1; i += W_WINDOW) {
+            const int64_t end = i + W_WINDOW < i1 ? i + W_WINDOW : i1;
             for (int64_t v = u; v < stop; v++) {
-                const int64_t n = cut(call->n, units, v);
-                const real *xn = copy ? scratch + (n - n0) * W_LDX : x + n * W_LDX;
-                weight_row(call, values, xn, n, cut(call->n, units, v + 1) - n, i);
+                const int64_t n = cut(call->n, units, v), count = cut(call->n, units, v + 1) - n;
+                for (int64_t j = i; j < end; j++)
+                    weight_row(values, x + (n - n0) * W_LDX, count, j, tile + (j - i) * W_VECTORS * LANES);
+                weight_finish(call, n, count, i * BLOCK_R, (end - i) * BLOCK_R, tile);
             }
+        }
     }
-    if (copy) bsrgen_scratch_give(scratch);
+    bsrgen_scratch_give(tile);
     return BSRGEN_OK;
 }
 

@@ -1,0 +1,53 @@
+"""The examples run, print what they show, and are short enough to be read."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from programs import run, tool
+from support import REPOSITORY
+
+FOLDER = REPOSITORY / "examples"
+SHOWS = {
+    "01_numpy.py": ["1536x384", "verdict", r"bsrgen \d+ us, scipy \d+ us, dense \d+ us", "bias and gelu"],
+    "02_read_the_source.py": [r"^#\.#\.$", r"enum \{ M = 12, K = 16", "_run\\(", r"y\[0\] ="],
+    "03_aot_from_c/run.py": [r"lib\w+\.so", "us a call of 32 tokens", r"^numpy: \d+\.\d+$"],
+    "04_new_values.py": ["twice the result", "another pattern is refused", "was (stored|absent)", "saved and loaded"],
+}
+SCRIPTS = sorted(
+    path.relative_to(FOLDER).as_posix()
+    for path in FOLDER.rglob("*.py")
+    if path.name[0].isdigit() or path.name == "run.py"
+)
+
+
+def test_every_numbered_example_is_run() -> None:
+    assert SCRIPTS == sorted(SHOWS)
+
+
+@pytest.mark.parametrize("script", SHOWS)
+def test_example_runs_and_shows(script: str, tmp_path: Path) -> None:
+    """From another folder, as a file."""
+    tool("cc")
+    out = run([sys.executable, FOLDER / script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    for pattern in SHOWS[script]:
+        assert re.search(pattern, out, re.M), f"{pattern!r} is not in\n{out}"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", SHOWS)
+def test_example_is_short_and_says_how_to_run_it(script: str) -> None:
+    text = (FOLDER / script).read_text()
+    assert len(text.splitlines()) < 60
+    assert f"python examples/{script}" in text.split('"""')[1]
+
+
+@pytest.mark.parametrize("names", [("gcc", "cc"), ("clang", "clang-19")], ids=lambda n: n[0])
+def test_c_of_the_examples_is_clean(names: tuple[str, ...], tmp_path: Path) -> None:
+    header = "#include <stdint.h>\nint k(int64_t, const float *, int64_t, float *, int64_t, const float *, const float *, int);\n"
+    (tmp_path / "k.h").write_text(header + "const char *k_info(int);\n")
+    flags = ["-std=c11", "-pedantic", "-Wall", "-Wextra", "-Werror", "-Wconversion", "-Wshadow", "-fsyntax-only"]
+    given = ["-DKERNEL=k", '-DHEADER="k.h"', "-DM=8", "-DK=8", f"-I{tmp_path}"]
+    run([tool(*names), *flags, *given, FOLDER / "03_aot_from_c" / "main.c"])
