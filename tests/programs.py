@@ -1,4 +1,4 @@
-"""C programs around artifacts: compilers and emulators that are here, the artifact's example as a program, its answer."""
+"""C programs around artifacts: compilers and emulators that are here, the artifact's example, its answer."""
 
 import os
 import re
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from bsrgen.pattern import Weight
 from bsrgen.plan import Plan
 from bsrgen.problem import Problem
 
+Array = np.ndarray[Any, Any]
 STRICT = ("-Wall", "-Wextra", "-Werror", "-pedantic")
 TOKENS = 4  # of templates/c/example.c.j2
 CROSS_ROOT = Path("/usr/aarch64-linux-gnu")  # where Debian's cross compiler keeps the libc of the other machine
@@ -108,30 +110,29 @@ def driver_flags(problem: Problem) -> list[str]:
     p = problem.pattern
     kinds = "".join(_KINDS[o.kind] for o in problem.operands)
     return [
-        f"-DKERNEL={problem.name}", f'-DHEADER="{problem.name}.h"', f"-DREAL={problem.dtype.c}", f"-DM={p.M}", f"-DK={p.K}",
-        f"-DVALUES={p.nnz}", f"-DLINEAR={int(problem.operator.token_axis == 0)}", f'-DOPERANDS="{kinds}"',
+        f"-DKERNEL={problem.name}", f'-DHEADER="{problem.name}.h"', f"-DREAL={problem.dtype.c}",
+        f"-DKERNEL={problem.name}", f'-DHEADER="{problem.name}.h"', f"-DREAL={problem.dtype.c}", f"-DM={p.M}",
+        f"-DK={p.K}", f"-DVALUES={p.nnz}", f"-DLINEAR={int(problem.operator.token_axis == 0)}",
+        f'-DOPERANDS="{kinds}"',
     ]  # fmt: skip
 
 
-def sample(features: int, n: int) -> np.ndarray:
+def sample(features: int, n: int) -> Array:
     """What the driver fills its arrays with: [features, n]."""
     f, t = np.ogrid[:features, :n]
-    return ((f * 5 + t * 3) % 7 - 3) / 4
+    return np.asarray((f * 5 + t * 3) % 7 - 3) / 4
 
 
 def assert_driver_is_right(stdout: str, problem: Problem, weight: Weight) -> None:
     """Each sum that the driver prints is that of the float64 reference."""
     M, K = weight.pattern.shape
-    lay = (lambda a: a.T) if problem.operator.token_axis == 0 else (lambda a: a)
-    lines = stdout.splitlines()
-    assert len(lines) == 32, stdout
-    for line in lines:
-        n, total = int(line.split()[0]), float(line.split()[1])
-        made = {
-            "row": lambda i: sample(M, i + 1)[:, i],
-            "element": lambda _: lay(sample(M, n)),
-            "scalar": lambda i: 0.5 + i,
-        }  # noqa: B023
-        given = {o.name: made[o.kind](i) for i, o in enumerate(problem.operands)}
-        expected, bound = problem.reference(weight, lay(sample(K, n)), given, lay(sample(M, n)))
-        assert abs(total - expected.sum()) <= bound.sum() + 1e-12, line
+    linear = problem.operator.token_axis == 0
+    lines = [line.split() for line in stdout.splitlines()]
+    assert len(lines) == 2 * 16, stdout
+    for n, total in ((int(n), float(total)) for n, total in lines):
+        x, old = (a.T if linear else a for a in (sample(K, n), sample(M, n)))
+        given = {}
+        for i, o in enumerate(problem.operands):
+            given[o.name] = {"row": sample(M, i + 1)[:, i], "element": old, "scalar": np.array(0.5 + i)}[o.kind]
+        expected, bound = problem.reference(weight, x, given, old)
+        assert abs(total - expected.sum()) <= bound.sum() + 1e-12, f"n = {n}: {total}, expected {expected.sum()}"

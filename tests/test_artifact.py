@@ -1,4 +1,4 @@
-"""Artifacts: what lies in the folder, who can use it without Python, what is refused, and that a rebuild gives its bytes."""
+"""Artifacts: what lies in the folder, who can use it without Python, what is refused, and the same bytes again."""
 
 import ctypes
 import hashlib
@@ -206,8 +206,8 @@ def test_header_compiles(
 ) -> None:
     folder = request.getfixturevalue(kind).folder
     header = f"{kernel_name(folder)}.h"
-    text = f'#include "{header}"\n#include "{header}"\n#include "bsrgen.h"\n#include "bsrgen.h"\nint main(void) {{ return 0; }}\n'
-    (tmp_path / "use").write_text(text)
+    includes = [f'#include "{name}"' for name in (header, header, "bsrgen.h", "bsrgen.h")]
+    (tmp_path / "use").write_text("\n".join([*includes, "int main(void) { return 0; }", ""]))
     strict = ["-Wall", "-Wextra", "-Werror", "-pedantic", "-Wconversion", "-Wshadow", "-Wundef"]
     strict += ["-Wstrict-prototypes"] if language == "c" else ["-Wold-style-cast"]
     run([tool(*names), std, *strict, "-fsyntax-only", f"-I{folder}", "-x", language, tmp_path / "use"])
@@ -375,8 +375,10 @@ def damages(data: bytes) -> dict[str, bytes | None]:
     if data:
         flipped[half] ^= 0x10
     return {
-        "missing": None, "empty": b"", "truncated": data[:half], "one byte short": data[:-1], "one byte long": data + b"\0",
-        "flipped": bytes(flipped), "zeroed": data[:half] + bytes(len(data) - half), "text": b"<html>404</html>\n",
+        "missing": None, "empty": b"", "truncated": data[:half], "one byte short": data[:-1],
+        "missing": None, "empty": b"", "truncated": data[:half], "one byte short": data[:-1],
+        "one byte long": data + b"\0", "flipped": bytes(flipped), "zeroed": data[:half] + bytes(len(data) - half),
+        "text": b"<html>404</html>\n",
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The emitted C under every compiler: no warning of the strict kind, the right answers, nothing that a sanitizer sees."""
+"""The emitted C under every compiler: no warning of the strict kind, right answers, nothing for a sanitizer."""
 
 import functools
 import itertools

@@ -24,7 +24,7 @@ SCRIPTS = sorted(
 
 
 def test_every_numbered_example_is_run() -> None:
-    assert SCRIPTS == sorted(SHOWS)
+    assert sorted(SHOWS) == SCRIPTS
 
 
 @pytest.mark.parametrize("script", SHOWS)
@@ -46,8 +46,8 @@ def test_example_is_short_and_says_how_to_run_it(script: str) -> None:
 
 @pytest.mark.parametrize("names", [("gcc", "cc"), ("clang", "clang-19")], ids=lambda n: n[0])
 def test_c_of_the_examples_is_clean(names: tuple[str, ...], tmp_path: Path) -> None:
-    header = "#include <stdint.h>\nint k(int64_t, const float *, int64_t, float *, int64_t, const float *, const float *, int);\n"
-    (tmp_path / "k.h").write_text(header + "const char *k_info(int);\n")
+    arguments = "int64_t, const float *, int64_t, float *, int64_t, const float *, const float *, int"
+    (tmp_path / "k.h").write_text(f"#include <stdint.h>\nint k({arguments});\nconst char *k_info(int);\n")
     flags = ["-std=c11", "-pedantic", "-Wall", "-Wextra", "-Werror", "-Wconversion", "-Wshadow", "-fsyntax-only"]
     given = ["-DKERNEL=k", '-DHEADER="k.h"', "-DM=8", "-DK=8", f"-I{tmp_path}"]
     run([tool(*names), *flags, *given, FOLDER / "03_aot_from_c" / "main.c"])

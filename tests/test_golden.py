@@ -114,7 +114,7 @@ GOLDEN = (
         (Level("x86-64-v3", TokenTile(rows=2, vectors=2, chunk=2, k_panel=12, pack=False), encoding="code"),),
     ),
     Golden(
-        "mixed", "both: few tokens along the weight, many along the tokens; operands of every kind", "linear", "float64",
+        "mixed", "few tokens along the weight, many along the tokens; operands of every kind", "linear", "float64",
         (16, 18), (4, 4),
         (Level("aarch64", TokenTile(2, 2, 2, 20), WeightTile(2, 1, 2, tokens=3, chunk=3), small_n=4),),
         ("bias", "gelu", "residual", "clamp"), entry=True,

@@ -119,9 +119,11 @@ def test_cpu_without_the_features_gets_an_error(
         assert said == missing
 
 
-UNUSED = {  # implied by -march, but nothing in a kernel can turn into such an instruction; 64-bit systems all have the first two
-    "cx16": "cmpxchg16b: kernels have no 16-byte atomics", "lahf_sahf": "x87 compares", "xsave": "the system's part of avx",
-}  # fmt: skip
+UNUSED = {  # implied by -march, but nothing in a kernel can turn into such an instruction
+    "cx16": "cmpxchg16b: kernels have no 16-byte atomics",
+    "lahf_sahf": "compares of x87",
+    "xsave": "the system's part of avx",
+}
 
 
 @x86

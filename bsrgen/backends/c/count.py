@@ -63,7 +63,7 @@ def _cycles(target: Target, w: _Work, stream: float, value_bytes: int, x_l2: flo
     loads = w.loads / target.loads_per_cycle
     latency = w.steps * target.fma_latency / max(w.sums, 1)
     beyond = stream / (target.l2_bytes_per_cycle if value_bytes <= target.l2_bytes else target.l3_bytes_per_cycle)
-    beyond += x_l2 / target.l2_bytes_per_cycle
+    beyond += x_l2 / (target.l2_bytes_per_cycle if w.x_live_bytes <= target.l2_bytes else target.l3_bytes_per_cycle)
     bound = max(fma, loads, latency, beyond)
     rest = 0.15 * (fma + loads + beyond - bound)  # overlap is not perfect
     code = plan.encoding == "code" and not plan.uses_weight_tile(0)
@@ -84,7 +84,8 @@ def _token_work(plan: "CPlan", n: int) -> _Work:
     visits = p.nnzb * row_tiles * tiles
     steps = visits * p.C
     spills = 2 * (plan.panels - 1) * p.M * vectors * plan.lanes
-    moved = (4 if linear else 1) * n * p.K + (4 if linear else 1) * n * p.M + spills
+    packs = -(-p.block_rows // plan.waiting_block_rows) if plan.panels > 1 else 1
+    moved = packs * (4 if linear else 1) * n * p.K + (4 if linear else 1) * n * p.M + spills
     sums = rows * v if rows * v >= 8 else 8
     return _Work(
         fma=steps * rows * v,

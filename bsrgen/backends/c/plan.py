@@ -125,6 +125,19 @@ class CPlan(Plan):
         return whole[0] if whole else max(min(room, self.lanes // R), 1)
 
     @property
+    def waiting_block_rows(self) -> int:
+        """Block rows whose sums wait outside registers: for the next panel, within half of L2; else to be transposed.
+
+        Transposed are whole vectors of rows where 64 rows allow it.
+        """
+        p = self.problem.pattern
+        if self.tokens and self.panels > 1:
+            row_bytes = self.tokens.chunk * self.target.vector_bytes * p.R
+            return min(max((512 << 10) // row_bytes, 1), max(p.block_rows, 1))
+        whole = [count for count in range(1, 64 // p.R + 1) if count * p.R % self.lanes == 0]
+        return whole[0] if whole else -(-self.lanes // p.R)
+
+    @property
     def block_values(self) -> int:
         """Packed elements of one block."""
         return sum(group.slots for group in self.groups) * self.problem.pattern.C

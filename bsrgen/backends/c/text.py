@@ -175,7 +175,7 @@ def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
         "code": code, "weight_code": weight_code,
         "token_groups": _token_groups(plan, groups, full) if plan.tokens else (),
         "panel_forms": ("", "x") if plan.tokens and not plan.tokens.pack and direct else ("",),
-        "finish_block_rows": _finish_block_rows(p.R, plan.lanes),
+        "finish_block_rows": plan.waiting_block_rows,
     }  # fmt: skip
 
 
@@ -235,11 +235,3 @@ def _tiles(rows: int, tile: TokenTile) -> list[dict[str, int]]:
     whole, rest = divmod(rows, tile.rows)
     tiles = [{"row": 0, "rows": tile.rows, "count": whole}] if whole else []
     return tiles + ([{"row": whole * tile.rows, "rows": rest, "count": 1}] if rest else [])
-
-
-def _finish_block_rows(R: int, lanes: int) -> int:
-    """Block rows whose sums wait in L1 to be transposed into Y: whole vectors of rows where 64 rows allow it."""
-    for count in range(1, 64 // R + 1):
-        if count * R % lanes == 0:
-            return count
-    return -(-lanes // R)
