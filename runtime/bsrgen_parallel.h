@@ -6,7 +6,7 @@
  * A caller that finds the pool in use (a call from another thread, a nested call) runs all its parts itself, as it does
  * the parts for which no thread can be had.  Workers start at the first call and sleep between calls until the library
  * is closed.  After fork() the child starts its own: libgomp hangs there, which is why this is not OpenMP.
- * @COST@
+ * An empty 2-part region: 0.2 us back to back, 13 us after 1 ms idle (all figures: 2-core VM, Zen 5, 2026-11-20).
  */
 #ifndef BSRGEN_PARALLEL_H
 #define BSRGEN_PARALLEL_H
@@ -41,7 +41,7 @@ struct bsrgen_seat {
 
 static struct {
     atomic_int taken; /* 1: one caller owns all that follows */
-    int workers, cores, atfork_done;
+    int workers, cores;
     struct bsrgen_job job;
     _Alignas(64) atomic_int pending; /* parts posted and not finished, + 1 until the caller has nothing left to run */
     _Atomic uint32_t done;           /* the caller waits here for the worker that brings pending to 0 */
@@ -111,16 +111,19 @@ static void bsrgen_after_fork(void) /* in the child: one thread, and whatever st
     atomic_store(&bsrgen_pool.taken, 0);
 }
 
+__attribute__((constructor)) static void bsrgen_begin(void) /* not at the first call: a fork might fall between */
+{
+    pthread_atfork(NULL, NULL, bsrgen_after_fork);
+}
+
 static void bsrgen_hire(int wanted)
 {
     static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS}; /* for crash handlers to see */
     sigset_t blocked, before;
     pthread_attr_t small;
     cpu_set_t cpus;
-    if (bsrgen_pool.workers >= wanted || bsrgen_pool.workers == BSRGEN_MAX_THREADS - 1 ||
-        (!bsrgen_pool.atfork_done && pthread_atfork(NULL, NULL, bsrgen_after_fork) != 0))
+    if (bsrgen_pool.workers >= wanted || bsrgen_pool.workers == BSRGEN_MAX_THREADS - 1)
         return;
-    bsrgen_pool.atfork_done = 1;
     bsrgen_pool.cores = sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 1;
     pthread_attr_init(&small);
     pthread_attr_setstacksize(&small, BSRGEN_STACK_BYTES);
@@ -191,9 +194,9 @@ __attribute__((unused)) static void bsrgen_parallel(int parts, bsrgen_task task,
 __attribute__((destructor)) static void bsrgen_dismiss(void)
 {
     int nobody = 0, workers = atomic_compare_exchange_strong(&bsrgen_pool.taken, &nobody, 1) ? bsrgen_pool.workers : 0;
-    for (int w = 0; w < workers; w++) {
+    for (int w = 0; w < workers; w++)
         bsrgen_post(&bsrgen_pool.seats[w].word, BSRGEN_QUIT);
+    for (int w = 0; w < workers; w++)
         pthread_join(bsrgen_pool.seats[w].thread, NULL);
-    }
 }
 #endif

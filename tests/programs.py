@@ -110,7 +110,6 @@ def driver_flags(problem: Problem) -> list[str]:
     p = problem.pattern
     kinds = "".join(_KINDS[o.kind] for o in problem.operands)
     return [
-        f"-DKERNEL={problem.name}", f'-DHEADER="{problem.name}.h"', f"-DREAL={problem.dtype.c}",
         f"-DKERNEL={problem.name}", f'-DHEADER="{problem.name}.h"', f"-DREAL={problem.dtype.c}", f"-DM={p.M}",
         f"-DK={p.K}", f"-DVALUES={p.nnz}", f"-DLINEAR={int(problem.operator.token_axis == 0)}",
         f'-DOPERANDS="{kinds}"',

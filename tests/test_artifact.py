@@ -376,7 +376,6 @@ def damages(data: bytes) -> dict[str, bytes | None]:
         flipped[half] ^= 0x10
     return {
         "missing": None, "empty": b"", "truncated": data[:half], "one byte short": data[:-1],
-        "missing": None, "empty": b"", "truncated": data[:half], "one byte short": data[:-1],
         "one byte long": data + b"\0", "flipped": bytes(flipped), "zeroed": data[:half] + bytes(len(data) - half),
         "text": b"<html>404</html>\n",
     }  # fmt: skip

@@ -37,6 +37,10 @@ STRICT = (
 COMPILERS = (("gcc",), ("clang", "clang-19"))
 BASE = ("-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-I.")
 BLOCKSIZES = ((1, 1), (1, 16), (4, 1), (3, 5), (4, 4), (8, 8), (16, 1), (32, 1))
+SHAPES = (  # no rows, no columns, no blocks, one block, and more columns than 2**31 / a tile of tokens
+    ((0, 5), (2, 2), 0.0), ((5, 0), (2, 2), 0.0), ((6, 6), (2, 2), 0.0), ((64, 64), (64, 64), 1.0),
+    ((3, 40_000_000), (1, 1), 1e-7),
+)  # fmt: skip
 LEVELS = tuple(name for name in TARGETS if name != "x86-64-v2")  # whose text is that of x86-64
 STEPS: tuple[tuple[str, ...], ...] = ((), *((name,) for name in EPILOGUES), tuple(EPILOGUES), ("bias", "bias", "scale"))
 
@@ -75,9 +79,12 @@ def table(level: str) -> Iterator[Case]:
             str(kinds[(number + turn + i) % len(kinds)]): kinds[(number + turn + i) % len(kinds)] for i in (0, 2)
         }.values():
             yield Case(f"{operator} {dtype} {blocksize[0]}x{blocksize[1]} {'+'.join(steps)}", (plan,), weight)
-    for shape, density in (((0, 5), 0.0), ((5, 0), 0.0), ((6, 6), 0.0), ((64, 64), 1.0)):
-        weight = random_weight(0, shape, (2, 2) if shape != (64, 64) else shape, density)
-        yield Case(f"{shape}", (next(iter(candidates(problem_of(weight), TARGETS[level]))),), weight)
+    for shape, blocksize, density in SHAPES:
+        weight = random_weight(0, shape, blocksize, density)
+        for operator in ("linear", "spmm"):
+            yield Case(
+                f"{operator} {shape}", (next(iter(candidates(problem_of(weight, operator), TARGETS[level]))),), weight
+            )
 
 
 def compiler_for(names: tuple[str, ...], family: str) -> list[str]:

@@ -63,11 +63,12 @@ def _token_tiles(problem: Problem, target: Target) -> Iterator[TokenTile]:
     for rows in {min(p.R, r): None for r in (8, 6, 5, 4, 3, 2)}:
         room = min(target.registers - 1, MAX_TILE + 4)
         most = min(room // (rows + 1) if rows > 1 else room, 8)
-        for vectors in {most: None, 1 << (most.bit_length() - 1): None} if most else {}:
+        widths = {most: None, 1 << (most.bit_length() - 1): None, min(most, 4): None} if most else {}
+        for vectors in widths:
             for chunk in {vectors: None, vectors * max(1, 8 // vectors): None}:
                 vector_bytes = chunk * lanes * problem.dtype.bytes
-                fit = max(3 * target.l1_bytes // 4 // vector_bytes // p.C, 1) * p.C
-                for panel in {features: None, min(fit, features): None, min(2 * fit, features): None}:
+                fits = [max(q * target.l1_bytes // 4 // vector_bytes // p.C, 1) * p.C for q in (3, 4)]  # of L1
+                for panel in {features: None, **{min(fit, features): None for fit in fits}}:
                     yield TokenTile(rows, vectors, chunk, panel)
                 if problem.operator.token_axis == 1:
                     yield TokenTile(rows, vectors, chunk, features, pack=False)
