@@ -111,10 +111,8 @@ static void bsrgen_after_fork(void) /* in the child: one thread, and whatever st
     atomic_store(&bsrgen_pool.taken, 0);
 }
 
-__attribute__((constructor)) static void bsrgen_begin(void) /* not at the first call: a fork might fall between */
-{
-    pthread_atfork(NULL, NULL, bsrgen_after_fork);
-}
+/* Not at the first call: a fork in another thread might come between. */
+__attribute__((constructor)) static void bsrgen_begin(void) { pthread_atfork(NULL, NULL, bsrgen_after_fork); }
 
 static void bsrgen_hire(int wanted)
 {
@@ -122,8 +120,6 @@ static void bsrgen_hire(int wanted)
     sigset_t blocked, before;
     pthread_attr_t small;
     cpu_set_t cpus;
-    if (bsrgen_pool.workers >= wanted || bsrgen_pool.workers == BSRGEN_MAX_THREADS - 1)
-        return;
     bsrgen_pool.cores = sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 1;
     pthread_attr_init(&small);
     pthread_attr_setstacksize(&small, BSRGEN_STACK_BYTES);
@@ -162,7 +158,8 @@ __attribute__((unused)) static void bsrgen_parallel(int parts, bsrgen_task task,
     int nobody = 0, owner = parts > 1 && atomic_compare_exchange_strong(&bsrgen_pool.taken, &nobody, 1);
     int workers = 0, finished = 1, rounds = 0;
     if (owner) {
-        bsrgen_hire(parts - 1);
+        if (bsrgen_pool.workers < parts - 1)
+            bsrgen_hire(parts - 1);
         workers = bsrgen_pool.workers < parts - 1 ? bsrgen_pool.workers : parts - 1;
         rounds = parts <= bsrgen_pool.cores ? BSRGEN_ROUNDS : 0; /* else whom we wait for needs our core */
         bsrgen_pool.job = (struct bsrgen_job){task, context, parts, rounds, 0};

@@ -30,7 +30,8 @@ FLOORS = """
     pattern
     canonical  artifact  trampoline
     store
-    dtypes  operators  epilogues  targets  foreign  integrity
+    operators  epilogues  targets  foreign  integrity
+    dtypes
     errors  machine  _paths
 """
 RANK = {name: -floor for floor, line in enumerate(FLOORS.split("\n")) for name in line.split()}

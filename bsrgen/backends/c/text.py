@@ -10,7 +10,7 @@ from bsrgen.emit import Source, Unit, banner, render, runtime_file
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
 
-FLOP_PER_PART = 500_000  # a thread's least share: about 5 microseconds against 2 for the fork and join
+FLOP_PER_PART = 2_000_000  # least share of a thread, 10 us or more: a cold pool takes 13 us to wake (Zen 5 VM)
 
 _C_KIND = {
     "row": "const {real} *{name}",
