@@ -140,8 +140,8 @@ int linear_f64_16x18_b4x4_77bea486_call(const struct bsrgen_call *call)
     if (!r.level) return BSRGEN_NO_ISA;
     r.values = call->values ? call->values : r.level->values;
     r.units = r.level->units(n);
-    /* A thread must have some microseconds of work: 128 FLOP a token, 500000 a part. */
-    const double worth = (double)n * 128.0 / 500000.0;
+    /* A thread must have some microseconds of work: 128 FLOP a token, 2000000 a part. */
+    const double worth = (double)n * 128.0 / 2000000.0;
     int threads = call->threads == 1 || worth < 2 ? 1 : call->threads > 0 ? call->threads : usable_cores();
     if (threads > worth) threads = (int)worth;
     if (threads > BSRGEN_MAX_THREADS) threads = BSRGEN_MAX_THREADS;

@@ -44,6 +44,7 @@ INLINE int64_t pieces(int64_t total, int64_t most)
 }
 
 enum { T_CHUNK = 2 * LANES, T_VECTORS = 2, T_ROWS = 2 };
+enum { SUMS_STEP = 0 }; /* from block row to block row: sums go straight to Y */
 
 /* With few accumulators, several partial sums hide the latency of the multiply-add. */
 #define T_SUMS(r, v) ((r) * (v) >= 8 ? 1 : (r) * (v) >= 4 ? 2 : (r) * (v) >= 2 ? 4 : 8)
@@ -145,14 +146,15 @@ NOINLINE void row_2_1(const struct bsrgen_call *call, const real *values, const 
     token_end(call, T_ROWS, 1, sum, 2 * BLOCK_R, n, sums);
 }
 
-/* Block row i, 1 vector of tokens. */
-static void token_row_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, real *sums)
+/* Block rows [i, end), 1 vector of tokens. */
+static void token_rows_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, int64_t end, real *sums)
 {
-    switch (i) {
-    case 0: row_0_1(call, values, x, n, sums); break;
-    case 1: row_1_1(call, values, x, n, sums); break;
-    case 2: row_2_1(call, values, x, n, sums); break;
-    }
+    for (; i < end; i++, sums += SUMS_STEP)
+        switch (i) {
+        case 0: row_0_1(call, values, x, n, sums); break;
+        case 1: row_1_1(call, values, x, n, sums); break;
+        case 2: row_2_1(call, values, x, n, sums); break;
+        }
     (void)p;
 }
 
@@ -180,14 +182,15 @@ NOINLINE void row_2_1x(const struct bsrgen_call *call, const real *values, const
     token_end(call, T_ROWS, 1, sum, 2 * BLOCK_R, n, sums);
 }
 
-/* Block row i, 1 vector of tokens, X as it lies. */
-static void token_row_1x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, int64_t p, int64_t i, real *sums)
+/* Block rows [i, end), 1 vector of tokens, X as it lies. */
+static void token_rows_1x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, int64_t p, int64_t i, int64_t end, real *sums)
 {
-    switch (i) {
-    case 0: row_0_1x(call, values, x, ldp, n, sums); break;
-    case 1: row_1_1x(call, values, x, ldp, n, sums); break;
-    case 2: row_2_1x(call, values, x, ldp, n, sums); break;
-    }
+    for (; i < end; i++, sums += SUMS_STEP)
+        switch (i) {
+        case 0: row_0_1x(call, values, x, ldp, n, sums); break;
+        case 1: row_1_1x(call, values, x, ldp, n, sums); break;
+        case 2: row_2_1x(call, values, x, ldp, n, sums); break;
+        }
     (void)p;
 }
 
@@ -218,14 +221,15 @@ NOINLINE void row_2_2(const struct bsrgen_call *call, const real *values, const 
     token_end(call, T_ROWS, 2, sum, 2 * BLOCK_R, n, sums);
 }
 
-/* Block row i, 2 vectors of tokens. */
-static void token_row_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, real *sums)
+/* Block rows [i, end), 2 vectors of tokens. */
+static void token_rows_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, int64_t end, real *sums)
 {
-    switch (i) {
-    case 0: row_0_2(call, values, x, n, sums); break;
-    case 1: row_1_2(call, values, x, n, sums); break;
-    case 2: row_2_2(call, values, x, n, sums); break;
-    }
+    for (; i < end; i++, sums += SUMS_STEP)
+        switch (i) {
+        case 0: row_0_2(call, values, x, n, sums); break;
+        case 1: row_1_2(call, values, x, n, sums); break;
+        case 2: row_2_2(call, values, x, n, sums); break;
+        }
     (void)p;
 }
 
@@ -253,14 +257,15 @@ NOINLINE void row_2_2x(const struct bsrgen_call *call, const real *values, const
     token_end(call, T_ROWS, 2, sum, 2 * BLOCK_R, n, sums);
 }
 
-/* Block row i, 2 vectors of tokens, X as it lies. */
-static void token_row_2x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, int64_t p, int64_t i, real *sums)
+/* Block rows [i, end), 2 vectors of tokens, X as it lies. */
+static void token_rows_2x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, int64_t p, int64_t i, int64_t end, real *sums)
 {
-    switch (i) {
-    case 0: row_0_2x(call, values, x, ldp, n, sums); break;
-    case 1: row_1_2x(call, values, x, ldp, n, sums); break;
-    case 2: row_2_2x(call, values, x, ldp, n, sums); break;
-    }
+    for (; i < end; i++, sums += SUMS_STEP)
+        switch (i) {
+        case 0: row_0_2x(call, values, x, ldp, n, sums); break;
+        case 1: row_1_2x(call, values, x, ldp, n, sums); break;
+        case 2: row_2_2x(call, values, x, ldp, n, sums); break;
+        }
     (void)p;
 }
 
@@ -283,34 +288,32 @@ static void token_pack(const struct bsrgen_call *call, int64_t n0, int64_t n1, i
 INLINE int64_t token_vectors(int64_t n) { return (n + LANES - 1) / LANES; }
 INLINE int64_t token_units(int64_t n) { return pieces(token_vectors(n), 2); }
 
-/* Block rows [i0, i1) of one chunk of tokens and panel p. */
+/* Block rows [i0, i1) of one chunk of tokens and panel p, one register tile of tokens after the other. */
 static void token_rows(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n0, int64_t n1,
                        int64_t p, int64_t i0, int64_t i1, real *sums)
 {
     const int64_t vectors = token_vectors(n1 - n0);
     const int64_t whole = vectors / T_VECTORS, tiles = whole + vectors % T_VECTORS; /* full tiles, then single vectors */
-    for (int64_t i = i0; i < i1; i++)
-        for (int64_t q = 0; q < tiles; q++) {
-            const int64_t v = (q < whole ? q * T_VECTORS : whole * T_VECTORS + q - whole) * LANES, width = q < whole ? T_VECTORS : 1;
-            real *to = sums;
-            switch (width) {
-            case 1:
-                if (ldp == T_CHUNK) token_row_1(call, values, x + v, n0 + v, p, i, to);
-                else token_row_1x(call, values, x + v, ldp, n0 + v, p, i, to);
-                break;
-            case 2:
-                if (ldp == T_CHUNK) token_row_2(call, values, x + v, n0 + v, p, i, to);
-                else token_row_2x(call, values, x + v, ldp, n0 + v, p, i, to);
-                break;
-            }
+    for (int64_t q = 0; q < tiles; q++) {
+        const int64_t v = (q < whole ? q * T_VECTORS : whole * T_VECTORS + q - whole) * LANES, width = q < whole ? T_VECTORS : 1;
+        switch (width) {
+        case 1:
+            if (ldp == T_CHUNK) token_rows_1(call, values, x + v, n0 + v, p, i0, i1, sums);
+            else token_rows_1x(call, values, x + v, ldp, n0 + v, p, i0, i1, sums);
+            break;
+        case 2:
+            if (ldp == T_CHUNK) token_rows_2(call, values, x + v, n0 + v, p, i0, i1, sums);
+            else token_rows_2x(call, values, x + v, ldp, n0 + v, p, i0, i1, sums);
+            break;
         }
+    }
     (void)ldp;
 }
 
 /* Token units [u0, u1) x block rows [i0, i1). */
 static int token_run(const struct bsrgen_call *call, const real *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
 {
-    enum { PANEL = K_PANEL * T_CHUNK, FINISH_ROWS = 4 };
+    enum { PANEL = K_PANEL * T_CHUNK, FINISH_ROWS = 4 }; /* block rows whose sums wait */
     const int64_t units = token_units(call->n), vectors = token_vectors(call->n);
     const int64_t sums_rows = 0;
     real *panel = bsrgen_scratch_take(sizeof(real) * (size_t)(PANEL + sums_rows * T_CHUNK + LANES)), *sums = panel + PANEL;

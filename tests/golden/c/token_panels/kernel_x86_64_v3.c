@@ -46,6 +46,7 @@ INLINE int64_t pieces(int64_t total, int64_t most)
 }
 
 enum { T_CHUNK = 2 * LANES, T_VECTORS = 2, T_ROWS = 2 };
+enum { SUMS_STEP = BLOCK_R * T_CHUNK }; /* from block row to block row */
 
 /* With few accumulators, several partial sums hide the latency of the multiply-add. */
 #define T_SUMS(r, v) ((r) * (v) >= 8 ? 1 : (r) * (v) >= 4 ? 2 : (r) * (v) >= 2 ? 4 : 8)
@@ -123,26 +124,32 @@ INLINE void token_tile(const struct bsrgen_call *call, const int rows, const int
     token_end(call, rows, V, sum, m, n, sums);
 }
 
-/* Block row i of panel p, 1 vector of tokens. */
-NOINLINE void token_row_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, real *sums)
+/* Block rows [i, last) of panel p, 1 vector of tokens. */
+NOINLINE void token_rows_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, int64_t last, real *sums)
 {
     enum { ldp = T_CHUNK };
-    const int64_t first = POINTERS[p * BLOCK_ROWS + i], last = POINTERS[p * BLOCK_ROWS + i + 1];
-    const real *w = values + first * BLOCK_VALUES;
-    const offset *at = OFFSETS + first, *end = OFFSETS + last;
-    token_tile(call, 2, 1, 2, w + (last - first) * 0 + 0 * K_STEP, at, end, x, ldp,
-               i * BLOCK_R + 0, n, sums + 0 * T_CHUNK);
+    const uint32_t *blocks = POINTERS + p * BLOCK_ROWS;
+    for (; i < last; i++, sums += SUMS_STEP) {
+        const int64_t first = blocks[i], count = blocks[i + 1] - first;
+        const real *w = values + first * BLOCK_VALUES;
+        const offset *at = OFFSETS + first, *end = at + count;
+        token_tile(call, 2, 1, 2, w, at, end, x, ldp,
+                   i * BLOCK_R, n, sums);
+    }
 }
 
-/* Block row i of panel p, 2 vectors of tokens. */
-NOINLINE void token_row_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, real *sums)
+/* Block rows [i, last) of panel p, 2 vectors of tokens. */
+NOINLINE void token_rows_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t p, int64_t i, int64_t last, real *sums)
 {
     enum { ldp = T_CHUNK };
-    const int64_t first = POINTERS[p * BLOCK_ROWS + i], last = POINTERS[p * BLOCK_ROWS + i + 1];
-    const real *w = values + first * BLOCK_VALUES;
-    const offset *at = OFFSETS + first, *end = OFFSETS + last;
-    token_tile(call, 2, 2, 2, w + (last - first) * 0 + 0 * K_STEP, at, end, x, ldp,
-               i * BLOCK_R + 0, n, sums + 0 * T_CHUNK);
+    const uint32_t *blocks = POINTERS + p * BLOCK_ROWS;
+    for (; i < last; i++, sums += SUMS_STEP) {
+        const int64_t first = blocks[i], count = blocks[i + 1] - first;
+        const real *w = values + first * BLOCK_VALUES;
+        const offset *at = OFFSETS + first, *end = at + count;
+        token_tile(call, 2, 2, 2, w, at, end, x, ldp,
+                   i * BLOCK_R, n, sums);
+    }
 }
 
 /* panel[k1 - k0][T_CHUNK] = X of tokens [n0, n1) and features [k0, k1), zeros behind the last token and feature. */
@@ -196,41 +203,42 @@ static void token_finish(const struct bsrgen_call *call, int64_t m0, int64_t m1,
 INLINE int64_t token_vectors(int64_t n) { return (n + LANES - 1) / LANES; }
 INLINE int64_t token_units(int64_t n) { return pieces(token_vectors(n), 2); }
 
-/* Block rows [i0, i1) of one chunk of tokens and panel p. */
+/* Block rows [i0, i1) of one chunk of tokens and panel p, one register tile of tokens after the other. */
 static void token_rows(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n0, int64_t n1,
                        int64_t p, int64_t i0, int64_t i1, real *sums)
 {
     const int64_t vectors = token_vectors(n1 - n0);
     const int64_t tiles = (vectors + T_VECTORS - 1) / T_VECTORS;
-    for (int64_t i = i0; i < i1; i++)
-        for (int64_t q = 0; q < tiles; q++) {
-            const int64_t v = cut(vectors, tiles, q) * LANES, width = cut(vectors, tiles, q + 1) - cut(vectors, tiles, q);
-            real *to = sums + (i - i0) * BLOCK_R * T_CHUNK + v;
-            switch (width) {
-            case 1: token_row_1(call, values, x + v, n0 + v, p, i, to); break;
-            case 2: token_row_2(call, values, x + v, n0 + v, p, i, to); break;
-            }
+    for (int64_t q = 0; q < tiles; q++) {
+        const int64_t v = cut(vectors, tiles, q) * LANES, width = cut(vectors, tiles, q + 1) - cut(vectors, tiles, q);
+        switch (width) {
+        case 1: token_rows_1(call, values, x + v, n0 + v, p, i0, i1, sums + v); break;
+        case 2: token_rows_2(call, values, x + v, n0 + v, p, i0, i1, sums + v); break;
         }
+    }
     (void)ldp;
 }
 
 /* Token units [u0, u1) x block rows [i0, i1). */
 static int token_run(const struct bsrgen_call *call, const real *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
 {
-    enum { PANEL = K_PANEL * T_CHUNK, FINISH_ROWS = 4 };
+    enum { PANEL = K_PANEL * T_CHUNK, FINISH_ROWS = 6 }; /* block rows whose sums wait */
     const int64_t units = token_units(call->n), vectors = token_vectors(call->n);
-    const int64_t sums_rows = (i1 - i0) * BLOCK_R;
+    const int64_t sums_rows = FINISH_ROWS * BLOCK_R;
     real *panel = bsrgen_scratch_take(sizeof(real) * (size_t)(PANEL + sums_rows * T_CHUNK + LANES)), *sums = panel + PANEL;
     if (!panel) return BSRGEN_NO_MEMORY;
     for (int64_t u = u0; u < u1; u++) {
         const int64_t n0 = cut(vectors, units, u) * LANES, end = cut(vectors, units, u + 1) * LANES;
         const int64_t n1 = end < call->n ? end : call->n;
-        memset(sums, 0, sizeof(real) * (size_t)(sums_rows * T_CHUNK));
-        for (int64_t p = 0; p < PANELS; p++) {
-            token_pack(call, n0, n1, p * K_PANEL, p + 1 < PANELS ? (p + 1) * K_PANEL : 24, panel);
-            token_rows(call, values, panel, T_CHUNK, n0, n1, p, i0, i1, sums);
+        for (int64_t i = i0; i < i1; i += FINISH_ROWS) {
+            const int64_t stop = i + FINISH_ROWS < i1 ? i + FINISH_ROWS : i1;
+            memset(sums, 0, sizeof(real) * (size_t)((stop - i) * BLOCK_R * T_CHUNK));
+            for (int64_t p = 0; p < PANELS; p++) {
+                token_pack(call, n0, n1, p * K_PANEL, p + 1 < PANELS ? (p + 1) * K_PANEL : 24, panel);
+                token_rows(call, values, panel, T_CHUNK, n0, n1, p, i, stop, sums);
+            }
+            token_finish(call, i * BLOCK_R, stop * BLOCK_R, n0, n1, sums);
         }
-        token_finish(call, i0 * BLOCK_R, i1 * BLOCK_R, n0, n1, sums);
     }
     bsrgen_scratch_give(panel);
     return BSRGEN_OK;
