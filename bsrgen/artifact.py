@@ -1,14 +1,19 @@
 """Artifact: what lies on disk.  The manifest's schema, and reading a folder with every byte checked first."""
 
 import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from bsrgen.dtypes import DTYPES
+from bsrgen.epilogues import Epilogue, as_epilogues, operands_of
 from bsrgen.errors import ArtifactCorruptError, ArtifactError
 from bsrgen.integrity import MANIFEST, MANIFEST_DIGEST, verify_folder
+from bsrgen.operators import NAME, kernel_name
 
 SCHEMA = 1
 ABI = 1  # BSRGEN_ABI in runtime/bsrgen.h
@@ -24,6 +29,15 @@ class OperandRecord(_Record, frozen=True):
     name: str
     kind: Literal["row", "scalar", "element"]
     default: float | str | None = None  # JSON has no infinities: "inf", "-inf"
+
+
+def operand_records(epilogue: Sequence[Epilogue]) -> tuple[OperandRecord, ...]:
+    """What a call of a kernel with this epilogue takes."""
+    return tuple(OperandRecord(o.name, o.kind, _json_number(o.default)) for o in operands_of(epilogue))  # type: ignore[arg-type]
+
+
+def _json_number(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else str(value)
 
 
 class ValuesRecord(_Record, frozen=True):
@@ -101,6 +115,19 @@ class Manifest(_Record, frozen=True):
             raise ValueError(f"schema {self.schema}, ABI {self.abi}: this bsrgen reads schema {SCHEMA}, ABI {ABI}")
         if not self.levels or not set(names) <= set(self.files):
             raise ValueError("a level or a file it needs is not listed")
+        if self.dtype not in DTYPES or self.out_dtype != self.dtype:
+            raise ValueError(f"dtype {self.dtype!r}, out_dtype {self.out_dtype!r}: not a pair of this bsrgen")
+        if self.operands != operand_records(as_epilogues(self.epilogue)):
+            raise ValueError("operands are not those of the epilogue")
+        if not set(self.bound) <= {operand.name for operand in self.operands if operand.kind != "element"}:
+            raise ValueError("bound names an operand that cannot be bound")
+        # The library's symbols carry the name: a manifest that lies about them finds nothing to call.
+        dtype = DTYPES[self.dtype]
+        says = kernel_name(self.operator, dtype, self.shape, self.blocksize, self.pattern, self.epilogue)
+        if self.name != says or not NAME.match(self.name):
+            raise ValueError(f"name {self.name!r:.80} is not that of the kernel described, {says!r:.80}")
+        if min(*self.shape, self.nnzb) < 0 or min(self.blocksize) < 1 or self.nnzb > 2**31:
+            raise ValueError("a size is out of range")
 
     @property
     def library(self) -> str:
@@ -139,7 +166,19 @@ def read_artifact(folder: str | Path, expect_sha256: str | None = None) -> Artif
     digest = (folder / MANIFEST_DIGEST).read_text().split()[0]
     if expect_sha256 is not None and digest != expect_sha256.lower():
         raise ArtifactCorruptError(f"{folder}: manifest has sha256 {digest}, expected {expect_sha256}")
-    return Artifact(folder, parse_manifest((folder / MANIFEST).read_bytes(), folder))
+    artifact = Artifact(folder, parse_manifest((folder / MANIFEST).read_bytes(), folder))
+    _check_values(artifact)
+    return artifact
+
+
+def _check_values(artifact: Artifact) -> None:
+    """The values of every level lie in the library where the manifest says."""
+    size = artifact.library.stat().st_size
+    for level in artifact.manifest.levels:
+        values = level.values
+        inside = 0 <= values.offset <= size - values.bytes and values.bytes >= 0
+        if values.file.endswith(".so") or not inside or (artifact.folder / values.file).stat().st_size != values.bytes:
+            raise ArtifactError(f"{artifact}: the manifest's values of {level.target} are not in {values.file}")
 
 
 def parse_manifest(data: bytes, folder: Path) -> Manifest:

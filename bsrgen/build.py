@@ -4,6 +4,7 @@ import functools
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -73,10 +74,7 @@ def _probe(path: str) -> Compiler:
 
 def build(source: Source, folder: Path, compiler: Compiler) -> Path:
     """Write `source` into `folder` and compile it there: lib<name>.so and build.log.  BuildError keeps the folder."""
-    if os.environ.get("BSRGEN_DISABLE_JIT") == "1":
-        raise BuildError(
-            f"{source.name}: a build is needed, but BSRGEN_DISABLE_JIT=1 forbids it; load a built artifact"
-        )
+    _refuse_if_disabled(source.name)
     for name, data in source.files.items():
         (folder / name).write_bytes(data)
     started = time.monotonic()
@@ -119,25 +117,38 @@ def build_trampoline() -> None:
 
     store = Store.default()
     if store.get(trampoline.extension_key()) is None:
+        _refuse_if_disabled(trampoline.MODULE)
         store.publish(trampoline.extension_key(), make)
+
+
+def _refuse_if_disabled(what: str) -> None:
+    if os.environ.get("BSRGEN_DISABLE_JIT") == "1":
+        raise BuildError(f"{what}: a build is needed, but BSRGEN_DISABLE_JIT=1 forbids it; load a built artifact")
 
 
 def _run(command: list[str], folder: Path) -> str:
     """Run one compiler process in `folder`; its command and words as log text, without the compiler's own path."""
     try:
-        result = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S,
-            stdin=subprocess.DEVNULL, env=_environment(), preexec_fn=_limit, check=False,
+        process = subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            errors="replace", env=_environment(), preexec_fn=_limit, start_new_session=True,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise BuildError(f"{' '.join(command)}: stopped after {TIMEOUT_S} s; sources kept in {folder}") from None
     except OSError as e:
         raise BuildError(f"{command[0]}: cannot run: {e}") from e
-    if result.returncode:
-        words = result.stderr.splitlines()
+    with process:
+        try:
+            _, said = process.communicate(timeout=TIMEOUT_S)
+        except BaseException as e:
+            os.killpg(process.pid, signal.SIGKILL)  # the driver's children too: cc1, as, ld
+            if isinstance(e, subprocess.TimeoutExpired):
+                where = f"stopped after {TIMEOUT_S} s; sources kept in {folder}"
+                raise BuildError(f"{' '.join(command)}: {where}") from None
+            raise
+    if process.returncode:
+        words = said.splitlines()
         first = next((line for line in words if "error" in line.lower()), words[0] if words else "no message")
-        raise BuildError(f"{' '.join(command)}: exit status {result.returncode}: {first}; sources kept in {folder}")
-    return f"{Path(command[0]).name} {' '.join(command[1:])}\n{result.stderr}"
+        raise BuildError(f"{' '.join(command)}: exit status {process.returncode}: {first}; sources kept in {folder}")
+    return f"{Path(command[0]).name} {' '.join(command[1:])}\n{said}"
 
 
 def _limit() -> None:

@@ -38,7 +38,7 @@ def as_dtype(value: DTypeLike | DType) -> DType:
         return value
     try:
         name = np.dtype(value).name
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):  # numpy parses strings
         name = str(value)
     if name not in DTYPES:
         raise ArgumentTypeError(f"dtype {value!r}: no kernels for it; one of {', '.join(DTYPES)}")

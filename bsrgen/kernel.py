@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,8 @@ class Kernel:
         ):
             raise ArgumentError(f"{target}: exists and is not an artifact; choose a new or empty folder")
         target.parent.mkdir(parents=True, exist_ok=True)
-        temp = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        temp = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        temp.mkdir()  # not mkdtemp: others may read what is saved, as the umask says
         try:
             for name in (*self.artifact.manifest.files, "manifest.json", "manifest.sha256"):
                 shutil.copyfile(self.artifact.folder / name, temp / name)

@@ -1,12 +1,15 @@
 """The operators: one row each.  A kernel's signature, its checks and its reference all follow from the row."""
 
-from collections.abc import Callable
+import hashlib
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bsrgen.dtypes import DType
 from bsrgen.errors import ArgumentError
 
 Array = NDArray[Any]
@@ -41,3 +44,16 @@ def as_operator(name: str) -> Operator:
     if name not in OPERATORS:
         raise ArgumentError(f"operator {name!r}: one of {', '.join(OPERATORS)}")
     return OPERATORS[name]
+
+
+NAME = re.compile(r"\A[a-z][a-z0-9_]{0,62}\Z")
+
+
+def kernel_name(
+    operator: str, dtype: DType, shape: tuple[int, int], blocksize: tuple[int, int], pattern: str,
+    epilogue: Sequence[str],
+) -> str:  # fmt: skip
+    """Prefix of a kernel's symbols and files: operator, dtype, shape, block, digest of all else but the values."""
+    digest = hashlib.sha256(f"{pattern} {operator} {dtype.name} {list(epilogue)}".encode()).hexdigest()[:8]
+    (M, K), (R, C) = shape, blocksize
+    return f"{operator}_{dtype.short}_{M}x{K}_b{R}x{C}_{digest}"

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from bsrgen import __version__
-from bsrgen.artifact import ABI, SCHEMA, CostRecord, LevelRecord, Manifest, OperandRecord, ValuesRecord
+from bsrgen.artifact import ABI, SCHEMA, CostRecord, LevelRecord, Manifest, ValuesRecord, operand_records
 from bsrgen.build import COMPILE_FLAGS, Compiler
 from bsrgen.cost import Cost, estimate
 from bsrgen.emit import Source, render
+from bsrgen.errors import BuildError
 from bsrgen.kernel import OPERANDS_FILE, PATTERN_FILE
 from bsrgen.pattern import Weight
 from bsrgen.tune import PLANNED_N, verdict
@@ -34,17 +35,16 @@ def describe(
     (folder / "example.c").write_text(render("c/example.c.j2", a=source.entry))
     cost = estimate(source.plans[0], problem.n or PLANNED_N)
     library = (folder / f"lib{source.name}.so").read_bytes()
+    places = _places(source, library)
     levels = tuple(
-        LevelRecord(plan.target.name, plan.target.requires, str(plan), plan.knobs(), _values(folder, file, library))
+        LevelRecord(plan.target.name, plan.target.requires, str(plan), plan.knobs(), places[file])
         for plan, file in zip(source.plans, source.values, strict=True)
     )
     return Manifest(
         schema=SCHEMA, abi=ABI, bsrgen=__version__, name=source.name, operator=problem.operator.name,
         shape=p.shape, blocksize=p.blocksize, nnzb=p.nnzb, dtype=problem.dtype.name, out_dtype=problem.dtype.name,
         epilogue=tuple(step.name for step in problem.epilogue),
-        operands=tuple(
-            OperandRecord(o.name, o.kind, _json_number(o.default)) for o in problem.operands if o.kind != "out"
-        ),
+        operands=operand_records(problem.epilogue),
         pattern=p.digest, weight=weight.digest, family=source.plans[0].target.family, levels=levels,
         prototype=source.prototype, compiler=compiler.identity, flags=COMPILE_FLAGS,
         cost=CostRecord(cost.n, cost.flop, cost.bytes, cost.seconds, cost.dense_seconds, measured_s),
@@ -58,15 +58,19 @@ def _verdict(cost: Cost, weight: Weight, measured_s: float | None) -> str:
     return verdict(cost, weight.pattern.density, measured_s)
 
 
-def _values(folder: Path, file: str, library: bytes) -> ValuesRecord:
-    """Where the bytes of `file` lie in the library: .rodata is copied as it is, 64-byte aligned."""
-    data = (folder / file).read_bytes()
-    at = library.find(data) if data else 0
+def _places(source: Source, library: bytes) -> dict[str, ValuesRecord]:
+    """Where each data file lies in the library: all of them in one piece, in order, on 64-byte lines.
+
+    Only the whole piece is sure to be there once: values may be all zero, or the same on two ISA levels.
+    """
+    at, starts, whole = 0, {}, bytearray()
+    for blob in source.entry["blobs"]:
+        whole += bytes(-len(whole) % 64)
+        starts[blob["file"]] = len(whole)
+        whole += source.files[blob["file"]]
+    at = library.find(whole)
     while at >= 0 and at % 64:
-        at = library.find(data, at + 1)
-    assert at >= 0, f"{file} is not in the library"
-    return ValuesRecord(file, at, len(data))
-
-
-def _json_number(value: float | None) -> float | str | None:
-    return value if value is None or np.isfinite(value) else str(value)
+        at = library.find(whole, at + 1)
+    if at < 0:
+        raise BuildError(f"{source.name}: the library does not hold its data: the compiler is at fault")
+    return {file: ValuesRecord(file, at + start, len(source.files[file])) for file, start in starts.items()}

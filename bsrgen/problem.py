@@ -1,6 +1,5 @@
 """Problem: what to compute, without saying how."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from bsrgen import epilogues
 from bsrgen.dtypes import DTYPES, DType, bound_factor
 from bsrgen.epilogues import Epilogue, Operand
-from bsrgen.operators import Operator
+from bsrgen.operators import Operator, kernel_name
 from bsrgen.pattern import Pattern, Weight
 
 Array = NDArray[Any]
@@ -40,11 +39,9 @@ class Problem:
 
     @cached_property
     def name(self) -> str:
-        """Kernel name: operator, dtype, shape, block, digest of all that a caller can tell apart but the values."""
-        p = self.pattern
-        text = f"{p.digest} {self.operator.name} {self.dtype.name} {[step.name for step in self.epilogue]}"
-        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return f"{self.operator.name}_{self.dtype.short}_{p.M}x{p.K}_b{p.R}x{p.C}_{digest}"
+        """Name of the kernel and prefix of its C symbols."""
+        p, steps = self.pattern, [step.name for step in self.epilogue]
+        return kernel_name(self.operator.name, self.dtype, p.shape, p.blocksize, p.digest, steps)
 
     @property
     def accumulator(self) -> DType:

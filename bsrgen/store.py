@@ -2,6 +2,7 @@
 
 root/v1/<key[:2]>/<key>/   one artifact; complete from the moment the name exists, never changed, mtime = last use
 root/tmp/                  builds in progress, and what is on its way out
+root/failed/               sources of builds that failed, for an hour
 root/locks/<key>.lock      one per key; only saves work, everything is right without it
 root/usage                 ledger: one number a line, whose sum is an upper bound of the bytes kept
 """
@@ -20,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from bsrgen.errors import ArgumentError, ArtifactCorruptError, BsrgenError, StoreError
+from bsrgen.errors import ArgumentError, ArtifactCorruptError, BsrgenError, BuildError, StoreError
 from bsrgen.integrity import (
     ELSEWHERE,
     KEY,
@@ -119,6 +120,9 @@ class Store:
             try:
                 self._build(build, temp)
                 found, full = self._admit(temp, entry)
+            except BuildError as error:
+                error.args = (str(error).replace(str(temp), str(self._keep(temp))),)
+                raise
             finally:
                 shutil.rmtree(temp, ignore_errors=True)
         if full:
@@ -153,7 +157,7 @@ class Store:
         with typed(self.root):
             for folder in (self.root, *(self.root / name for name in ("v1", "tmp", "locks")), *shards):
                 _own_folder(folder)
-            for path in (self.root / "tmp").iterdir():
+            for path in (*(self.root / "tmp").iterdir(), *(self.root / "failed").glob("*")):
                 with suppress(OSError):
                     if time.time() - path.lstat().st_mtime > STALE_S:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -166,6 +170,16 @@ class Store:
             if isinstance(error, BsrgenError) or error.errno not in WAYS_OUT or self.root not in where.parents:
                 raise
             raise store_error(error, where) from error
+
+    def _keep(self, temp: Path) -> Path:
+        """Put the folder of a failed build aside for STALE_S, one for each key: whoever gets the error may look."""
+        kept = self.root / "failed" / temp.name.partition(".")[0]
+        with suppress(OSError, StoreError):
+            _own_folder(kept.parent)
+            shutil.rmtree(kept, ignore_errors=True)
+            os.rename(temp, kept)
+            return kept
+        return temp
 
     def _admit(self, temp: Path, entry: Path) -> tuple[Path, bool]:
         """Make `temp` durable and rename it to `entry`, or use what somebody faster put there; True: time for gc."""

@@ -41,7 +41,7 @@ class Target:
 
 
 _V2 = ("sse3", "ssse3", "sse4.1", "sse4.2", "popcnt")
-_V3 = (*_V2, "avx", "avx2", "fma", "bmi", "bmi2")
+_V3 = (*_V2, "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _WIDE = "-mprefer-vector-width=512"  # gcc 12 and clang 19 prefer 256 bits for most AVX-512 machines
 

@@ -440,17 +440,6 @@ def test_a_compiler_that(body, error, tmp_path, monkeypatch, own_store):
     assert [p.name for p in own_store.root.glob("tmp/*") if not p.name.startswith("kept")] == []
 
 
-def test_after_a_broken_compiler_a_good_one_works(tmp_path, monkeypatch, own_store):
-    path = tmp_path / "cc"
-    path.write_text(f"#!/bin/sh\n{ASKED}exit 1\n")
-    path.chmod(0o755)
-    with monkeypatch.context() as patch:
-        patch.setenv("BSRGEN_CC", str(path))
-        with pytest.raises(bsrgen.BuildError):
-            bsrgen.compile(W)
-    assert_right(problem_of(W), W, bsrgen.compile(W)(X), X)
-
-
 @pytest.mark.parametrize("text", ["\x7fELF garbage", "", "no script"])
 def test_a_compiler_that_is_no_program(text, tmp_path, monkeypatch, own_store):
     path = tmp_path / "cc"

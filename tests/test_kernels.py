@@ -109,7 +109,7 @@ PLANNED = {
     "spmm f32 small": ("spmm", "float32", (12, 10), (2, 2), "uniform"),
     "linear f32 small": ("linear", "float32", (32, 13), (16, 1), "uniform"),
 }
-PLANS_EACH = 5
+PLANS_EACH = int(os.environ.get("BSRGEN_TEST_PLANS", "4"))
 
 
 def kind_of(plan: CPlan) -> tuple:
@@ -151,9 +151,9 @@ def test_plan_space(name, plan, rng, tmp_path):
 
 # ── random problems ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-# 4 combinations x 10 problems x 8 calls = 320 examples; BSRGEN_TEST_PROBLEMS=1000 for a long night
-PROBLEMS = int(os.environ.get("BSRGEN_TEST_PROBLEMS", "10"))
-CALLS = 8
+# 4 combinations x 8 problems x 10 calls = 320 examples; BSRGEN_TEST_PROBLEMS=250 for the 10,000 of a long night
+PROBLEMS = int(os.environ.get("BSRGEN_TEST_PROBLEMS", "8"))
+CALLS = 10
 
 
 @st.composite
@@ -288,7 +288,7 @@ def test_a_weight_with_nan_and_inf_compiles_without_a_warning(operator, rng):
 # ── sizes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("dtype", "K"), [("float32", 1024), ("float64", 512), ("float32", 2048)])
+@pytest.mark.parametrize(("dtype", "K"), [("float32", 1024), ("float64", 512)])
 @pytest.mark.parametrize("operator", OPERATOR_NAMES)
 def test_rows_of_X_4096_bytes_apart(operator, dtype, K, rng):
     """Rows of X in one L1 set are copied apart first: right with and without a leading dimension."""
@@ -297,9 +297,10 @@ def test_rows_of_X_4096_bytes_apart(operator, dtype, K, rng):
     check_calls(kernel, problem_of(weight, operator), weight, rng, (1, 2, 5, 33, 130))
 
 
-@pytest.mark.parametrize("operator", OPERATOR_NAMES)
-@pytest.mark.parametrize("blocksize", [(32, 1), (4, 4), (1, 32)], ids=str)
-def test_1024_by_1024(blocksize, operator, rng):
+@pytest.mark.parametrize(
+    ("operator", "blocksize"), [("linear", (32, 1)), ("linear", (4, 4)), ("spmm", (16, 16)), ("spmm", (1, 32))]
+)
+def test_1024_by_1024(operator, blocksize, rng):
     weight = random_weight(5, (1024, 1024), blocksize, 0.1, kind="powerlaw")
     kernel = bsrgen.compile(weight, operator)
     check_calls(kernel, problem_of(weight, operator), weight, rng, (1, 67, 256))

@@ -1,5 +1,6 @@
 """From plans to text: everything the C templates may see is computed here."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
         text = render("c/kernel.c.j2", k=_kernel(plan, level), banner=head)
         files[f"{level['name']}.c"] = text.encode()
     manifest = {"name": name, "problem": str(problem), "pattern": problem.pattern.digest}
-    artifact["manifest_lines"] = [_c_string(f"{key}: {value}\\n") for key, value in manifest.items()]
+    artifact["manifest_lines"] = [_c_string(line) for line in json.dumps(manifest, indent=1).splitlines()]
     files[f"{name}.c"] = render("c/main.c.j2", a=artifact, banner=head).encode()
     files[f"{name}.h"] = render("c/header.h.j2", a=artifact, banner=head).encode()
     math = ("bsrgen_math.h",) if _needs_math(problem) else ()
@@ -134,7 +135,7 @@ def _offset_type(plan: CPlan) -> str:
 
 
 def _c_string(text: str) -> str:
-    return '"' + text.replace('"', '\\"') + '"'
+    return json.dumps(text + "\n")
 
 
 def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
