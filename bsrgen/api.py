@@ -16,13 +16,14 @@ from numpy.typing import DTypeLike
 from bsrgen import __version__, build, package
 from bsrgen import tune as tuning
 from bsrgen._paths import RUNTIME, TEMPLATES
-from bsrgen.arguments import bind
-from bsrgen.artifact import ABI, Artifact, CheckRecord, parse_manifest, read_artifact, write_manifest
+from bsrgen.arguments import bind, default_threads
+from bsrgen.artifact import Artifact, write_manifest
 from bsrgen.backends import BACKENDS, Backend
 from bsrgen.dtypes import as_dtype
 from bsrgen.epilogues import as_epilogues
 from bsrgen.errors import ArgumentError, BuildError, IncompatibleCPUError, UnsupportedError
 from bsrgen.kernel import Kernel
+from bsrgen.manifest import ABI, CheckRecord, parse_manifest
 from bsrgen.operators import as_operator
 from bsrgen.pattern import Weight, as_weight
 from bsrgen.plan import Plan
@@ -32,6 +33,7 @@ from bsrgen.targets import Target, as_targets, native
 from bsrgen.verify import error_share
 
 CHECK_N = (3, 35)  # tokens of the check: fewer than a vector, and two vectors with a rest
+CHECK_ELEMENTS = 1 << 26  # most of X or Y in the check: a matrix of millions of columns is checked with fewer tokens
 
 
 def compile(
@@ -78,6 +80,7 @@ def compile(
         raise ArgumentError(f"tune={tune!r}: one of 'off', 'model', 'measure'")
     if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
         raise ArgumentError(f"n={n!r}: a number of tokens from 1 up, or None")
+    default_threads(threads)
     row = as_operator(operator)
     steps = as_epilogues(epilogue)
     targets = as_targets(target)
@@ -139,13 +142,16 @@ def _key(
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
+_LOOKS = {"cli", "bench", "verify.py"}  # parts of the package that only look at artifacts
+
+
 @functools.cache
 def _own_digest() -> str:
-    """Digest of this package's own text, less what only looks at artifacts: another generator, another artifact."""
+    """Digest of this package's own text: another generator gives another artifact."""
     digest = hashlib.sha256()
     for root in (Path(__file__).parent, TEMPLATES, RUNTIME):
         for path in sorted(root.rglob("*")):
-            if path.suffix in (".py", ".j2", ".h") and not {"cli", "bench", "verify.py"} & set(path.parts):
+            if path.suffix in (".py", ".j2", ".h") and not _LOOKS & set(path.relative_to(root).parts):
                 digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -164,8 +170,7 @@ def _make(
     source = backend.emit(tuple(plans), weight)
     build.build(source, folder, compiler)
     manifest = package.describe(source, weight, compiler, measured, tuple(notes), folder, bound)
-    write_manifest(folder, manifest)
-    check = _check(Artifact(folder, manifest), problem, weight)
+    check = _check(write_manifest(folder, manifest), problem, weight)
     if check is not None:
         write_manifest(folder, msgspec.structs.replace(manifest, check=check))
 
@@ -191,8 +196,8 @@ def _choose(
     def make(plan: Plan, folder: Path) -> Any:
         source = backend.emit((plan,), weight)
         build.build(source, folder, compiler)
-        write_manifest(folder, package.describe(source, weight, compiler, None, (), folder, {}))
-        kernel = Kernel(read_artifact(folder), threads=1)
+        artifact = write_manifest(folder, package.describe(source, weight, compiler, None, (), folder, {}))
+        kernel = Kernel(artifact, threads=1)
         out = np.zeros(problem.operator.shape(n, problem.pattern.M), problem.dtype.numpy)
         return functools.partial(kernel, x, out=out, **given)
 
@@ -210,7 +215,9 @@ def _check(artifact: Artifact, problem: Problem, weight: Weight) -> CheckRecord 
     except IncompatibleCPUError:
         return None
     rng, worst = np.random.default_rng(0), 0.0
-    for n in CHECK_N:
+    most = max(CHECK_ELEMENTS // max(*problem.pattern.shape, 1), 1)
+    tokens = tuple(dict.fromkeys(min(n, most) for n in CHECK_N))
+    for n in tokens:
         x, given = problem.sample(rng, n)
         old = rng.standard_normal(problem.operator.shape(n, problem.pattern.M)).astype(problem.dtype.numpy)
         expected, bound = problem.reference(weight, x, given, old)
@@ -221,4 +228,4 @@ def _check(artifact: Artifact, problem: Problem, weight: Weight) -> CheckRecord 
                 f"the compiler or bsrgen is at fault ({artifact.manifest.compiler}); please report it"
             )
         worst = max(worst, share)
-    return CheckRecord(CHECK_N, worst)
+    return CheckRecord(tokens, worst)

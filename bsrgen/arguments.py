@@ -1,5 +1,6 @@
 """The arguments of a call: checked, and made into what C takes.  The slow, careful path of `Kernel.__call__`."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen.artifact import Manifest, OperandRecord
 from bsrgen.dtypes import DTYPES
 from bsrgen.errors import ArgumentError, ArgumentTypeError
+from bsrgen.manifest import Manifest, OperandRecord
 from bsrgen.operators import OPERATORS
 from bsrgen.problem import Problem
 
@@ -196,6 +197,18 @@ def check_threads(threads: Any) -> int:
     if not 1 <= threads <= MAX_THREADS:
         raise ArgumentError(f"threads={threads}: a number from 1 to {MAX_THREADS}")
     return int(threads)
+
+
+def default_threads(threads: int | None) -> int:
+    """`threads`, else $BSRGEN_NUM_THREADS, else all cores this process may use."""
+    if threads is not None:
+        return check_threads(threads)
+    text = os.environ.get("BSRGEN_NUM_THREADS", "")
+    if text:
+        if not text.isdecimal():
+            raise ArgumentError(f"BSRGEN_NUM_THREADS={text!r}: a number from 1 up")
+        return check_threads(int(text))
+    return len(os.sched_getaffinity(0))
 
 
 def _leading(a: Array) -> int:

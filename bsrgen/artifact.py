@@ -1,141 +1,29 @@
-"""Artifact: what lies on disk.  The manifest's schema, and reading a folder with every byte checked first."""
+"""Artifact: what lies on disk.  A folder is read with every byte checked first, and written as a whole."""
 
 import hashlib
-import math
-from collections.abc import Sequence
+import io
+import os
+import shutil
+import uuid
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
-from bsrgen.dtypes import DTYPES
-from bsrgen.epilogues import Epilogue, as_epilogues, operands_of
-from bsrgen.errors import ArtifactCorruptError, ArtifactError
-from bsrgen.integrity import MANIFEST, MANIFEST_DIGEST, verify_folder
-from bsrgen.operators import NAME, kernel_name
+from bsrgen.errors import ArgumentError, ArtifactCorruptError, ArtifactError, PatternError
+from bsrgen.integrity import MANIFEST, MANIFEST_DIGEST, typed, verify_folder
+from bsrgen.manifest import PATTERN_FILE, Manifest, parse_manifest
+from bsrgen.pattern import Pattern
 
-SCHEMA = 1
-ABI = 1  # BSRGEN_ABI in runtime/bsrgen.h
-
-
-class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    pass
+Array = NDArray[Any]
 
 
-class OperandRecord(_Record, frozen=True):
-    """An operand of the epilogue; scalars have a default."""
-
-    name: str
-    kind: Literal["row", "scalar", "element"]
-    default: float | str | None = None  # JSON has no infinities: "inf", "-inf"
-
-
-def operand_records(epilogue: Sequence[Epilogue]) -> tuple[OperandRecord, ...]:
-    """What a call of a kernel with this epilogue takes."""
-    return tuple(OperandRecord(o.name, o.kind, _json_number(o.default)) for o in operands_of(epilogue))  # type: ignore[arg-type]
-
-
-def _json_number(value: float | None) -> float | str | None:
-    return value if value is None or math.isfinite(value) else str(value)
-
-
-class ValuesRecord(_Record, frozen=True):
-    """Where packed values lie: a file beside the library, and the same bytes at `offset` in the library."""
-
-    file: str
-    offset: int
-    bytes: int
-
-
-class LevelRecord(_Record, frozen=True):
-    """One ISA level of the library: what it needs, how it works, what the model expects of it."""
-
-    target: str
-    requires: tuple[str, ...]
-    plan: str
-    knobs: dict[str, Any]
-    values: ValuesRecord
-
-    def __str__(self) -> str:
-        return self.plan
-
-
-class CostRecord(_Record, frozen=True):
-    """Prediction for one call of n tokens on one core, and what was measured when the kernel was tuned."""
-
-    n: int
-    flop: int
-    bytes: int
-    seconds: float
-    dense_seconds: float
-    measured_seconds: float | None = None
-
-
-class CheckRecord(_Record, frozen=True):
-    """The check against the float64 reference on random data: largest error as a share of the bound."""
-
-    n: tuple[int, ...]
-    worst: float
-
-
-class Manifest(_Record, frozen=True):
-    """manifest.json: everything a loader must know, and the sha256 of every other file."""
-
-    schema: int
-    abi: int
-    bsrgen: str
-    name: str
-    operator: Literal["linear", "spmm"]
-    shape: tuple[int, int]
-    blocksize: tuple[int, int]
-    nnzb: int
-    dtype: str
-    out_dtype: str
-    epilogue: tuple[str, ...]
-    operands: tuple[OperandRecord, ...]
-    pattern: str
-    weight: str
-    family: str
-    levels: tuple[LevelRecord, ...]
-    bound: tuple[str, ...]  # operands with a value in operands.npz
-    prototype: str
-    compiler: str
-    flags: tuple[str, ...]
-    cost: CostRecord
-    verdict: str
-    check: CheckRecord | None
-    tuning: tuple[str, ...]
-    notes: tuple[str, ...]
-    files: dict[str, str]
-
-    def __post_init__(self) -> None:
-        names = [self.library, *(level.values.file for level in self.levels)]
-        if self.schema != SCHEMA or self.abi != ABI:
-            raise ValueError(f"schema {self.schema}, ABI {self.abi}: this bsrgen reads schema {SCHEMA}, ABI {ABI}")
-        if not self.levels or not set(names) <= set(self.files):
-            raise ValueError("a level or a file it needs is not listed")
-        if self.dtype not in DTYPES or self.out_dtype != self.dtype:
-            raise ValueError(f"dtype {self.dtype!r}, out_dtype {self.out_dtype!r}: not a pair of this bsrgen")
-        if self.operands != operand_records(as_epilogues(self.epilogue)):
-            raise ValueError("operands are not those of the epilogue")
-        if not set(self.bound) <= {operand.name for operand in self.operands if operand.kind != "element"}:
-            raise ValueError("bound names an operand that cannot be bound")
-        # The library's symbols carry the name: a manifest that lies about them finds nothing to call.
-        dtype = DTYPES[self.dtype]
-        says = kernel_name(self.operator, dtype, self.shape, self.blocksize, self.pattern, self.epilogue)
-        if self.name != says or not NAME.match(self.name):
-            raise ValueError(f"name {self.name!r:.80} is not that of the kernel described, {says!r:.80}")
-        if min(*self.shape, self.nnzb) < 0 or min(self.blocksize) < 1 or self.nnzb > 2**31:
-            raise ValueError("a size is out of range")
-
-    @property
-    def library(self) -> str:
-        """File name of the shared library."""
-        return f"lib{self.name}.so"
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Artifact:
     """A verified folder."""
 
@@ -149,6 +37,40 @@ class Artifact:
 
     def __str__(self) -> str:
         return str(self.folder)
+
+    def __repr__(self) -> str:
+        return f"<bsrgen.Artifact {self.manifest.name} in {self.folder}>"
+
+    def read(self, file: str) -> bytes:
+        """One listed file.  ArtifactCorruptError where it is not what the manifest says, or is gone by now."""
+        try:
+            data = (self.folder / file).read_bytes()
+        except OSError as e:
+            way = "compile the kernel again, or save artifacts that must last outside the store"
+            raise ArtifactCorruptError(f"{self.folder / file}: gone since it was loaded ({e.strerror}); {way}") from e
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[file]:
+            raise ArtifactCorruptError(f"{self.folder / file}: altered since it was loaded; build the artifact again")
+        return data
+
+    def arrays(self, file: str) -> dict[str, Array]:
+        """The arrays of a listed .npz file."""
+        data = self.read(file)
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+            raise ArtifactCorruptError(f"{self.folder / file}: not an .npz file of arrays: {e}") from e
+
+    def pattern(self) -> Pattern:
+        """Which blocks are stored; it must be the pattern of the manifest."""
+        m, arrays = self.manifest, self.arrays(PATTERN_FILE)
+        try:
+            pattern = Pattern(m.shape, m.blocksize, **arrays)
+        except (TypeError, PatternError) as e:
+            raise ArtifactCorruptError(f"{self.folder / PATTERN_FILE}: not a pattern: {e}") from e
+        if pattern.digest != m.pattern or pattern.nnzb != m.nnzb:
+            raise ArtifactCorruptError(f"{self.folder / PATTERN_FILE}: not the pattern of the manifest")
+        return pattern
 
 
 def read_artifact(folder: str | Path, expect_sha256: str | None = None) -> Artifact:
@@ -181,20 +103,66 @@ def _check_values(artifact: Artifact) -> None:
             raise ArtifactError(f"{artifact}: the manifest's values of {level.target} are not in {values.file}")
 
 
-def parse_manifest(data: bytes, folder: Path) -> Manifest:
-    """Strict JSON -> Manifest.  ArtifactError says which field is wrong."""
+def save_artifact(artifact: Artifact, target: Path, changed: Mapping[str, bytes], manifest: Manifest) -> None:
+    """Write the files of `artifact`, some with other bytes, and `manifest` as a new folder in the place of `target`.
+
+    `target` may be missing, empty, or hold an artifact and nothing else (ArgumentError); it is replaced as a whole, the
+    new folder complete before the old one goes.  StoreError where the disk says no; the old folder is there then.
+    """
+    target = target.resolve()
+    _refuse_strangers(target)
+    with typed(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temp = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        temp.mkdir()  # not mkdtemp: others may read what is saved, as the umask says
+        try:
+            for name in artifact.manifest.files:
+                (temp / name).write_bytes(changed[name] if name in changed else artifact.read(name))
+            write_manifest(temp, manifest)
+            _exchange(temp, target)
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)
+
+
+def _refuse_strangers(target: Path) -> None:
+    """ArgumentError unless `target` may be replaced without losing anything but an artifact."""
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise ArgumentError(f"{target}: exists and is not a folder; choose another name")
+    names = {path.name for path in target.iterdir()}
+    if not names:
+        return
     try:
-        return msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise ArtifactError(f"{folder / MANIFEST}: not a manifest of this bsrgen: {e}; build the artifact again") from e
+        ours = {*parse_manifest((target / MANIFEST).read_bytes(), target).files, MANIFEST, MANIFEST_DIGEST}
+    except (OSError, ArtifactError):
+        raise ArgumentError(f"{target}: exists and is not an artifact; choose a new or empty folder") from None
+    if names - ours:
+        raise ArgumentError(f"{target}: also holds {min(names - ours)!r}, which is not the artifact's; move it away")
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def _exchange(new: Path, target: Path) -> None:
+    """Rename `new` to `target`; what was there is put back if that fails, and removed if not."""
+    if not target.exists():
+        os.rename(new, target)
+        return
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
+    os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Artifact:
     """Hash every file of `folder` into the manifest and write it, last."""
-    seal(folder, msgspec.to_builtins(manifest))
+    files = seal(folder, msgspec.to_builtins(manifest))
+    return Artifact(folder, msgspec.structs.replace(manifest, files=files))
 
 
-def seal(folder: Path, record: dict[str, Any]) -> None:
+def seal(folder: Path, record: dict[str, Any]) -> dict[str, str]:
     """Write manifest.json (`record` and the sha256 of every other file) and its own digest beside it."""
     files = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
@@ -204,3 +172,4 @@ def seal(folder: Path, record: dict[str, Any]) -> None:
     data = msgspec.json.format(msgspec.json.encode(record | {"files": files}), indent=2)
     (folder / MANIFEST).write_bytes(data)
     (folder / MANIFEST_DIGEST).write_text(f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n")
+    return files

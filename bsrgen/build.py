@@ -23,7 +23,7 @@ MEMORY_BYTES = 4 << 30
 
 COMPILE_FLAGS = (
     "-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-pthread",
-    "-Wall", "-Wextra", "-Werror",
+    "-Wall", "-Wextra",
 )  # fmt: skip
 LINK_FLAGS = (
     "-shared", "-pthread", "-s", "-Wl,--build-id=none", "-Wl,-z,now", "-Wl,-z,relro", "-Wl,-z,noexecstack",

@@ -3,31 +3,27 @@
 import functools
 import os
 import platform
-import shutil
-import tempfile
-import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen.arguments import Call, check_threads
-from bsrgen.artifact import Artifact, CostRecord, LevelRecord, read_artifact, write_manifest
+from bsrgen.arguments import Call, default_threads
+from bsrgen.artifact import Artifact, read_artifact, save_artifact
 from bsrgen.dtypes import DTYPES
 from bsrgen.epilogues import as_epilogues
-from bsrgen.errors import ArgumentError, ArtifactCorruptError, ArtifactError, IncompatibleCPUError, PatternMismatchError
+from bsrgen.errors import ArgumentError, ArtifactError, IncompatibleCPUError, PatternMismatchError
+from bsrgen.manifest import OPERANDS_FILE, CostRecord, LevelRecord
 from bsrgen.operators import OPERATORS
 from bsrgen.pattern import Pattern, Weight, as_weight
 from bsrgen.problem import Problem
 from bsrgen.trampoline import OVERLAP, trampoline
 
 Array = NDArray[Any]
-PATTERN_FILE = "pattern.npz"
-OPERANDS_FILE = "operands.npz"
 
-_OK, _NO_ISA, _BAD_ARGUMENT, _NO_MEMORY = range(4)  # enum bsrgen_status in runtime/bsrgen.h
+_OK, _NO_MEMORY = 0, 3  # enum bsrgen_status in runtime/bsrgen.h
 
 
 def load(folder: str | os.PathLike[str], *, threads: int | None = None, expect_sha256: str | None = None) -> "Kernel":
@@ -37,6 +33,14 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None, expect_s
     knows whose artifact it must be.  Errors: ArtifactError, ArtifactCorruptError, IncompatibleCPUError.
     """
     return Kernel(read_artifact(Path(folder), expect_sha256), threads=threads)
+
+
+class _Values(NamedTuple):
+    """Values given by `update`: as they came, packed, and where C finds them; before that, those of the library."""
+
+    data: Array | None
+    packed: Array | None
+    pointer: Any
 
 
 class Kernel:
@@ -49,14 +53,12 @@ class Kernel:
         """`may_be_foreign`: where this machine cannot run the artifact, calls raise IncompatibleCPUError, not this."""
         m = artifact.manifest
         self.artifact = artifact
-        self._call = Call(m, _arrays(artifact, OPERANDS_FILE) if m.bound else {}, default_threads(threads))
+        self._call = Call(m, artifact.arrays(OPERANDS_FILE) if m.bound else {}, default_threads(threads))
         self._dtype = DTYPES[m.dtype].numpy
-        self._packed: Array | None = None  # keeps updated values alive
-        self._data: Array | None = None
         self._level = 0
         self._foreign: IncompatibleCPUError | None = None
         self._tramp = trampoline()
-        self._values: Any = self._tramp.ffi.NULL  # those in the library
+        self._values = _Values(None, None, self._tramp.ffi.NULL)
         self._threads = self._call.threads
         self._token_axis = OPERATORS[m.operator].token_axis
         self._rows, self._features = m.shape
@@ -116,7 +118,7 @@ class Kernel:
                         return self._general(x, out, threads, operands)
                     status = path.call(
                         self._function, n, here, shape[1], n * self._x_bytes, there, full[1], n * self._y_bytes,
-                        self._values, path.ffi.NULL, self._threads,
+                        self._values.pointer, path.ffi.NULL, self._threads,
                     )  # fmt: skip
                     if status == _OK:
                         return out
@@ -129,6 +131,7 @@ class Kernel:
         if self._foreign:
             raise self._foreign
         call = self._call.prepare(x, out, threads, operands)
+        values = self._values  # kept alive while C reads it
         records = ffi.NULL
         if call.operands:
             records = ffi.new("struct bsrgen_operand[]", len(call.operands))
@@ -137,7 +140,7 @@ class Kernel:
                 record.ld, record.scalar = ld, scalar
         status = self._tramp.call(
             self._function, call.n, ffi.cast("void *", call.x.ctypes.data), call.ldx, 0,
-            ffi.cast("void *", call.y.ctypes.data), call.ldy, 0, self._values, records, call.threads,
+            ffi.cast("void *", call.y.ctypes.data), call.ldy, 0, values.pointer, records, call.threads,
         )  # fmt: skip
         if status != _OK:
             self._raise(status)
@@ -156,6 +159,11 @@ class Kernel:
             )
         return self(x)
 
+    __array_ufunc__ = None  # x @ k is a TypeError, not an object array
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{self.name}: a kernel cannot be pickled; save it to a folder and load it there")
+
     def matvec(self, x: Any) -> Array:
         """W @ x for one vector: with shape and dtype, all that scipy.sparse.linalg.aslinearoperator asks for."""
         return self(np.asarray(x).reshape(-1))
@@ -165,22 +173,28 @@ class Kernel:
     def update(self, W: Any) -> None:
         """Put the values of W in place of the old ones: same shape, block shape and pattern, no compiler.
 
-        Takes what `compile` takes.  PatternMismatchError says where another pattern differs; nothing has changed then.
-        Calls that run meanwhile finish with the old values.
+        Takes what `compile` takes; in a dense W, blocks outside the pattern must be zero.  PatternMismatchError says
+        where another pattern differs.  After an error nothing has changed; calls that run meanwhile keep old values.
         """
-        m = self.artifact.manifest
         if self._foreign:
             raise self._foreign
-        shape = m.shape if isinstance(W, (tuple, list)) else None
-        weight = as_weight(W, blocksize=m.blocksize, shape=shape, dtype=self._dtype)
+        m = self.artifact.manifest
+        weight = as_weight(W, blocksize=m.blocksize, shape=self._shape_for(W), dtype=self._dtype)
         same = weight.pattern.digest == m.pattern
-        data = weight.data if same else self._filled(weight) if isinstance(W, np.ndarray) else None
+        data = weight.data if same else self._filled(weight) if _is_dense(W) else None
         if data is None:
             where = self.pattern.difference(weight.pattern)
             raise PatternMismatchError(f"{self.name}: update needs the kernel's pattern: {where}; compile a new kernel")
-        self._data = data
         packed = self.packed(data, self._level)
-        self._values, self._packed = self._tramp.ffi.from_buffer(packed), packed
+        self._values = _Values(data, packed, self._tramp.ffi.from_buffer(packed))  # one store: no call sees a half
+
+    def _shape_for(self, W: Any) -> tuple[int, int] | None:
+        """The kernel's shape for what has none of its own: a triple, and BSR whose last blocks stick out of it."""
+        if isinstance(W, tuple):
+            return self.shape
+        p, shape = self.artifact.manifest, getattr(W, "shape", None)
+        padded = tuple(-(-size // block) * block for size, block in zip(p.shape, p.blocksize, strict=True))
+        return self.shape if getattr(W, "format", None) == "bsr" and shape == padded else None
 
     def _filled(self, weight: Weight) -> Array | None:
         """Values of a dense W whose blocks lie within the pattern: stored blocks that are zero now hold zeros."""
@@ -188,55 +202,39 @@ class Kernel:
         if ours.shape != theirs.shape:
             return None
         mine, other = (p.rows * p.block_cols + p.indices for p in (ours, theirs))
-        at = np.searchsorted(mine, other)
-        if not np.array_equal(mine[np.minimum(at, len(mine) - 1)], other):
+        if not np.isin(other, mine).all():
             return None
         data = np.zeros((ours.nnzb, *ours.blocksize), self._dtype)
-        data[at] = weight.data
+        data[np.searchsorted(mine, other)] = weight.data
         return data
 
     def packed(self, data: Array, level: int) -> Array:
-        """Values [nnzb, R, C] in the order in which ISA level `level` of the library keeps them."""
-        ffi = self._tramp.ffi
+        """Values [nnzb, R, C] in the order in which ISA level `level` of the library keeps them, 64-byte aligned."""
+        ffi, item = self._tramp.ffi, self._dtype.itemsize
         count = self._tramp.pack(self._pack, ffi.NULL, ffi.NULL, level)
-        packed = np.empty(count, self._dtype)
+        room = np.empty(count + 64 // item, self._dtype)
+        start = -room.ctypes.data % 64 // item
+        packed = room[start : start + count]
         self._tramp.pack(self._pack, ffi.from_buffer(data), ffi.from_buffer(packed), level)
         return packed
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the artifact to `folder`, updated values included, and return it.
 
-        A folder that holds an artifact is replaced as a whole; any other non-empty folder is refused (ArgumentError).
+        A folder that holds an artifact and nothing else is replaced as a whole; any other non-empty folder is refused
+        (ArgumentError).  StoreError where the disk says no, ArtifactCorruptError where the kernel's own files are gone.
         """
-        target = Path(folder).absolute()
-        if target.exists() and (
-            not target.is_dir() or (any(target.iterdir()) and not (target / "manifest.json").exists())
-        ):
-            raise ArgumentError(f"{target}: exists and is not an artifact; choose a new or empty folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temp = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        temp.mkdir()  # not mkdtemp: others may read what is saved, as the umask says
-        try:
-            for name in (*self.artifact.manifest.files, "manifest.json", "manifest.sha256"):
-                shutil.copyfile(self.artifact.folder / name, temp / name)
-            if self._data is not None:
-                self._patch(temp, self._data)
-            _swap(temp, target)
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
-        return target
-
-    def _patch(self, folder: Path, data: Array) -> None:
-        """Put new values into the library of `folder` and beside it, for every ISA level."""
-        m = self.artifact.manifest
-        for number, level in enumerate(m.levels):
-            raw = self.packed(data, number).tobytes()
-            (folder / level.values.file).write_bytes(raw)
-            with open(folder / m.library, "r+b") as f:
-                f.seek(level.values.offset)
-                f.write(raw)
-        digest = Weight(self.pattern, data).digest
-        write_manifest(folder, msgspec.structs.replace(m, weight=digest, check=None))
+        m, changed, data = self.artifact.manifest, {}, self._values.data
+        if data is not None:
+            library = bytearray(self.artifact.read(m.library))
+            for number, level in enumerate(m.levels):
+                values = self.packed(data, number).tobytes()
+                changed[level.values.file] = values
+                library[level.values.offset : level.values.offset + len(values)] = values
+            changed[m.library] = bytes(library)
+            m = msgspec.structs.replace(m, weight=Weight(self.pattern, data).digest, check=None)
+        save_artifact(self.artifact, Path(folder), changed, m)
+        return Path(folder).resolve()
 
     # ── everything can be looked at ──────────────────────────────────────────────────────────────────────────────
 
@@ -264,11 +262,7 @@ class Kernel:
     @functools.cached_property
     def pattern(self) -> Pattern:
         """Which blocks are stored."""
-        m = self.artifact.manifest
-        pattern = Pattern(m.shape, m.blocksize, **_arrays(self.artifact, PATTERN_FILE))
-        if pattern.digest != m.pattern:
-            raise ArtifactCorruptError(f"{self.artifact}: {PATTERN_FILE} does not hold the manifest's pattern")
-        return pattern
+        return self.artifact.pattern()
 
     @functools.cached_property
     def problem(self) -> Problem:
@@ -295,7 +289,7 @@ class Kernel:
     def source(self) -> str:
         """The generated C of the ISA level in use."""
         target = self.plan.target.replace("-", "_")
-        return (self.artifact.folder / f"{self.name}_{target}.c").read_text()
+        return self.artifact.read(f"{self.name}_{target}.c").decode()
 
     def __str__(self) -> str:
         m = self.artifact.manifest
@@ -315,30 +309,6 @@ class Kernel:
         return f"<bsrgen.Kernel {self.name} on {self.plan.target}, {self._threads} threads>"
 
 
-def _arrays(artifact: Artifact, file: str) -> dict[str, Array]:
-    """The arrays of an .npz file of the artifact."""
-    with np.load(artifact.folder / file, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
-
-
-def default_threads(threads: int | None) -> int:
-    """`threads`, else $BSRGEN_NUM_THREADS, else all cores this process may use."""
-    if threads is not None:
-        return check_threads(threads)
-    text = os.environ.get("BSRGEN_NUM_THREADS", "")
-    if text:
-        if not text.isdecimal() or int(text) < 1:
-            raise ArgumentError(f"BSRGEN_NUM_THREADS={text!r}: a number from 1 up")
-        return int(text)
-    return len(os.sched_getaffinity(0))
-
-
-def _swap(temp: Path, target: Path) -> None:
-    """Put `temp` in the place of `target`; the old one goes only after the new one is there."""
-    if not target.exists():
-        os.rename(temp, target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    os.rename(target, old / "artifact")
-    os.rename(temp, target)
-    shutil.rmtree(old)
+def _is_dense(W: Any) -> bool:
+    """Whether W is an array or tensor that has a value for every element, and so no pattern of its own."""
+    return isinstance(W, np.ndarray) or str(getattr(W, "layout", "")) == "torch.strided"

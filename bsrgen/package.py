@@ -6,12 +6,21 @@ from typing import Any
 import numpy as np
 
 from bsrgen import __version__
-from bsrgen.artifact import ABI, SCHEMA, CostRecord, LevelRecord, Manifest, ValuesRecord, operand_records
 from bsrgen.build import COMPILE_FLAGS, Compiler
 from bsrgen.cost import Cost, estimate
 from bsrgen.emit import Source, render
 from bsrgen.errors import BuildError
-from bsrgen.kernel import OPERANDS_FILE, PATTERN_FILE
+from bsrgen.manifest import (
+    ABI,
+    OPERANDS_FILE,
+    PATTERN_FILE,
+    SCHEMA,
+    CostRecord,
+    LevelRecord,
+    Manifest,
+    ValuesRecord,
+    operand_records,
+)
 from bsrgen.pattern import Weight
 from bsrgen.tune import PLANNED_N, verdict
 
@@ -25,7 +34,7 @@ def describe(
     folder: Path,
     bound: dict[str, np.ndarray[Any, Any]],
 ) -> Manifest:
-    """Write the companions of the built library into `folder` and return the manifest, its file list still empty."""
+    """Write the companions of the built library into `folder` and return the manifest, its digests still empty."""
     problem, p = source.plans[0].problem, weight.pattern
     np.savez(folder / PATTERN_FILE, indptr=p.indptr, indices=p.indices)
     if bound:
@@ -50,7 +59,7 @@ def describe(
         cost=CostRecord(cost.n, cost.flop, cost.bytes, cost.seconds, cost.dense_seconds, measured_s),
         verdict=_verdict(cost, weight, measured_s), check=None, tuning=tuning, notes=weight.notes,
         bound=tuple(sorted(bound)),
-        files={f"lib{source.name}.so": "", **dict.fromkeys(source.values, "")},
+        files={path.name: "" for path in folder.iterdir()},
     )  # fmt: skip
 
 

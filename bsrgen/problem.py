@@ -74,7 +74,8 @@ class Problem:
         y = self.operator.product(W, x64)
         entries = np.diff(p.indptr).repeat(p.R)[: p.M] * p.C
         factor = self._per_row(bound_factor(entries + 2, u))
-        bound = factor * self.operator.product(abs(W), abs(x64))
+        tiny = float(np.finfo(self.accumulator.name).smallest_subnormal)  # a product may underflow by as much
+        bound = factor * self.operator.product(abs(W), abs(x64)) + self._per_row((entries + 2) * tiny)
         for step in self.epilogue:
             values = [
                 np.asarray(0.0 if out is None else out, np.float64)

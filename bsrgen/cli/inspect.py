@@ -9,7 +9,8 @@ import click
 from bsrgen.cli.common import duration, facts, problem_options, read, show_json, size, verb
 
 if TYPE_CHECKING:
-    from bsrgen.artifact import Artifact, LevelRecord
+    from bsrgen.artifact import Artifact
+    from bsrgen.manifest import LevelRecord
     from bsrgen.pattern import Pattern
     from bsrgen.plan import Counts, Plan
     from bsrgen.problem import Problem
@@ -32,7 +33,7 @@ def inspect(
     """
     folder = weight_file.is_dir()
     if folder:
-        pattern, document = _pattern(_artifact(weight_file)), artifact_document(weight_file)
+        pattern, document = _artifact(weight_file).pattern(), artifact_document(weight_file)
     else:
         weight = read(weight_file, key, blocksize, dtype)
         plans = _plans(weight.pattern, dtype=dtype, **options)
@@ -63,7 +64,7 @@ def artifact_document(folder: Path) -> dict[str, Any]:
     manifest = msgspec.to_builtins(artifact.manifest)
     counts = [asdict(c) if c else None for c in _counts(artifact)]
     return {
-        "artifact": str(folder), "sha256": _sha256(artifact), "pattern": pattern_document(_pattern(artifact)),
+        "artifact": str(folder), "sha256": _sha256(artifact), "pattern": pattern_document(artifact.pattern()),
         "counts": {"n": artifact.manifest.cost.n, "levels": counts}, "manifest": manifest,
     }  # fmt: skip
 
@@ -108,22 +109,6 @@ def _sha256(artifact: "Artifact") -> str:
     return (artifact.folder / MANIFEST_DIGEST).read_text().split()[0]
 
 
-def _pattern(artifact: "Artifact") -> "Pattern":
-    """The pattern, without loading the library."""
-    import numpy as np
-
-    from bsrgen.errors import ArtifactCorruptError
-    from bsrgen.kernel import PATTERN_FILE
-    from bsrgen.pattern import Pattern
-
-    m = artifact.manifest
-    with np.load(artifact.folder / PATTERN_FILE, allow_pickle=False) as arrays:
-        pattern = Pattern(m.shape, m.blocksize, arrays["indptr"], arrays["indices"])
-    if pattern.digest != m.pattern:
-        raise ArtifactCorruptError(f"{artifact}: {PATTERN_FILE} does not hold the manifest's pattern")
-    return pattern
-
-
 def _problem(artifact: "Artifact") -> "Problem":
     from bsrgen.dtypes import as_dtype
     from bsrgen.epilogues import as_epilogues
@@ -131,7 +116,7 @@ def _problem(artifact: "Artifact") -> "Problem":
     from bsrgen.problem import Problem
 
     m = artifact.manifest
-    return Problem(as_operator(m.operator), _pattern(artifact), as_dtype(m.dtype), as_epilogues(m.epilogue))
+    return Problem(as_operator(m.operator), artifact.pattern(), as_dtype(m.dtype), as_epilogues(m.epilogue))
 
 
 def _counts(artifact: "Artifact") -> list["Counts | None"]:

@@ -1,0 +1,152 @@
+"""The manifest: what an artifact says of itself, as strict JSON, and whether that can be true."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from bsrgen.dtypes import DTYPES
+from bsrgen.epilogues import Epilogue, as_epilogues, operands_of
+from bsrgen.errors import ArtifactError
+from bsrgen.integrity import MANIFEST
+from bsrgen.operators import NAME, kernel_name
+from bsrgen.targets import TARGETS
+
+PATTERN_FILE = "pattern.npz"  # indptr, indices
+OPERANDS_FILE = "operands.npz"  # operands bound when the kernel was compiled
+SCHEMA = 1
+ABI = 1  # BSRGEN_ABI in runtime/bsrgen.h
+
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class OperandRecord(_Record, frozen=True):
+    """An operand of the epilogue; scalars have a default."""
+
+    name: str
+    kind: Literal["row", "scalar", "element"]
+    default: float | str | None = None  # JSON has no infinities: "inf", "-inf"
+
+
+def operand_records(epilogue: Sequence[Epilogue]) -> tuple[OperandRecord, ...]:
+    """What a call of a kernel with this epilogue takes."""
+    return tuple(OperandRecord(o.name, o.kind, _json_number(o.default)) for o in operands_of(epilogue))  # type: ignore[arg-type]
+
+
+def _json_number(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else str(value)
+
+
+class ValuesRecord(_Record, frozen=True):
+    """Where packed values lie: a file beside the library, and the same bytes at `offset` in the library."""
+
+    file: str
+    offset: int
+    bytes: int
+
+
+class LevelRecord(_Record, frozen=True):
+    """One ISA level of the library: what it needs, how it works, what the model expects of it."""
+
+    target: str
+    requires: tuple[str, ...]
+    plan: str
+    knobs: dict[str, Any]
+    values: ValuesRecord
+
+    def __str__(self) -> str:
+        return self.plan
+
+
+class CostRecord(_Record, frozen=True):
+    """Prediction for one call of n tokens on one core, and what was measured when the kernel was tuned."""
+
+    n: int
+    flop: int
+    bytes: int
+    seconds: float
+    dense_seconds: float
+    measured_seconds: float | None = None
+
+    @property
+    def speedup(self) -> float:
+        """Gain over the predicted dense product, measured where it was."""
+        return self.dense_seconds / (self.measured_seconds or self.seconds)
+
+
+class CheckRecord(_Record, frozen=True):
+    """The check against the float64 reference on random data: largest error as a share of the bound."""
+
+    n: tuple[int, ...]
+    worst: float
+
+
+class Manifest(_Record, frozen=True):
+    """manifest.json: everything a loader must know, and the sha256 of every other file."""
+
+    schema: int
+    abi: int
+    bsrgen: str
+    name: str
+    operator: Literal["linear", "spmm"]
+    shape: tuple[int, int]
+    blocksize: tuple[int, int]
+    nnzb: int
+    dtype: str
+    out_dtype: str
+    epilogue: tuple[str, ...]
+    operands: tuple[OperandRecord, ...]
+    pattern: str
+    weight: str
+    family: str
+    levels: tuple[LevelRecord, ...]
+    bound: tuple[str, ...]  # operands with a value in operands.npz
+    prototype: str
+    compiler: str
+    flags: tuple[str, ...]
+    cost: CostRecord
+    verdict: str
+    check: CheckRecord | None
+    tuning: tuple[str, ...]
+    notes: tuple[str, ...]
+    files: dict[str, str]
+
+    def __post_init__(self) -> None:
+        names = [self.library, *(level.values.file for level in self.levels)]
+        if self.schema != SCHEMA or self.abi != ABI:
+            raise ValueError(f"schema {self.schema}, ABI {self.abi}: this bsrgen reads schema {SCHEMA}, ABI {ABI}")
+        names += [PATTERN_FILE, *([OPERANDS_FILE] if self.bound else [])]
+        if not self.levels or not set(names) <= set(self.files):
+            raise ValueError("a level or a file it needs is not listed")
+        if self.dtype not in DTYPES or self.out_dtype != self.dtype:
+            raise ValueError(f"dtype {self.dtype!r}, out_dtype {self.out_dtype!r}: not a pair of this bsrgen")
+        if self.operands != operand_records(as_epilogues(self.epilogue)):
+            raise ValueError("operands are not those of the epilogue")
+        if not {level.target for level in self.levels} <= set(TARGETS):
+            raise ValueError("a level is not a target of this bsrgen")
+        if not set(self.bound) <= {operand.name for operand in self.operands if operand.kind != "element"}:
+            raise ValueError("bound names an operand that cannot be bound")
+        # The library's symbols carry the name: a manifest that lies about them finds nothing to call.
+        dtype = DTYPES[self.dtype]
+        says = kernel_name(self.operator, dtype, self.shape, self.blocksize, self.pattern, self.epilogue)
+        if self.name != says or not NAME.match(self.name):
+            raise ValueError(f"name {self.name!r:.80} is not that of the kernel described, {says!r:.80}")
+        if min(*self.shape, self.nnzb) < 0 or min(self.blocksize) < 1 or self.nnzb > 2**31:
+            raise ValueError("a size is out of range")
+
+    @property
+    def library(self) -> str:
+        """File name of the shared library."""
+        return f"lib{self.name}.so"
+
+
+def parse_manifest(data: bytes, folder: Path) -> Manifest:
+    """Strict JSON -> Manifest.  ArtifactError says which field is wrong."""
+    try:
+        return msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise ArtifactError(f"{folder / MANIFEST}: not a manifest of this bsrgen: {e}; build the artifact again") from e
