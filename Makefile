@@ -41,4 +41,4 @@ $(VENV)/.installed-%: pyproject.toml | $(PY)
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"bsrgen needs Python 3.11 or newer, \
 	$(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "the venv module is incomplete: apt-get install python3-venv"; exit 1; }

@@ -46,7 +46,8 @@ class Figure:
         """A line of the markdown table."""
         return (
             f"| {self.block} | {self.seconds * 1e6:.1f} | {self.gflops:.1f} | {self.share_of_peak:.0%} "
-            f"| {self.over_dense:.2f}x | {self.best_dense} | {self.over_sparse:.2f}x | {self.best_sparse} | {self.plan} |"
+            f"| {self.over_dense:.2f}x | {self.best_dense} | {self.over_sparse:.2f}x | {self.best_sparse} "
+            f"| {self.plan} |"
         )
 
 
@@ -56,7 +57,8 @@ def figure(case: Case, density: float, tune: str, rounds: int, ceilings: Ceiling
     kinds = {peer.name: peer.kind for peer in PEERS}
     runs, _ = prepare(case, [peer for peer in PEERS if peer.kind != "bsrgen"])
     peak = ceilings.fma("f32" if case.x.dtype.itemsize == 4 else "f64")
-    calls = {name: run.call for name, run in runs.items()} | {"peak": peak.call, "bsrgen": kernel_run(kernel, case).call}
+    calls = {name: run.call for name, run in runs.items()}
+    calls |= {"peak": peak.call, "bsrgen": kernel_run(kernel, case).call}
     times = measure(calls, rounds=rounds)
     ours = times["bsrgen"]
     best = {
@@ -89,7 +91,8 @@ def main(
     """Print share of FMA peak and speed-up over the best dense and sparse peer for each block shape."""
     at_their_best()
     ceilings = Ceilings()
-    figures, lines = [], [f"{date.today()}, {platform.machine()}, one core, tune={tune}, {rounds} rounds in alternation"]
+    figures: list[Figure] = []
+    lines = [f"{date.today()}, {platform.machine()}, one core, tune={tune}, {rounds} rounds in alternation"]
     click.echo(lines[0])
     with peer_threads(1):
         for op in operator:

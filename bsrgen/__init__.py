@@ -1,5 +1,7 @@
 """bsrgen: one fixed block-sparse weight matrix in, one fast kernel out."""
 
+from typing import TYPE_CHECKING
+
 from bsrgen.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -15,7 +17,15 @@ from bsrgen.errors import (
     UnsupportedError,
 )
 
+if TYPE_CHECKING:
+    from bsrgen.api import compile
+    from bsrgen.kernel import Kernel, load
+
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> object:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,15 @@ from bsrgen.artifact import Artifact, write_manifest
 from bsrgen.backends import BACKENDS, Backend
 from bsrgen.dtypes import as_dtype
 from bsrgen.epilogues import as_epilogues
-from bsrgen.errors import ArgumentError, BuildError, IncompatibleCPUError, UnsupportedError
+from bsrgen.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BuildError,
+    IncompatibleCPUError,
+    StoreError,
+    UnsupportedError,
+)
+from bsrgen.integrity import MANIFEST
 from bsrgen.kernel import Kernel
 from bsrgen.manifest import ABI, CheckRecord, parse_manifest
 from bsrgen.operators import as_operator
@@ -30,6 +39,7 @@ from bsrgen.plan import Plan
 from bsrgen.problem import Problem
 from bsrgen.store import Store
 from bsrgen.targets import Target, as_targets, native
+from bsrgen.trampoline import trampoline
 from bsrgen.verify import error_share
 
 CHECK_N = (3, 35)  # tokens of the check: fewer than a vector, and two vectors with a rest
@@ -71,6 +81,8 @@ def compile(
     Errors: ArgumentError, ArgumentTypeError, PatternError, UnsupportedError, BuildError, StoreError.
     """
     chosen = _backend(backend, mode)
+    if dtype is None:
+        raise ArgumentTypeError("dtype=None: 'float32' or 'float64'")
     element = as_dtype(dtype)
     if out_dtype is not None and as_dtype(out_dtype) != element:
         raise UnsupportedError(
@@ -87,16 +99,17 @@ def compile(
     weight = as_weight(W, blocksize=blocksize, shape=shape, dtype=element.numpy)
     problem = Problem(row, weight.pattern, element, steps, None if n is None else int(n))
     bound = bind(problem, operands)
-    artifact = _artifact(chosen, problem, weight, targets, tune, bound)
-    kernel = Kernel(artifact, threads=threads, may_be_foreign=True)
-    kernel.__dict__["pattern"], kernel.__dict__["problem"] = weight.pattern, problem
-    return kernel
+    for _ in range(2):  # another process may evict an entry between its check and its use: then it is built again
+        with suppress(FileNotFoundError):
+            artifact = _artifact(chosen, problem, weight, targets, tune, bound)
+            return Kernel(artifact, threads=threads, may_be_foreign=True)
+    raise StoreError(f"{problem}: the store loses its entries as they are made; raise its size or set BSRGEN_CACHE_DIR")
 
 
 def _backend(name: str, mode: str) -> Backend:
     if mode != "static":
         raise UnsupportedError(f"mode={mode!r}: 'static' is what this version has")
-    if name != "auto" and name not in BACKENDS:
+    if name != "auto" and (not isinstance(name, str) or name not in BACKENDS):
         raise UnsupportedError(f"backend={name!r}: 'auto' or one of {', '.join(BACKENDS)}")
     return BACKENDS["c" if name == "auto" else name]
 
@@ -108,20 +121,20 @@ def _artifact(
     compiler = build.find_compiler(targets[0])
     key = _key(problem, weight, targets, tune, compiler, bound)
     store = Store.default()
+    _prepare_calls()
     folder = store.get(key)
     if folder is None:
-        if native().family == targets[0].family and os.environ.get("BSRGEN_DISABLE_JIT") != "1":
-            _prepare_calls()
         folder = store.publish(key, lambda temp: _make(temp, backend, problem, weight, targets, tune, compiler, bound))
-    return Artifact(folder, parse_manifest((folder / "manifest.json").read_bytes(), folder))
+    return Artifact(folder, parse_manifest((folder / MANIFEST).read_bytes(), folder))
 
 
+@functools.cache  # trying once in a process is enough
 def _prepare_calls() -> None:
-    """The extension for fast calls; without Python.h calls take cffi's ABI mode."""
-    import contextlib
-
-    with contextlib.suppress(BuildError):
-        build.build_trampoline()
+    """The extension for fast calls, built once; without Python.h calls take cffi's ABI mode."""
+    if trampoline().mode != "api" and os.environ.get("BSRGEN_DISABLE_JIT") != "1":
+        with suppress(BuildError):
+            build.build_trampoline()
+            trampoline.cache_clear()
 
 
 def _key(
@@ -151,7 +164,7 @@ def _own_digest() -> str:
     digest = hashlib.sha256()
     for root in (Path(__file__).parent, TEMPLATES, RUNTIME):
         for path in sorted(root.rglob("*")):
-            if path.suffix in (".py", ".j2", ".h") and not _LOOKS & set(path.relative_to(root).parts):
+            if path.suffix in (".py", ".j2", ".h", ".c") and not _LOOKS & set(path.relative_to(root).parts):
                 digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

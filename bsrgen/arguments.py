@@ -93,7 +93,7 @@ class Call:
         if value.dtype != self.dtype:
             raise ArgumentTypeError(
                 f"{self.name}: {what} has dtype {value.dtype}, the kernel {self.dtype}; convert it with "
-                f".astype('{self.dtype}'), or compile with dtype='{value.dtype.name}'"
+                f".astype('{self.dtype}'), or compile a kernel for its dtype"
             )
         return np.asarray(value)
 
@@ -175,14 +175,17 @@ def bind(problem: Problem, operands: Mapping[str, Any]) -> dict[str, Array]:
     for name, value in operands.items():
         if name not in known:
             takes = f"takes {', '.join(known)}" if known else "takes no operands"
-            raise ArgumentTypeError(f"{problem}: unexpected argument {name!r}: its epilogue {takes}")
+            raise ArgumentTypeError(f"{problem}: no parameter of compile is called {name!r}, and its epilogue {takes}")
         if known[name].kind == "element":
             raise ArgumentError(f"{problem}: {name} depends on the number of tokens: give it with the call")
         shape = (problem.pattern.M,) if known[name].kind == "row" else ()
         try:
             array = np.asarray(value)
-            array = array.astype(np.float64 if shape == () else problem.dtype.numpy, casting="same_kind", order="C")
-        except (TypeError, ValueError) as e:
+            with np.errstate(over="raise"):
+                array = array.astype(np.float64 if shape == () else problem.dtype.numpy, casting="same_kind", order="C")
+        except FloatingPointError as e:
+            raise ArgumentError(f"{problem}: {name} has values beyond {problem.dtype.name}") from e
+        except (TypeError, ValueError, RuntimeError) as e:
             raise ArgumentTypeError(f"{problem}: {name}={value!r}: expected real numbers") from e
         if array.shape != shape:
             raise ArgumentError(f"{problem}: {name} has shape {array.shape}, expected {shape}")

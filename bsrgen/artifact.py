@@ -79,7 +79,7 @@ def read_artifact(folder: str | Path, expect_sha256: str | None = None) -> Artif
     `expect_sha256` is the digest of the manifest (in manifest.sha256), for callers who know whose artifact it must be.
     ArtifactCorruptError for a missing, altered or unreadable file, ArtifactError for a manifest of another version.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     if not folder.is_dir():
         raise ArtifactError(
             f"{folder}: no such folder; an artifact is a folder made by bsrgen.compile(...).save(folder)"

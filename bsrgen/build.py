@@ -64,9 +64,12 @@ def find_compiler(target: Target) -> Compiler:
 @functools.cache
 def _probe(path: str) -> Compiler:
     def ask(flag: str) -> str:
-        result = subprocess.run(
-            [path, flag], capture_output=True, text=True, timeout=20, env=_environment(), check=False
-        )
+        try:
+            result = subprocess.run(
+                [path, flag], capture_output=True, text=True, timeout=20, env=_environment(), check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as e:
+            raise CompilerNotFoundError(f"{path} {flag}: {e}; set BSRGEN_CC to a C compiler") from e
         return result.stdout.partition("\n")[0].strip() if result.returncode == 0 else ""
 
     return Compiler(path, ask("--version"), ask("-dumpmachine"))
@@ -110,7 +113,8 @@ def build_trampoline() -> None:
         text = f"{trampoline.MODULE}.c"
         ffi = cffi.FFI()
         ffi.cdef(trampoline.DECLARATIONS)
-        recompiler.make_c_source(ffi, trampoline.MODULE, trampoline.SOURCE, str(folder / text), verbose=False)
+        source = (RUNTIME / trampoline.SOURCE).read_text()
+        recompiler.make_c_source(ffi, trampoline.MODULE, source, str(folder / text), verbose=False)
         flags = ["-std=gnu11", "-O2", "-fPIC", "-pthread", f"-I{RUNTIME}", f"-I{sysconfig.get_path('include')}"]
         _run([compiler.path, *flags, *LINK_FLAGS, text, "-o", f"{trampoline.MODULE}{trampoline.SUFFIX}"], folder)
         seal(folder, {})
@@ -152,9 +156,14 @@ def _run(command: list[str], folder: Path) -> str:
 
 
 def _limit() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (TIMEOUT_S, TIMEOUT_S))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for which, most in (
+        (resource.RLIMIT_AS, MEMORY_BYTES),
+        (resource.RLIMIT_CPU, TIMEOUT_S),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(which)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(which, (most, most))
 
 
 def _environment() -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen.errors import ArgumentError
+from bsrgen.errors import ArgumentError, ArgumentTypeError
 
 Array = NDArray[Any]
 Kind = Literal["row", "element", "scalar", "out"]
@@ -110,7 +110,9 @@ EPILOGUES = {
 
 def as_epilogues(names: str | Sequence[str]) -> tuple[Epilogue, ...]:
     """The rows of `names`, in order.  An epilogue that comes a second time numbers its operands: bias, bias2."""
-    names = (names,) if isinstance(names, str) else tuple(names)
+    names = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, (list, tuple)) else names
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        raise ArgumentTypeError(f"epilogue={names!r}: a name or a sequence of names, of {', '.join(EPILOGUES)}")
     steps: list[Epilogue] = []
     for i, name in enumerate(names):
         if name not in EPILOGUES:

@@ -41,7 +41,7 @@ OPERATORS = {row.name: row for row in (LINEAR, SPMM)}
 
 def as_operator(name: str) -> Operator:
     """The row called `name`.  ArgumentError when there is none."""
-    if name not in OPERATORS:
+    if not isinstance(name, str) or name not in OPERATORS:
         raise ArgumentError(f"operator {name!r}: one of {', '.join(OPERATORS)}")
     return OPERATORS[name]
 

@@ -30,7 +30,7 @@ class Pattern:
     """Which R x C blocks of an M x K matrix are stored: indptr int64[block_rows + 1], indices int32[nnzb].
 
     `shape` is the caller's; blocks that stick out of it are padded.  Indices are sorted and unique in a row.  Both
-    arrays are read-only copies.  Equal patterns have equal digests; == is identity.
+    arrays are read-only copies.  Patterns are equal when their digests are.
     """
 
     shape: Pair
@@ -38,6 +38,12 @@ class Pattern:
     indptr: npt.NDArray[np.int64] = field(repr=False)
     indices: npt.NDArray[np.int32] = field(repr=False)
     _digest: str = field(default="", init=False, repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Pattern) and self.digest == other.digest)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     def __post_init__(self) -> None:
         put = object.__setattr__

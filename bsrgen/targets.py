@@ -3,7 +3,7 @@
 import functools
 from dataclasses import dataclass, replace
 
-from bsrgen.errors import ArgumentError, UnsupportedError
+from bsrgen.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from bsrgen.machine import cache_bytes
 
 
@@ -57,7 +57,9 @@ _LEVELS = {"x86_64": X86_64, "x86_64_v2": X86_64_V2, "x86_64_v3": X86_64_V3, "x8
 
 def as_targets(value: str | tuple[str, ...] | list[str]) -> tuple[Target, ...]:
     """The rows of `value`, best first, without repeats.  A microarchitecture's name stands for its ISA level."""
-    names = (value,) if isinstance(value, str) else tuple(value)
+    names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else value
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        raise ArgumentTypeError(f"target={value!r}: a name or a tuple of names, e.g. 'native'")
     if not names:
         raise ArgumentError("target=(): at least one is needed, e.g. 'native'")
     rows = {row.name: row for row in map(_as_target, names)}

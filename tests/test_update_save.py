@@ -323,6 +323,10 @@ def test_save_replaces_an_artifact(tmp_path):
     loaded = bsrgen.load(folder)
     y = loaded(x_for(first))
     (folder / "note.txt").write_text("mine")
+    with pytest.raises(bsrgen.ArgumentError, match=r"note\.txt"):
+        second.save(folder)
+    assert (folder / "note.txt").read_text() == "mine"
+    (folder / "note.txt").unlink()
     assert second.save(folder) == folder
     assert sorted(p.name for p in folder.iterdir()) == sorted(
         [*second.artifact.manifest.files, "manifest.json", "manifest.sha256"]
@@ -346,7 +350,7 @@ def test_save_refuses_what_is_no_artifact(kind, tmp_path):
     if kind == "folder":
         target.mkdir()
     (target / "thesis.tex" if kind == "folder" else target).write_text("42")
-    with pytest.raises(bsrgen.ArgumentError, match="is not an artifact"):
+    with pytest.raises(bsrgen.ArgumentError, match="is not a"):
         bsrgen.compile(weight_of()).save(target)
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["thesis.tex" if kind == "folder" else "precious"]
 
