@@ -121,8 +121,8 @@ def _artifact(
     compiler = build.find_compiler(targets[0])
     key = _key(problem, weight, targets, tune, compiler, bound)
     store = Store.default()
-    _prepare_calls()
     folder = store.get(key)
+    _prepare_calls()
     if folder is None:
         folder = store.publish(key, lambda temp: _make(temp, backend, problem, weight, targets, tune, compiler, bound))
     return Artifact(folder, parse_manifest((folder / MANIFEST).read_bytes(), folder))

@@ -1,6 +1,7 @@
 """Source: what will be compiled, as text and bytes.  The Jinja environment and the banner live here."""
 
 import functools
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ class Source:
 
 def render(template: str, **names: Any) -> str:
     """One template as text.  A name the template uses and nobody gave is an error."""
-    return _environment().get_template(template).render(**names)
+    text = _environment().get_template(template).render(**names)
+    return re.sub(r"\n{3,}", "\n\n", text)  # where an optional part left nothing
 
 
 def runtime_file(name: str) -> bytes:

@@ -76,7 +76,7 @@ GELU = Epilogue(
 )
 GELU_TANH = Epilogue(
     "gelu_tanh",  # 0.5 (1 + tanh z) = sigmoid(2 z); Hendrycks, Gimpel, arXiv 1606.08415, section 2
-    "v * v_sigmoid(v * (R(1.5957691216057308) + R(0.07135481282553526) * (v * v)))",
+    "v * v_sigmoid(v * (R(1.5957691216057308) + R(0.07135481627260025) * (v * v)))",
     _gelu_tanh,
     flop=35,
     gain=_at_most(1.13),

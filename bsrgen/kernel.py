@@ -88,7 +88,10 @@ class Kernel:
                 f"{self.artifact}: built for {needs}; this CPU lacks {lacks}; "
                 f"build it again with target='native' or a lower level"
             )
-        self._level = [level.target for level in m.levels].index(target)
+        names = [level.target for level in m.levels]
+        if target not in names:
+            raise ArtifactError(f"{self.artifact}: the library runs {target!r}, the manifest knows {', '.join(names)}")
+        self._level = names.index(target)
         self._function = path.function(library, f"{m.name}_call")
         self._pack = path.function(library, f"{m.name}_pack")
 

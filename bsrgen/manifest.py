@@ -12,7 +12,6 @@ from bsrgen.epilogues import Epilogue, as_epilogues, operands_of
 from bsrgen.errors import ArtifactError
 from bsrgen.integrity import MANIFEST
 from bsrgen.operators import NAME, kernel_name
-from bsrgen.targets import TARGETS
 
 PATTERN_FILE = "pattern.npz"  # indptr, indices
 OPERANDS_FILE = "operands.npz"  # operands bound when the kernel was compiled
@@ -126,8 +125,6 @@ class Manifest(_Record, frozen=True):
             raise ValueError(f"dtype {self.dtype!r}, out_dtype {self.out_dtype!r}: not a pair of this bsrgen")
         if self.operands != operand_records(as_epilogues(self.epilogue)):
             raise ValueError("operands are not those of the epilogue")
-        if not {level.target for level in self.levels} <= set(TARGETS):
-            raise ValueError("a level is not a target of this bsrgen")
         if not set(self.bound) <= {operand.name for operand in self.operands if operand.kind != "element"}:
             raise ValueError("bound names an operand that cannot be bound")
         # The library's symbols carry the name: a manifest that lies about them finds nothing to call.

@@ -48,6 +48,8 @@ ON_USE = {"torch", "jinja2", "safetensors", "scipy", "matplotlib", "click", "ric
 AT_ONCE = {"cli": {"click", "rich"}, "__main__": {"click", "rich"}, "bench": {"scipy"}}
 
 LONG = {  # more lines than the house allows, and why
+    "bsrgen/kernel.py": "one class: bind, call, update, save, and all that can be looked at",
+    "bsrgen/pattern.py": "Pattern, Weight and the two ways to make one, which share the checks",
     "bsrgen/store.py": "one protocol: rename, locks, ledger and eviction share its folders and its errors",
 }
 

@@ -156,7 +156,6 @@ NOINLINE void token_rows_2(const struct bsrgen_call *call, const real *values, c
     }
 }
 
-
 /* panel[k1 - k0][T_CHUNK] = X of tokens [n0, n1) and features [k0, k1), zeros behind the last token and feature. */
 static void token_pack(const struct bsrgen_call *call, int64_t n0, int64_t n1, int64_t k0, int64_t k1, real *panel)
 {
@@ -171,7 +170,6 @@ static void token_pack(const struct bsrgen_call *call, int64_t n0, int64_t n1, i
     }
     for (int64_t f = live; f < k1; f++) memset(panel + (f - k0) * T_CHUNK, 0, sizeof(real) * (size_t)width);
 }
-
 
 /* Chunks of tokens: whole vectors, nearly equal. */
 INLINE int64_t token_vectors(int64_t n) { return (n + LANES - 1) / LANES; }
