@@ -27,7 +27,6 @@ from bsrgen.errors import (
     ArgumentTypeError,
     BuildError,
     IncompatibleCPUError,
-    StoreError,
     UnsupportedError,
 )
 from bsrgen.integrity import MANIFEST
@@ -99,11 +98,8 @@ def compile(
     weight = as_weight(W, blocksize=blocksize, shape=shape, dtype=element.numpy)
     problem = Problem(row, weight.pattern, element, steps, None if n is None else int(n))
     bound = bind(problem, operands)
-    for _ in range(2):  # another process may evict an entry between its check and its use: then it is built again
-        with suppress(FileNotFoundError):
-            artifact = _artifact(chosen, problem, weight, targets, tune, bound)
-            return Kernel(artifact, threads=threads, may_be_foreign=True)
-    raise StoreError(f"{problem}: the store loses its entries as they are made; raise its size or set BSRGEN_CACHE_DIR")
+    artifact = _artifact(chosen, problem, weight, targets, tune, bound)
+    return Kernel(artifact, threads=threads, may_be_foreign=True)
 
 
 def _backend(name: str, mode: str) -> Backend:
@@ -123,8 +119,16 @@ def _artifact(
     store = Store.default()
     folder = store.get(key)
     _prepare_calls()
-    if folder is None:
-        folder = store.publish(key, lambda temp: _make(temp, backend, problem, weight, targets, tune, compiler, bound))
+    if folder is not None:
+        with suppress(FileNotFoundError):  # evicted by another process since it was checked: build it again
+            return _parsed(folder)
+    return _parsed(
+        store.publish(key, lambda temp: _make(temp, backend, problem, weight, targets, tune, compiler, bound))
+    )
+
+
+def _parsed(folder: Path) -> Artifact:
+    """The artifact in a folder that the store has just checked."""
     return Artifact(folder, parse_manifest((folder / MANIFEST).read_bytes(), folder))
 
 

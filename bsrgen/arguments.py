@@ -1,5 +1,6 @@
 """The arguments of a call: checked, and made into what C takes.  The slow, careful path of `Kernel.__call__`."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class Call:
         x2, ldx = _rows(x2)
         y, ldy = target, _leading(target)
         if ldy < 0 or self._overlaps(target, x2, values):
-            y = np.array(target) if self.reads_out else np.empty(shape, self.dtype)
+            y = np.array(target, order="C") if self.reads_out else np.empty(shape, self.dtype)
             ldy = shape[1]
         count = self.threads if threads is None else check_threads(threads)
         return Prepared(n, x2, ldx, y, ldy, values, count, out, target)
@@ -88,7 +89,7 @@ class Call:
                 )
             try:
                 value = np.from_dlpack(value)
-            except (BufferError, RuntimeError, TypeError) as e:
+            except Exception as e:  # whatever the other library raises
                 raise ArgumentTypeError(f"{self.name}: {what} cannot be read as a CPU array: {e}") from e
         if value.dtype != self.dtype:
             raise ArgumentTypeError(
@@ -109,7 +110,7 @@ class Call:
             raise ArgumentError(f"{self.name}: x has shape {x.shape}, expected {self._expected('K', self.features)}")
         if x.ndim == 1:
             return (x[None, :] if axis == 1 else x[:, None]), None
-        return (x, x.shape[:-1]) if x.ndim == 2 else (x.reshape(-1, self.features), x.shape[:-1])
+        return (x, x.shape[:-1]) if x.ndim == 2 else (x.reshape(math.prod(x.shape[:-1]), self.features), x.shape[:-1])
 
     def _expected(self, letter: str, size: int) -> str:
         if self.operator.token_axis == 0:
@@ -141,15 +142,17 @@ class Call:
     def _operand(
         self, record: OperandRecord, given: Mapping[str, Any], shape: tuple[int, int], batch: tuple[int, ...] | None
     ) -> tuple[Array | None, int, float]:
-        value = given.get(record.name, record.default)
+        value = given.get(record.name)
+        if value is None and record.default is not None:
+            return None, 0, float(record.default)
         if value is None:
             raise ArgumentTypeError(f"{self.name}: operand {record.name!r} is missing: k(x, {record.name}=...)")
         if record.kind == "scalar":
-            if np.ndim(value) != 0 or isinstance(value, (complex, np.complexfloating)):
+            if np.ndim(value) != 0 or isinstance(value, (complex, np.complexfloating, str, bytes)):
                 raise ArgumentTypeError(f"{self.name}: {record.name} must be one real number, not {value!r}")
             try:
                 return None, 0, float(value)
-            except (TypeError, ValueError) as e:
+            except (TypeError, ValueError, OverflowError) as e:
                 raise ArgumentTypeError(f"{self.name}: {record.name} must be one real number, not {value!r}") from e
         array = self._array(record.name, value)
         if record.kind == "row":
@@ -208,9 +211,9 @@ def default_threads(threads: int | None) -> int:
         return check_threads(threads)
     text = os.environ.get("BSRGEN_NUM_THREADS", "")
     if text:
-        if not text.isdecimal():
-            raise ArgumentError(f"BSRGEN_NUM_THREADS={text!r}: a number from 1 up")
-        return check_threads(int(text))
+        if not text.isdecimal() or not 1 <= int(text[:9]) <= MAX_THREADS or len(text) > 9:
+            raise ArgumentError(f"BSRGEN_NUM_THREADS={text!r}: a number from 1 to {MAX_THREADS}")
+        return int(text)
     return len(os.sched_getaffinity(0))
 
 
@@ -250,7 +253,15 @@ def _reshaped(out: Array, shape: tuple[int, int]) -> Array:
 
 
 def _self_overlapping(a: Array) -> bool:
-    return a.size > 0 and any(stride == 0 and size > 1 for stride, size in zip(a.strides, a.shape, strict=True))
+    """Whether two elements may share memory: an axis steps by less than what lies within one of its steps."""
+    span = a.itemsize
+    for stride, size in sorted(
+        (abs(stride), size) for stride, size in zip(a.strides, a.shape, strict=True) if size > 1
+    ):
+        if stride < span:
+            return a.size > 0
+        span += stride * (size - 1)
+    return False
 
 
 def _same(a: Array, b: Array) -> bool:

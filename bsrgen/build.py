@@ -66,8 +66,9 @@ def _probe(path: str) -> Compiler:
     def ask(flag: str) -> str:
         try:
             result = subprocess.run(
-                [path, flag], capture_output=True, text=True, timeout=20, env=_environment(), check=False
-            )
+                [path, flag], capture_output=True, text=True, errors="replace", timeout=20, env=_environment(),
+                check=False,
+            )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as e:
             raise CompilerNotFoundError(f"{path} {flag}: {e}; set BSRGEN_CC to a C compiler") from e
         return result.stdout.partition("\n")[0].strip() if result.returncode == 0 else ""
@@ -92,7 +93,9 @@ def build(source: Source, folder: Path, compiler: Compiler) -> Path:
         logs = list(pool.map(run, compiles))
     logs.append(run([compiler.path, *LINK_FLAGS, f"-Wl,-soname,{library}", *objects, "-o", library]))
     for name in objects:
-        (folder / name).unlink()
+        (folder / name).unlink(missing_ok=True)
+    if not (folder / library).is_file():
+        raise BuildError(f"{source.name}: {compiler.path} wrote no library; sources kept in {folder}")
     (folder / "build.log").write_text(f"{compiler.identity}\n" + "".join(logs))
     _log_time(source.name, time.monotonic() - started)
     return folder / library

@@ -44,7 +44,7 @@ def describe(
     (folder / "example.c").write_text(render("c/example.c.j2", a=source.entry))
     cost = estimate(source.plans[0], problem.n or PLANNED_N)
     library = (folder / f"lib{source.name}.so").read_bytes()
-    places = _places(source, library)
+    places = _places(source, library, compiler)
     levels = tuple(
         LevelRecord(plan.target.name, plan.target.requires, str(plan), plan.knobs(), places[file])
         for plan, file in zip(source.plans, source.values, strict=True)
@@ -67,7 +67,7 @@ def _verdict(cost: Cost, weight: Weight, measured_s: float | None) -> str:
     return verdict(cost, weight.pattern.density, measured_s)
 
 
-def _places(source: Source, library: bytes) -> dict[str, ValuesRecord]:
+def _places(source: Source, library: bytes, compiler: Compiler) -> dict[str, ValuesRecord]:
     """Where each data file lies in the library: all of them in one piece, in order, on 64-byte lines.
 
     Only the whole piece is sure to be there once: values may be all zero, or the same on two ISA levels.
@@ -81,5 +81,5 @@ def _places(source: Source, library: bytes) -> dict[str, ValuesRecord]:
     while at >= 0 and at % 64:
         at = library.find(whole, at + 1)
     if at < 0:
-        raise BuildError(f"{source.name}: the library does not hold its data: the compiler is at fault")
+        raise BuildError(f"{source.name}: the library does not hold its data: {compiler.path} is at fault")
     return {file: ValuesRecord(file, at + start, len(source.files[file])) for file, start in starts.items()}

@@ -55,6 +55,11 @@ TARGETS = {row.name: row for row in (X86_64, X86_64_V2, X86_64_V3, X86_64_V4, AA
 _LEVELS = {"x86_64": X86_64, "x86_64_v2": X86_64_V2, "x86_64_v3": X86_64_V3, "x86_64_v4": X86_64_V4}
 
 
+def baseline(target: Target) -> Target:
+    """The row that every CPU of the family can run."""
+    return next(row for row in TARGETS.values() if row.family == target.family and not row.requires)
+
+
 def as_targets(value: str | tuple[str, ...] | list[str]) -> tuple[Target, ...]:
     """The rows of `value`, best first, without repeats.  A microarchitecture's name stands for its ISA level."""
     names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else value

@@ -29,7 +29,7 @@ struct bsrgen_job {
     bsrgen_task task;
     void *context;
     int parts, rounds;
-    unsigned float_mode;
+    uint64_t float_mode; /* FPCR is a 64-bit register */
 };
 
 struct bsrgen_seat {
@@ -52,7 +52,7 @@ static struct {
 #if defined __SSE__
 #define bsrgen_pause() __builtin_ia32_pause()
 #define bsrgen_get_float_mode(mode) ((mode) = __builtin_ia32_stmxcsr() & ~0x3Fu) /* less the sticky exceptions */
-#define bsrgen_set_float_mode(mode) __builtin_ia32_ldmxcsr(mode)
+#define bsrgen_set_float_mode(mode) __builtin_ia32_ldmxcsr((unsigned)(mode))
 #elif defined __aarch64__
 #define bsrgen_pause() __extension__({ __asm__ volatile("yield"); })
 #define bsrgen_get_float_mode(mode) __asm__ volatile("mrs %x0, fpcr" : "=r"(mode))

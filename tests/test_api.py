@@ -245,7 +245,7 @@ def test_a_kernel_outlives_its_entry_in_the_store(own_store, tmp_path, monkeypat
     np.testing.assert_array_equal(kernel(X), y)
     kernel.update(Weight(W.pattern, 2 * W.data))
     np.testing.assert_array_equal(kernel(X), 2 * y)
-    assert kernel.name in str(kernel)
+    assert kernel.name in repr(kernel)
     for what in (lambda: kernel.save(tmp_path / "k"), lambda: kernel.source):
         with pytest.raises(bsrgen.BsrgenError):
             what()

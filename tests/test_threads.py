@@ -110,7 +110,7 @@ def test_eight_threads_on_one_kernel(threads):
 
 @pytest.mark.parametrize("threads", [None, 3])
 def test_eight_threads_on_four_kernels(threads):
-    weights = [random_weight(seed, (300, 400), (8, 4), 0.5) for seed in range(2)]
+    weights = [random_weight(seed, (200, 240), (8, 4), 0.5) for seed in range(2)]
     run_callers([bsrgen.compile(w, operator) for w in weights for operator in OPERATOR_NAMES], 200, threads)
 
 

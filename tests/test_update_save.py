@@ -282,7 +282,7 @@ def test_saved_values_are_loaded_in_a_new_process(operator, tmp_path):
     np.testing.assert_array_equal(loaded_elsewhere(kernel.save(tmp_path / "new"), x, tmp_path), kernel(x))
 
 
-@pytest.mark.parametrize(("value", "blocksize"), [(0.0, (4, 4)), (0.0, (3, 3)), (1.0, (4, 4)), (0.5, (16, 1))])
+@pytest.mark.parametrize(("value", "blocksize"), [(0.0, (4, 4)), (0.5, (16, 1))])
 def test_saved_values_lie_where_the_kernel_reads_them(value, blocksize, tmp_path):
     """Values that are found elsewhere in the library too: zeros, constants, prefixes of another level's packing."""
     old = weight_of(0, (24, 24), blocksize, density=0.5)

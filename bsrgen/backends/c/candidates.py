@@ -8,11 +8,15 @@ from bsrgen.problem import Problem
 from bsrgen.targets import Target
 
 MAX_TILE = 24  # sums in one register tile: 32 registers less the operands; one more helps nobody and compiles slower
+PANEL_BYTES = 64 << 20  # most scratch for one panel of X
+INT_MAX = 2**31 - 1  # offsets inside a register tile are C ints
 SMALL_TOKENS = 8  # register tile of the weight tile that only serves small n
 
 
 def candidates(problem: Problem, target: Target) -> Iterator[CPlan]:
-    """Legal plans, a good guess first.  Never empty: lanes along tokens take any block shape."""
+    """Legal plans, a good guess first.  Empty only where offsets inside one block outgrow a C int."""
+    if problem.pattern.R * max(problem.pattern.C, 8 * target.lanes(problem.dtype.bytes)) > INT_MAX:
+        return
     for plan in _tables(problem, target):
         yield plan
         code = replace(plan, encoding="code")
@@ -53,6 +57,8 @@ def _weight_tiles(problem: Problem, target: Target) -> Iterator[WeightTile]:
         for vectors in {min(whole, v): None for v in (2, 1, 3)}:
             most = min(target.registers - 1 - vectors, MAX_TILE) // vectors
             for tokens in {min(most, t): None for t in (24, 12, 8)}:
+                if tokens * (p.block_cols * p.C + p.R + 2 * lanes) > INT_MAX:
+                    continue  # W_LDX and the tile of sums, each for all tokens
                 yield WeightTile(row_lanes, k_lanes, vectors, tokens, tokens)
 
 
@@ -67,8 +73,11 @@ def _token_tiles(problem: Problem, target: Target) -> Iterator[TokenTile]:
         for vectors in widths:
             for chunk in {vectors: None, vectors * max(1, 8 // vectors): None}:
                 vector_bytes = chunk * lanes * problem.dtype.bytes
-                fits = [max(q * target.l1_bytes // 4 // vector_bytes // p.C, 1) * p.C for q in (3, 4)]  # of L1
-                for panel in {features: None, **{min(fit, features): None for fit in fits}}:
-                    yield TokenTile(rows, vectors, chunk, panel)
-                if problem.operator.token_axis == 1:
+                caches = (3 * target.l1_bytes // 4, target.l1_bytes, target.l2_bytes // 2)
+                fits = [max(cache // vector_bytes // p.C, 1) * p.C for cache in caches]
+                whole = [features] if features * vector_bytes <= PANEL_BYTES else []
+                for panel in dict.fromkeys([*whole, *(min(fit, features) for fit in fits)]):
+                    if panel * vector_bytes <= max(PANEL_BYTES, p.C * vector_bytes):
+                        yield TokenTile(rows, vectors, chunk, panel)
+                if problem.operator.token_axis == 1 and whole:
                     yield TokenTile(rows, vectors, chunk, features, pack=False)

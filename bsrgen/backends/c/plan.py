@@ -18,6 +18,8 @@ from bsrgen.plan import Counts, Plan
 Array = NDArray[Any]
 CODE_FMA = 1024  # most multiply-adds written out in one kernel: more takes gcc 12 seconds and gains nothing here
 
+CODE_ROWS = 64  # most block rows: each is a function of its own for each register tile
+
 
 @dataclass(frozen=True, slots=True)
 class WeightTile:
@@ -229,7 +231,7 @@ class CPlan(Plan):
         """Whether the pattern may be printed as code: one group of rows, one panel, within the budget."""
         tile_rows = self.tokens.rows if self.tokens else self.problem.pattern.R
         single = len(self.groups) == 1 and tile_rows == self.problem.pattern.R and self.panels == 1
-        return single and self.code_fma <= CODE_FMA
+        return single and self.problem.pattern.block_rows <= CODE_ROWS and self.code_fma <= CODE_FMA
 
     def uses_weight_tile(self, n: int) -> bool:
         """Whether a call of n tokens runs the weight tile."""

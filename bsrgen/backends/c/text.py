@@ -10,6 +10,7 @@ from bsrgen.backends.c.plan import CPlan, Group, TokenTile
 from bsrgen.emit import Source, Unit, banner, render, runtime_file
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
+from bsrgen.targets import baseline
 
 FLOP_PER_PART = 2_000_000  # least share of a thread, 10 us or more: a cold pool takes 13 us to wake (Zen 5 VM)
 
@@ -46,7 +47,7 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
     math = ("bsrgen_math.h",) if _needs_math(problem) else ()
     for runtime in ("bsrgen.h", "bsrgen_simd.h", "bsrgen_scratch.h", "bsrgen_parallel.h", *math):
         files[runtime] = runtime_file(runtime)
-    units = [Unit(f"{name}.c", plans[-1].target.flags if len(plans) == 1 and not plans[-1].target.requires else ())]
+    units = [Unit(f"{name}.c", baseline(plans[0].target).flags)]  # runs before the check of the CPU
     units += [Unit(f"{level['name']}.c", plan.target.flags) for plan, level in zip(plans, levels, strict=True)]
     values = tuple(f"{level['data']}.bin" for level in levels)
     return Source(name, plans, files, tuple(units), artifact["prototype"], values, artifact)
@@ -220,7 +221,7 @@ def _folds(lanes: int, k_lanes: int) -> list[dict[str, Any]]:
 def _group(plan: CPlan, q: int, unit: int) -> dict[str, int]:
     group: Group = plan.groups[q]
     C = plan.problem.pattern.C
-    before = sum(earlier.slots for earlier in plan.groups[:q]) * C
+    before = q * plan.groups[0].slots * C  # only the last group can be smaller
     return {"row": group.row, "rows": group.rows, "slots": group.slots, "size": group.slots * C,
             "before": before, "vectors": group.slots // unit}  # fmt: skip
 

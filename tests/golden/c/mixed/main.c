@@ -111,16 +111,18 @@ static void run_part(void *context, int part, int parts)
 static void split(struct region *r, int threads)
 {
     double best = 0;
-    for (int rows = 1; rows <= threads; rows++) {
+    for (int rows = 1;; rows = 2 * rows < threads ? 2 * rows : threads) {
         const int tokens = threads / rows < r->units ? threads / rows : (int)r->units;
-        uint64_t largest = 0;
-        for (int p = 0; p < rows; p++) {
-            const uint64_t share = linear_f64_16x18_b4x4_77bea486_work[row_cut(rows, p + 1)] - linear_f64_16x18_b4x4_77bea486_work[row_cut(rows, p)];
-            if (share > largest) largest = share;
+        uint64_t largest = 0, before = 0;
+        for (int p = 1; p <= rows; p++) {
+            const uint64_t work = linear_f64_16x18_b4x4_77bea486_work[row_cut(rows, p)];
+            if (work - before > largest) largest = work - before;
+            before = work;
         }
         const double units = (double)((r->units + tokens - 1) / tokens) / (double)r->units;
         const double cost = units * ((double)largest / (double)linear_f64_16x18_b4x4_77bea486_work[BLOCK_ROWS] + 0.03);
         if (rows == 1 || cost < best) best = cost, r->token_parts = tokens, r->row_parts = rows;
+        if (rows == threads) return;
     }
 }
 
@@ -179,7 +181,7 @@ static void pack_0(const real *data, real *packed)
     for (int64_t s = 0; s < SEGMENTS; s++)
         for (size_t g = 0; g < sizeof groups / sizeof *groups; g++)
             for (int64_t b = linear_f64_16x18_b4x4_77bea486_u16_pointers[s]; b < linear_f64_16x18_b4x4_77bea486_u16_pointers[s + 1]; b++) {
-                const real *block = data + b * (int64_t)(R * C) + groups[g].row * C;
+                const real *block = data + b * ((int64_t)R * C) + groups[g].row * C;
                 for (int c = 0; c < C; c += STEP)
                     for (int r = 0; r < groups[g].slots; r++)
                         for (int q = 0; q < STEP; q++) *packed++ = r < groups[g].rows ? block[r * C + c + q] : 0;

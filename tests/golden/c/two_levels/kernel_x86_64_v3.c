@@ -40,12 +40,8 @@ INLINE void put_tokens(const struct bsrgen_call *call, int64_t m, int64_t n, vec
 /* `total` cut into `parts` nearly equal pieces: where piece p starts. */
 INLINE int64_t cut(int64_t total, int64_t parts, int64_t p) { return parts ? total * p / parts : 0; }
 
-/* Fewest even-handed pieces of at most `most`; an even count where there are several, so that threads share them. */
-INLINE int64_t pieces(int64_t total, int64_t most)
-{
-    const int64_t count = (total + most - 1) / most;
-    return count > 4 ? (count + 3) / 4 * 4 : count == 3 ? 4 : count;
-}
+/* Fewest pieces of at most `most`. */
+INLINE int64_t pieces(int64_t total, int64_t most) { return (total + most - 1) / most; }
 
 enum { T_CHUNK = 2 * LANES, T_VECTORS = 2, T_ROWS = 4 };
 enum { SUMS_STEP = 0 }; /* from block row to block row: sums go straight to Y */

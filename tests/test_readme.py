@@ -1,0 +1,23 @@
+"""README's Python runs as it stands, and it has no hole left."""
+
+import re
+import shutil
+
+import pytest
+from support import REPOSITORY
+
+TEXT = (REPOSITORY / "README.md").read_text()
+
+
+def test_no_placeholders():
+    assert not re.search(r"@[A-Z]+@|TODO|TBD", TEXT)
+
+
+@pytest.mark.parametrize(
+    "block", re.findall(r"```python\n(.*?)```", TEXT, re.S), ids=lambda block: block.split("\n")[0]
+)
+def test_python_blocks_run(block, tmp_path, monkeypatch):
+    (tmp_path / "examples").mkdir()
+    shutil.copy(REPOSITORY / "examples" / "minilm_ffn_32x1_d20.safetensors", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
