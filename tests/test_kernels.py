@@ -318,7 +318,7 @@ def test_more_features_than_sixteen_bits_count(operator, rng):
 def test_many_rows_and_few_blocks_are_never_printed_as_code():
     """A function for each of many empty block rows took gcc a minute: code has a budget of rows too."""
     weight = random_weight(0, (20_000, 64), (1, 1), 2 / (20_000 * 64))
-    kernel = bsrgen.compile(weight, tune="off")
+    kernel = bsrgen.compile(weight)
     assert len(kernel.source) < 60_000
     x = np.ones((3, 64), np.float32)
     np.testing.assert_allclose(kernel(x), x @ weight.todense().T, rtol=1e-6)
