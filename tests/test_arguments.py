@@ -237,7 +237,9 @@ def test_memory_mapped_files(linear, rng, tmp_path):
 
 
 class TestTorch:
-    torch = pytest.importorskip("torch")
+    @pytest.fixture(autouse=True)
+    def _torch(self):
+        self.torch = pytest.importorskip("torch")
 
     def test_tensors_are_read_in_place(self, case, rng):
         _, problem, kernel = case
