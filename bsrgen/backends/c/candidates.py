@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from bsrgen.backends.c.plan import CPlan, TokenTile, WeightTile
+from bsrgen.backends.c.plan import PANEL_BYTES, CPlan, TokenTile, WeightTile
 from bsrgen.problem import Problem
 from bsrgen.targets import Target
 
 MAX_TILE = 24  # sums in one register tile: 32 registers less the operands; one more helps nobody and compiles slower
-PANEL_BYTES = 64 << 20  # most scratch for one panel of X
 INT_MAX = 2**31 - 1  # offsets inside a register tile are C ints
 SMALL_TOKENS = 8  # register tile of the weight tile that only serves small n
 

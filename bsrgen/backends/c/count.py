@@ -33,7 +33,7 @@ class _Work:
 
 def counts(plan: "CPlan", n: int) -> Counts:
     """What one call of n tokens does on one core."""
-    problem, target, p = plan.problem, plan.target, plan.problem.pattern
+    problem, target, p = plan.problem, plan.target, plan.pattern
     real = problem.dtype.bytes
     value_bytes = p.nnzb * plan.block_values * real
     table_bytes = 4 * (plan.panels * p.block_rows + 1) + p.nnzb * plan.offset_bytes
@@ -72,7 +72,7 @@ def _cycles(target: Target, w: _Work, stream: float, value_bytes: int, x_l2: flo
 
 
 def _token_work(plan: "CPlan", n: int) -> _Work:
-    t, p = plan.tokens, plan.problem.pattern
+    t, p = plan.tokens, plan.pattern
     assert t is not None
     linear = plan.problem.operator.token_axis == 0
     vectors = -(-n // plan.lanes)
@@ -102,7 +102,7 @@ def _token_work(plan: "CPlan", n: int) -> _Work:
 
 
 def _weight_work(plan: "CPlan", n: int) -> _Work:
-    w, p = plan.weight, plan.problem.pattern
+    w, p = plan.weight, plan.pattern
     assert w is not None
     real = plan.problem.dtype.bytes
     tiles = max(1, -(-n // w.tokens))
@@ -130,4 +130,4 @@ def _weight_work(plan: "CPlan", n: int) -> _Work:
 
 def _epilogue(plan: "CPlan", n: int) -> float:
     """Operations of the epilogue, counted as moved elements."""
-    return sum(step.flop for step in plan.problem.epilogue) * n * plan.problem.pattern.M / plan.target.fma_per_cycle
+    return sum(step.flop for step in plan.problem.epilogue) * n * plan.pattern.M / plan.target.fma_per_cycle
