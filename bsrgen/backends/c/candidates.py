@@ -42,7 +42,7 @@ def _small(weights: list[WeightTile]) -> WeightTile | None:
         return None
     best = max(weights, key=lambda w: (w.vectors * w.row_lanes, -w.tokens))
     tokens = min(best.tokens, SMALL_TOKENS)
-    return replace(best, tokens=tokens, chunk=tokens)
+    return replace(best, tokens=tokens)
 
 
 def _weight_tiles(problem: Problem, target: Target) -> Iterator[WeightTile]:
@@ -58,7 +58,7 @@ def _weight_tiles(problem: Problem, target: Target) -> Iterator[WeightTile]:
             for tokens in {min(most, t): None for t in (24, 12, 8)}:
                 if tokens * (p.block_cols * p.C + p.R + 2 * lanes) > INT_MAX:
                     continue  # W_LDX and the tile of sums, each for all tokens
-                yield WeightTile(row_lanes, k_lanes, vectors, tokens, tokens)
+                yield WeightTile(row_lanes, k_lanes, vectors, tokens)
 
 
 def _token_tiles(problem: Problem, target: Target) -> Iterator[TokenTile]:

@@ -24,6 +24,9 @@ PANEL_BYTES = 64 << 20  # most scratch for one chunk of X
 CODE_ROWS = 64  # most block rows: each is a function of its own for each register tile
 
 
+ALL = 1 << 31  # features: one panel
+
+
 @dataclass(frozen=True, slots=True)
 class WeightTile:
     """Lanes along rows and k: registers hold `tokens` x `vectors` sums of row_lanes rows, k_lanes partial sums each."""
@@ -32,7 +35,8 @@ class WeightTile:
     k_lanes: int
     vectors: int
     tokens: int
-    chunk: int  # tokens for which one block row of W stays in L1 before the next row is read
+    k_panel: int = ALL  # features of X per walk over the pattern: X of one tile stays in L1
+    chunk: int = 1  # tiles of tokens that take a window of W out of L2 in turn; 1: W is read anew for each tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,9 @@ class CPlan(Plan):
         if (w := self.weight) is not None:
             lanes = {1: "rows", self.lanes: "k"}.get(w.k_lanes, f"{w.row_lanes} rows x {w.k_lanes} k")
             when = f"n < {self.small_n}: " if self.tokens else ""
-            parts.append(f"{when}lanes along {lanes}, {w.tokens} tokens x {w.vectors} vectors, chunks of {w.chunk}")
+            panels = f", panels of {self.k_panel} features" if self.panels > 1 and not self.tokens else ""
+            panels += f", chunks of {w.chunk} tiles" if w.chunk > 1 else ""
+            parts.append(f"{when}lanes along {lanes}, {w.tokens} tokens x {w.vectors} vectors{panels}")
         blocks = ""
         if self.cover is not None:
             blocks = "dense, " if self.dense else f"as {self.pattern.R}x{self.pattern.C} blocks, "
@@ -115,9 +121,10 @@ class CPlan(Plan):
 
     @property
     def k_panel(self) -> int:
-        """Features in one panel; the padded K where there is one panel."""
+        """Features in one panel; the padded K where there is one panel.  The token tile's, where there are two tiles."""
         padded = self.pattern.block_cols * self.pattern.C
-        return min(self.tokens.k_panel, padded) if self.tokens and padded else padded
+        tile = self.tokens or self.weight
+        return min(tile.k_panel, padded) if tile and padded else padded
 
     @property
     def panels(self) -> int:
@@ -147,6 +154,15 @@ class CPlan(Plan):
         room = (32 << 10) // (w.tokens * self.target.vector_bytes * max(R // w.row_lanes, 1))
         whole = [count for count in range(1, room + 1) if count * R % self.lanes == 0]
         return whole[0] if whole else max(min(room, self.lanes // R), 1)
+
+    @property
+    def shared_block_rows(self) -> int:
+        """Block rows whose weights stay in a quarter of L2 while the tiles of a chunk use them, whole windows."""
+        p, window = self.pattern, self.weight_window
+        if self.weight is None or self.weight.chunk == 1 or not p.nnzb:
+            return max(p.block_rows, 1)
+        row_bytes = p.nnzb * self.block_values * self.problem.dtype.bytes / (p.block_rows * self.panels)
+        return max(int(self.target.l2_bytes // 4 / row_bytes) // window, 1) * window
 
     @property
     def packs_whole(self) -> bool:
@@ -188,21 +204,20 @@ class CPlan(Plan):
         return np.argsort(self._segment, kind="stable").astype(np.uint32)
 
     @cached_property
-    def grid_pointers(self) -> Array:
-        """First packed block of each (panel, block row), and the end: [panels * block_rows + 1]."""
-        counts = np.bincount(self._segment, minlength=self.panels * self.pattern.block_rows)
-        return np.concatenate(([0], np.cumsum(counts))).astype(np.uint32)
+    def _segment_counts(self) -> Array:
+        """Stored blocks of each (panel, block row)."""
+        return np.bincount(self._segment, minlength=self.panels * self.pattern.block_rows)
 
     @cached_property
     def segments(self) -> Array:
-        """The (panel, block row) pairs that the token tile walks: all of them, or with panels those that hold blocks."""
+        """The (panel, block row) pairs that the kernel walks: all of them, or with panels those that hold blocks."""
         every = np.arange(self.panels * self.pattern.block_rows)
-        return every if self.panels == 1 else every[np.diff(self.grid_pointers) > 0]
+        return every if self.panels == 1 else every[self._segment_counts > 0]
 
     @cached_property
     def pointers(self) -> Array:
         """First packed block of each segment, and the end."""
-        return np.append(self.grid_pointers[self.segments], np.uint32(self.pattern.nnzb))
+        return np.concatenate(([0], np.cumsum(self._segment_counts[self.segments]))).astype(np.uint32)
 
     @cached_property
     def segment_rows(self) -> Array:

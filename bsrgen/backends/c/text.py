@@ -107,8 +107,6 @@ def _level(
         if plan.panels > 1:
             _blob(files, blobs, f"{tables}_order", plan.order, "uint32_t")
             _blob(files, blobs, f"{tables}_rows", plan.segment_rows, "uint32_t")
-    if plan.panels > 1 and plan.weight and f"{tables}_grid.bin" not in files:
-        _blob(files, blobs, f"{tables}_grid", plan.grid_pointers, "uint32_t")
     key = (plan.groups, plan.k_lanes, tables)
     keys = [packing["key"] for packing in packings]
     if key not in keys:
@@ -186,8 +184,8 @@ def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
         "ldx": spread, "copy_x": spread != p.K,
         "folds": _folds(plan.lanes, plan.k_lanes),
         "weight_vectors": sum(g["slots"] for g in groups) // unit,
-        "weight_window": plan.weight_window,
-        "weight_direct": plan.k_lanes == 1 and not _needs_math(problem), "M_padded": p.block_rows * p.R != p.M,
+        "weight_window": plan.weight_window, "weight_rows": plan.shared_block_rows,
+        "weight_direct": plan.k_lanes == plan.panels == 1 and not _needs_math(problem), "M_padded": p.block_rows * p.R != p.M,
         "weight_token_counts": _variants(plan.weight.tokens, bool(weight_code)) if plan.weight else (),
         "token_vector_counts": _variants(plan.tokens.vectors, bool(code)) if plan.tokens else (),
         "code": code, "weight_code": weight_code,
