@@ -76,8 +76,7 @@ def _token_work(plan: "CPlan", n: int) -> _Work:
     assert t is not None
     linear = plan.problem.operator.token_axis == 0
     vectors = -(-n // plan.lanes)
-    chunks = max(1, -(-vectors // t.chunk))
-    tiles = chunks * max(1, -(-vectors // chunks // t.vectors))
+    tiles = max(1, -(-vectors // t.vectors))
     v = vectors / tiles if vectors else 0
     row_tiles = sum(-(-g.rows // t.rows) for g in plan.groups)
     rows = p.R / row_tiles
@@ -91,8 +90,8 @@ def _token_work(plan: "CPlan", n: int) -> _Work:
         fma=steps * rows * v,
         loads=steps * (v + rows),
         x_bytes=steps * v * plan.target.vector_bytes,
-        x_live_bytes=min(plan.k_panel, p.K) * min(t.chunk, vectors) * plan.target.vector_bytes,
-        w_passes=chunks,
+        x_live_bytes=min(plan.k_panel, p.K) * min(t.vectors, vectors) * plan.target.vector_bytes,
+        w_passes=tiles,
         rows=p.block_rows * row_tiles * tiles * plan.panels,
         blocks=visits,
         steps=steps * rows * v,

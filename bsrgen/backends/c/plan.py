@@ -41,11 +41,10 @@ class WeightTile:
 
 @dataclass(frozen=True, slots=True)
 class TokenTile:
-    """Lanes along tokens: registers hold `rows` x `vectors` sums."""
+    """Lanes along tokens: registers hold `rows` x `vectors` sums; X of so many tokens is packed at a time."""
 
     rows: int
     vectors: int
-    chunk: int  # vectors of tokens that share one packed panel
     k_panel: int  # features of X in one panel: it stays in L1; all of them: sums never leave the registers
     pack: bool = True  # False (spmm): full vectors are read straight from X
 
@@ -73,8 +72,8 @@ class CPlan(Plan):
         parts = []
         if (t := self.tokens) is not None:
             parts.append(
-                f"lanes along tokens, {t.rows} rows x {t.vectors} vectors, chunks of {t.chunk} vectors, "
-                f"panels of {t.k_panel} features{'' if t.pack else ', X unpacked'}"
+                f"lanes along tokens, {t.rows} rows x {t.vectors} vectors, "
+                f"panels of {self.k_panel} features{'' if t.pack else ', X unpacked'}"
             )
         if (w := self.weight) is not None:
             lanes = {1: "rows", self.lanes: "k"}.get(w.k_lanes, f"{w.row_lanes} rows x {w.k_lanes} k")
@@ -168,7 +167,7 @@ class CPlan(Plan):
     def packs_whole(self) -> bool:
         """Whether a chunk of X is packed at once, all panels of it, and not again for each window of rows."""
         assert self.tokens is not None
-        p, width = self.pattern, self.tokens.chunk * self.target.vector_bytes
+        p, width = self.pattern, self.tokens.vectors * self.target.vector_bytes
         return p.block_cols * p.C * width <= PANEL_BYTES
 
     @property
@@ -179,7 +178,7 @@ class CPlan(Plan):
         """
         p = self.pattern
         if self.tokens and self.panels > 1:
-            row_bytes = self.tokens.chunk * self.target.vector_bytes * p.R
+            row_bytes = self.tokens.vectors * self.target.vector_bytes * p.R
             return min(max(self.target.l2_bytes // 4 // row_bytes, 1), max(p.block_rows, 1))
         whole = [count for count in range(1, 64 // p.R + 1) if count * p.R % self.lanes == 0]
         return whole[0] if whole else -(-self.lanes // p.R)
