@@ -31,6 +31,16 @@ class Plan:
     problem: Problem
     target: Target
 
+    @property
+    def dense(self) -> bool:
+        """Whether the plan multiplies the whole matrix, zeros included."""
+        return False
+
+    @property
+    def zero_filled(self) -> bool:
+        """Whether the plan multiplies blocks that are absent, so that Inf and NaN in X reach outputs through them."""
+        return self.dense
+
     def knobs(self) -> dict[str, Any]:
         """The decisions alone, as plain data: what the manifest keeps and `inspect` prints."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("problem", "target")}

@@ -388,18 +388,6 @@ def test_more_blocks_cost_more():
         assert dense > 2 * sparse
 
 
-def test_verdict_is_one_sentence():
-    at = cost.Cost(n=64, flop=1000, bytes=10, seconds=2e-6, dense_seconds=6e-6)
-    text = tune.verdict(at, 0.2)
-    assert text.startswith("sparse: predicted 2 us against 6 us for dense")
-    assert "3x" in text
-    assert "density 0.6" in text
-    assert tune.verdict(replace(at, seconds=1.2e-5), 0.2).startswith("dense: predicted 12 us")
-    assert tune.verdict(at, 0.2, 3e-6).startswith("sparse: measured 3 us")
-    assert "density 1" in tune.verdict(replace(at, seconds=1e-7), 0.5)
-    assert at.speedup == pytest.approx(3)
-
-
 def test_measure_takes_turns_and_sorts(tmp_path, monkeypatch):
     """The clock, replaced by one that every plan moves by its own time."""
     now, folders = [0.0], []

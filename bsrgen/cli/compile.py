@@ -22,7 +22,8 @@ def compile_(
 ) -> None:  # fmt: skip
     """Compile the kernel of WEIGHT, check it, and write its artifact.
 
-    Without -o the artifact is left in the store, and its folder is all that is printed on stdout.
+    Without -o the artifact is left in the store, and its folder is all that is printed on stdout.  What is printed ends
+    in the verdict, and in the block shape of the same nonzeros that would be faster, if there is one.
     """
     from bsrgen import api
     from bsrgen.cli.inspect import artifact_document, artifact_facts

@@ -1,0 +1,140 @@
+"""Advice: the verdict on a kernel, the break-even density, and which other block shape would be faster."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from bsrgen.backends import BACKENDS, Backend
+from bsrgen.cost import DENSE_SHARE, estimate
+from bsrgen.cover import Cover, EvenPattern, covers
+from bsrgen.dtypes import as_dtype
+from bsrgen.errors import ArgumentError
+from bsrgen.operators import as_operator
+from bsrgen.pattern import Weight, as_weight
+from bsrgen.plan import Plan
+from bsrgen.problem import Problem
+from bsrgen.targets import Target, as_targets
+from bsrgen.tune import PLANNED_N, Timing, rank
+from bsrgen.verdict import WORTH, Advice, Verdict
+
+SLACK = 2.0  # block shapes that must be slower than the given one by more are not looked at
+SHAPES = 32  # most other block shapes whose plans are ranked for a table
+FEW = 8  # and for the verdict of each compile
+KEPT = 5  # alternatives in a verdict
+TOP = 8  # plans that compete for the break-even density
+STEPS = 14  # halvings of the density's interval
+
+
+def advise(
+    W: Any,
+    operator: str = "linear",
+    blocksize: tuple[int, int] | None = None,
+    dtype: DTypeLike = "float32",
+    n: int | None = None,
+    target: str | tuple[str, ...] = "native",
+    *,
+    shape: tuple[int, int] | None = None,
+) -> tuple[Advice, ...]:
+    """Block shapes for the nonzeros of W [M, K] by predicted time, fastest first, the given one among them.
+
+    W, operator, blocksize, dtype, n, target, shape: as `bsrgen.compile` takes them, but W without blocks of its own
+    (dense, CSR) is taken in blocks of 1x1, and of several targets the best counts.  Densities are exact, times are the
+    model's for one core.  Nothing is compiled.  Errors: ArgumentError, ArgumentTypeError, PatternError,
+    UnsupportedError.
+    """
+    weight = as_weight(W, blocksize=blocksize, shape=shape, dtype=as_dtype(dtype).numpy, otherwise=(1, 1))
+    if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
+        raise ArgumentError(f"n={n!r}: a number of tokens from 1 up, or None")
+    problem = Problem(as_operator(operator), weight.pattern, as_dtype(dtype), (), None if n is None else int(n))
+    return block_shapes(BACKENDS["c"], problem, weight, as_targets(target)[0])
+
+
+def block_shapes(
+    backend: Backend, problem: Problem, weight: Weight, target: Target, *, only_faster: bool = False
+) -> tuple[Advice, ...]:
+    """`advise` for a problem whose pattern is the weight's.  `only_faster` leaves out what cannot be, to save time."""
+    own, n = weight.pattern, problem.n or PLANNED_N
+    given_s, values = _seconds(backend, problem, target), int(np.count_nonzero(weight.data))
+    within = _elements_within(SLACK * given_s, problem, target)
+    if only_faster:  # nor what a dense product would beat
+        within = min(_elements_within(given_s, problem, target), DENSE_SHARE * own.M * own.K)
+    finer = not only_faster or WORTH * values <= own.nnz
+    advice = []
+    for cover in _worth_ranking(covers(weight, within, finer), FEW if only_faster else SHAPES):
+        given = cover.blocksize == own.blocksize
+        pattern = EvenPattern(own.shape, cover.blocksize, cover.nnzb)
+        seconds = given_s if given else _seconds(backend, replace(problem, pattern=pattern, n=n), target)
+        fill = cover.elements / max(values, 1) if cover.nnzb else 1.0
+        advice.append(Advice(cover.blocksize, cover.nnzb, cover.density, fill, seconds, given_s / seconds, given))
+    return tuple(sorted(advice, key=lambda a: (a.seconds, not a.given)))
+
+
+def _worth_ranking(found: Iterable[Cover], most: int) -> list[Cover]:
+    """The first, which is the given one, and those that store least; among equals the large blocks."""
+    first, *others = found
+    others.sort(key=lambda cover: (cover.elements, -cover.blocksize[0] * cover.blocksize[1]))
+    return [first, *others[:most]]
+
+
+def _elements_within(seconds: float, problem: Problem, target: Target) -> float:
+    """Stored elements that the multiply-adds of a core can take in that time, at their peak."""
+    flop_per_s = target.flop_per_cycle(problem.dtype.bytes) * target.ghz * 1e9
+    return max(problem.pattern.nnz, seconds * flop_per_s / (2 * (problem.n or PLANNED_N)))
+
+
+def _native(backend: Backend, problem: Problem, target: Target) -> list[Plan]:
+    """Plans that neither fill in zeros of their own nor multiply the whole matrix, cheapest first."""
+    plans = [plan for plan in backend.candidates(problem, target) if not (plan.dense or plan.zero_filled)]
+    return [plan for _, plan in rank(plans, problem.n)]
+
+
+def _seconds(backend: Backend, problem: Problem, target: Target) -> float:
+    """Predicted time of the best of them; infinite where there is none."""
+    plans = _native(backend, problem, target)
+    return estimate(plans[0], problem.n or PLANNED_N).seconds if plans else float("inf")
+
+
+# ── the verdict ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def judge(backend: Backend, plan: Plan, weight: Weight, timings: Sequence[Timing] = ()) -> Verdict:
+    """The verdict on a kernel that runs `plan`; `timings` are what the clock said of it and of others."""
+    problem, target = plan.problem, plan.target
+    n = problem.n or PLANNED_N
+    ranked = rank(list(backend.candidates(problem, target)), problem.n)
+    mine = estimate(plan, n)
+    sparse_s = next((c.seconds for c, p in ranked if not p.dense), mine.seconds) if plan.dense else mine.seconds
+    dense_s = min([mine.dense_seconds, *(c.seconds for c, p in ranked if p.dense)])
+    clock = {dense: min((t.seconds for t in timings if t.plan.dense == dense), default=None) for dense in (False, True)}
+    known_s = (clock[False] or sparse_s, clock[True] or dense_s)
+    others = [a for a in block_shapes(backend, problem, weight, target, only_faster=True) if not a.given]
+    return Verdict(
+        n, problem.pattern.density, "dense" if plan.dense else "sparse", mine.seconds, clock[plan.dense],
+        sparse_s, clock[False], dense_s, clock[True], break_even(backend, problem, target, *known_s),
+        tuple(others[:KEPT]),
+    )  # fmt: skip
+
+
+def break_even(backend: Backend, problem: Problem, target: Target, sparse_s: float, dense_s: float) -> float:
+    """Density at which the best sparse plan takes `dense_s`, blocks evenly spread; 1 where it never takes as long.
+
+    The model's curve of time over density, scaled to pass through `sparse_s` at the problem's own density.
+    """
+    p, n = problem.pattern, problem.n or PLANNED_N
+    total, plans = p.block_rows * p.block_cols, _native(backend, problem, target)[:TOP]
+
+    def seconds(density: float) -> float:
+        even = replace(problem, pattern=EvenPattern(p.shape, p.blocksize, round(density * total)))
+        return min(estimate(replace(plan, problem=even), n).seconds for plan in plans)
+
+    scale = sparse_s / seconds(p.density)
+    low, high = 0.0, 1.0
+    if scale * seconds(high) <= dense_s:
+        return high
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if scale * seconds(middle) <= dense_s else (low, middle)
+    return low
