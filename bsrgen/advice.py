@@ -11,7 +11,7 @@ from bsrgen.backends import BACKENDS, Backend
 from bsrgen.cost import DENSE_SHARE, estimate
 from bsrgen.cover import Cover, EvenPattern, covers
 from bsrgen.dtypes import as_dtype
-from bsrgen.errors import ArgumentError
+from bsrgen.errors import ArgumentError, UnsupportedError
 from bsrgen.operators import as_operator
 from bsrgen.pattern import Weight, as_weight
 from bsrgen.plan import Plan
@@ -58,6 +58,8 @@ def block_shapes(
     """`advise` for a problem whose pattern is the weight's.  `only_faster` leaves out what cannot be, to save time."""
     own, n = weight.pattern, problem.n or PLANNED_N
     given_s, values = _seconds(backend, problem, target), int(np.count_nonzero(weight.data))
+    if given_s == float("inf"):
+        raise UnsupportedError(f"{problem}: no plan of backend {backend.name!r} for {target.name}; use smaller blocks")
     within = _elements_within(SLACK * given_s, problem, target)
     if only_faster:  # nor what a dense product would beat
         within = min(_elements_within(given_s, problem, target), DENSE_SHARE * own.M * own.K)
@@ -67,6 +69,8 @@ def block_shapes(
         given = cover.blocksize == own.blocksize
         pattern = EvenPattern(own.shape, cover.blocksize, cover.nnzb)
         seconds = given_s if given else _seconds(backend, replace(problem, pattern=pattern, n=n), target)
+        if seconds == float("inf"):
+            continue
         fill = cover.elements / max(values, 1) if cover.nnzb else 1.0
         advice.append(Advice(cover.blocksize, cover.nnzb, cover.density, fill, seconds, given_s / seconds, given))
     return tuple(sorted(advice, key=lambda a: (a.seconds, not a.given)))

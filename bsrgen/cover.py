@@ -89,7 +89,7 @@ def _joined(cells: Array, factor: int, axis: int) -> Array:
         joined = np.ascontiguousarray(cells).view(_WORDS[factor]) != 0  # as one word: ten times faster than by bytes
         return joined
     slices = [(slice(None),) * axis + (slice(k, None, factor),) for k in range(factor)]
-    joined = np.ascontiguousarray(cells[slices[0]]) if factor > 1 else cells
+    joined = cells[slices[0]].copy() if factor > 1 else cells
     for k in slices[1:]:
         part = cells[k]
         joined[: part.shape[0], : part.shape[1]] |= part

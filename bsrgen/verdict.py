@@ -104,8 +104,9 @@ class Verdict(_Record, frozen=True):
         best = self.alternative
         if best is None:
             return "no other block shape of this mask would be faster (predicted)"
+        new, old = f"{best.density:.2g}", f"{self.density:.2g}"
         return (
-            f"as {best.name} (covered density {best.density:.2g} instead of {self.density:.2g}) "
+            f"as {best.name} (covered density {new}{'' if new == old else f' instead of {old}'}) "
             f"{self.seconds / best.seconds:.2g}x faster (predicted)"
         )
 

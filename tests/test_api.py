@@ -281,6 +281,7 @@ REQUEST = {
     "weight": W,
     "targets": (TARGETS["x86-64-v3"], TARGETS["x86-64"]),
     "tune": "model",
+    "strict": False,
     "compiler": COMPILER,
     "bound": {"bias": np.ones(36, np.float32)},
 }
@@ -324,6 +325,7 @@ MUTATIONS = {
     "features of a target": {"targets": (replace(TARGETS["x86-64-v3"], requires=()), TARGETS["x86-64"])},
     "caches of a target": {"targets": (replace(TARGETS["x86-64-v3"], l2_bytes=2 << 20), TARGETS["x86-64"])},
     "tune": {"tune": "off"},
+    "strict": {"strict": True},
     "version of the compiler": {"compiler": replace(COMPILER, version="cc 1.2.4")},
     "machine of the compiler": {"compiler": replace(COMPILER, machine="x86_64-linux-musl")},
     "bound values": {"bound": {"bias": np.zeros(36, np.float32)}},

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from bsrgen.problem import Problem
     from bsrgen.verdict import Advice, Verdict
 
+SHAPES = 16  # most rows of the table of block shapes
+
 Rows = list[tuple[str, str]]
 
 
@@ -85,7 +87,7 @@ def artifact_facts(folder: Path, *, short: bool = False, err: bool = False) -> N
             rows += _count_rows(counts, m.cost.n) if counts else []
     measured = "" if m.cost.measured_seconds is None else f", measured {duration(m.cost.measured_seconds)}"
     rows.append(("cost", f"{_cost(m.cost.flop, m.cost.bytes, m.cost.seconds, m.cost.n)}{measured}"))
-    rows += [("verdict", str(m.verdict)), ("block shapes", m.verdict.advice)]
+    rows.append(("verdict", str(m.verdict)))
     check = "not run: this CPU cannot" if m.check is None else (
         f"largest error {100 * m.check.worst:.2g} % of the float64 bound at n = {', '.join(map(str, m.check.n))}"
     )  # fmt: skip
@@ -225,12 +227,14 @@ def _shape_table(shapes: tuple["Advice", ...], n: int | None) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in ("block shape", "covered density", "fill", "predicted", "speed-up"):
         table.add_column(name, justify="left" if name == "block shape" else "right", no_wrap=True)
-    for a in shapes:
+    for a in (a for at, a in enumerate(shapes) if at < SHAPES or a.given):
         cells = (f"{a.density:.3g}", f"{a.fill:.3g}", duration(a.seconds), f"{a.speedup:.2f}x")
         table.add_row(a.name + " (given)" * a.given, *cells, style="bold" if a.given else "")
     out = console()
     out.print(f"\nthe same nonzeros in other block shapes, n = {n or PLANNED_N}, one core, best plan of the model")
     out.print(table)
+    if len(shapes) > SHAPES:
+        out.print(f"[dim]and {len(shapes) - SHAPES} more, all slower; --json has them[/]")
 
 
 # ── both ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
