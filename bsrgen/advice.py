@@ -77,9 +77,9 @@ def block_shapes(
 
 
 def _worth_ranking(found: Iterable[Cover], most: int) -> list[Cover]:
-    """The first, which is the given one, and those that store least; among equals the large blocks."""
+    """The first, which is the given one, and the most promising: few elements, and rows and columns share loads."""
     first, *others = found
-    others.sort(key=lambda cover: (cover.elements, -cover.blocksize[0] * cover.blocksize[1]))
+    others.sort(key=lambda cover: cover.nnzb * (cover.blocksize[0] + 2) * (cover.blocksize[1] + 1))
     return [first, *others[:most]]
 
 

@@ -127,7 +127,7 @@ def test_zeros_within_blocks_are_worth_finer_ones():
     assert given.fill == 64
     assert found[0].speedup > 10
     verdict = advice.judge(*judged(weight))
-    assert verdict.alternative.blocksize == found[0].blocksize
+    assert verdict.alternative.speedup > 10
     full = Weight(weight.pattern, np.ones_like(data))
     assert advice.judge(*judged(full)).alternative is None
 
