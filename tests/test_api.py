@@ -395,7 +395,7 @@ targets = as_targets(("x86-64", "x86-64-v3", "x86-64-v4"))
 compiler = build.Compiler("cc", "1", "x86_64")
 key = api._key(problem, w, targets, "model", False, compiler, {"hi": np.float64(1), "lo": np.float64(0)})
 plans = [[str(p) for p in BACKENDS["c"].candidates(problem, t)] for t in targets]
-chosen = tuple(api._choose(BACKENDS["c"], problem, w, t, "model", compiler)[0] for t in targets)
+chosen = tuple(api._choose(BACKENDS["c"], problem, w, t, "model", False, compiler)[0] for t in targets)
 files = {name: hashlib.sha256(data).hexdigest() for name, data in BACKENDS["c"].emit(chosen, w).files.items()}
 print(json.dumps([key, plans, files]))
 """
