@@ -1,6 +1,6 @@
 """Advice: the verdict on a kernel, the break-even density, and which other block shape would be faster."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from bsrgen.pattern import Weight, as_weight
 from bsrgen.plan import Plan
 from bsrgen.problem import Problem
 from bsrgen.targets import Target, as_targets
-from bsrgen.tune import PLANNED_N, Timing, rank
+from bsrgen.tune import PLANNED_N, rank
 from bsrgen.verdict import WORTH, Advice, Verdict
 
 SLACK = 2.0  # block shapes that must be slower than the given one by more are not looked at
@@ -104,21 +104,21 @@ def _seconds(backend: Backend, problem: Problem, target: Target) -> float:
 # ── the verdict ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def judge(backend: Backend, plan: Plan, weight: Weight, timings: Sequence[Timing] = ()) -> Verdict:
-    """The verdict on a kernel that runs `plan`; `timings` are what the clock said of it and of others."""
+def judge(
+    backend: Backend, plan: Plan, weight: Weight, sparse_s: float | None = None, dense_s: float | None = None
+) -> Verdict:
+    """The verdict on a kernel that runs `plan`; sparse_s and dense_s are the best measured times, where the clock ran."""
     problem, target = plan.problem, plan.target
     n = problem.n or PLANNED_N
     ranked = rank(list(backend.candidates(problem, target)), problem.n)
     mine = estimate(plan, n)
-    sparse_s = next((c.seconds for c, p in ranked if not p.dense), mine.seconds) if plan.dense else mine.seconds
-    dense_s = min([mine.dense_seconds, *(c.seconds for c, p in ranked if p.dense)])
-    clock = {dense: min((t.seconds for t in timings if t.plan.dense == dense), default=None) for dense in (False, True)}
-    known_s = (clock[False] or sparse_s, clock[True] or dense_s)
+    sparse = next((c.seconds for c, p in ranked if not p.dense), mine.seconds) if plan.dense else mine.seconds
+    dense = min([mine.dense_seconds, *(c.seconds for c, p in ranked if p.dense)])
+    even = break_even(backend, problem, target, sparse_s or sparse, dense_s or dense)
     others = [a for a in block_shapes(backend, problem, weight, target, only_faster=True) if not a.given]
     return Verdict(
-        n, problem.pattern.density, "dense" if plan.dense else "sparse", mine.seconds, clock[plan.dense],
-        sparse_s, clock[False], dense_s, clock[True], break_even(backend, problem, target, *known_s),
-        tuple(others[:KEPT]),
+        n, problem.pattern.density, "dense" if plan.dense else "sparse", mine.seconds,
+        dense_s if plan.dense else sparse_s, sparse, sparse_s, dense, dense_s, even, tuple(others[:KEPT]),
     )  # fmt: skip
 
 

@@ -191,7 +191,8 @@ def _make(
     source = backend.emit(tuple(plans), weight)
     build.build(source, folder, compiler)
     manifest = package.describe(source, weight, compiler, measured, tuple(notes), folder, bound)
-    verdict = advice.judge(backend, plans[0], weight, timings[0])
+    clock = [min((t.seconds for t in timings[0] if t.plan.dense == dense), default=None) for dense in (False, True)]
+    verdict = advice.judge(backend, plans[0], weight, *clock)
     manifest = msgspec.structs.replace(manifest, verdict=verdict, strict=strict)
     check = _check(write_manifest(folder, manifest), problem, weight)
     if check is not None:

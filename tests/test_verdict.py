@@ -19,7 +19,6 @@ from bsrgen.backends import BACKENDS, Backend
 from bsrgen.backends.c.plan import CPlan
 from bsrgen.cover import EvenPattern
 from bsrgen.pattern import Pattern, random_weight
-from bsrgen.plan import Plan
 from bsrgen.targets import TARGETS
 from bsrgen.verdict import WORTH, Advice, Verdict, short_time
 
@@ -118,7 +117,7 @@ def test_break_even_moves_with_the_clock():
     predicted = cost.estimate(plan, 128)
     evens = []
     for slower in (1.0, 2.0, 4.0, 8.0):
-        v = advice.judge(C, plan, weight, [tune.Timing(plan, slower * predicted.seconds)])
+        v = advice.judge(C, plan, weight, slower * predicted.seconds)
         assert v.sparse_measured_seconds == v.measured_seconds == slower * predicted.seconds
         assert v.dense_measured_seconds is None
         assert (v.break_even > 0.2) == (v.speedup > 1)
@@ -156,6 +155,10 @@ class Dense(CPlan):
     def dense(self) -> bool:
         return True
 
+    @property
+    def zero_filled(self) -> bool:
+        return True
+
 
 def backend_with(kind: type[CPlan]) -> Backend:
     """The C backend, whose every plan comes as one of `kind` first."""
@@ -173,8 +176,7 @@ def test_verdict_where_the_dense_plan_runs():
     backend, sparse = backend_with(Dense), first_plan(weight)
     dense = next(iter(backend.candidates(sparse.problem, V3)))
     assert dense.dense
-    assert dense.zero_filled
-    v = advice.judge(backend, dense, weight, [tune.Timing(dense, 3e-6), tune.Timing(sparse, 4e-6)])
+    v = advice.judge(backend, dense, weight, 4e-6, 3e-6)
     assert (v.ran, v.choice, v.measured_seconds) == ("dense", "dense", 3e-6)
     assert (v.measured_speedup, v.sparse_measured_seconds) == (pytest.approx(0.75), 4e-6)
     assert v.sparse_seconds == cost.estimate(sparse, 128).seconds
@@ -191,11 +193,6 @@ def test_strict_takes_no_plan_that_fills_zeros():
             strict, _, _ = api._choose(backend, problem, weight, V3, how, True, None)
             assert isinstance(loose, kind)
             assert type(strict) is CPlan
-
-
-def test_a_plan_says_whether_it_fills():
-    plan = first_plan(random_weight(0, (64, 64), (4, 4), 0.5))
-    assert (Plan(plan.problem, V3).dense, Plan(plan.problem, V3).zero_filled) == (False, False)
 
 
 # ── what users see ───────────────────────────────────────────────────────────────────────────────────────────────────
