@@ -9,9 +9,9 @@ from numpy.typing import DTypeLike
 
 from bsrgen.backends import BACKENDS, Backend
 from bsrgen.cost import DENSE_SHARE, estimate
-from bsrgen.cover import Cover, EvenPattern, covers
 from bsrgen.dtypes import as_dtype
 from bsrgen.errors import ArgumentError, UnsupportedError
+from bsrgen.occupancy import EvenPattern, Occupancy, occupancies
 from bsrgen.operators import as_operator
 from bsrgen.pattern import Weight, as_weight
 from bsrgen.plan import Plan
@@ -65,21 +65,21 @@ def block_shapes(
         within = min(_elements_within(given_s, problem, target), DENSE_SHARE * own.M * own.K)
     finer = not only_faster or WORTH * values <= own.nnz
     advice = []
-    for cover in _worth_ranking(covers(weight, within, finer), FEW if only_faster else SHAPES):
-        given = cover.blocksize == own.blocksize
-        pattern = EvenPattern(own.shape, cover.blocksize, cover.nnzb)
+    for taken in _worth_ranking(occupancies(weight, within, finer), FEW if only_faster else SHAPES):
+        given = taken.blocksize == own.blocksize
+        pattern = EvenPattern(own.shape, taken.blocksize, taken.nnzb)
         seconds = given_s if given else _seconds(backend, replace(problem, pattern=pattern, n=n), target)
         if seconds == float("inf"):
             continue
-        fill = cover.elements / max(values, 1) if cover.nnzb else 1.0
-        advice.append(Advice(cover.blocksize, cover.nnzb, cover.density, fill, seconds, given_s / seconds, given))
+        fill = taken.elements / max(values, 1) if taken.nnzb else 1.0
+        advice.append(Advice(taken.blocksize, taken.nnzb, taken.density, fill, seconds, given_s / seconds, given))
     return tuple(sorted(advice, key=lambda a: (a.seconds, not a.given)))
 
 
-def _worth_ranking(found: Iterable[Cover], most: int) -> list[Cover]:
+def _worth_ranking(found: Iterable[Occupancy], most: int) -> list[Occupancy]:
     """The first, which is the given one, and the most promising: few elements, and rows and columns share loads."""
     first, *others = found
-    others.sort(key=lambda cover: cover.nnzb * (cover.blocksize[0] + 2) * (cover.blocksize[1] + 1))
+    others.sort(key=lambda taken: taken.nnzb * (taken.blocksize[0] + 2) * (taken.blocksize[1] + 1))
     return [first, *others[:most]]
 
 
@@ -107,7 +107,7 @@ def _seconds(backend: Backend, problem: Problem, target: Target) -> float:
 def judge(
     backend: Backend, plan: Plan, weight: Weight, sparse_s: float | None = None, dense_s: float | None = None
 ) -> Verdict:
-    """The verdict on a kernel that runs `plan`; sparse_s and dense_s are the best measured times, where the clock ran."""
+    """The verdict on a kernel that runs `plan`; sparse_s, dense_s: the best measured times, where there are."""
     problem, target = plan.problem, plan.target
     n = problem.n or PLANNED_N
     ranked = rank(list(backend.candidates(problem, target)), problem.n)

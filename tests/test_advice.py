@@ -8,9 +8,9 @@ import scipy.sparse
 from support import problem_of
 
 import bsrgen
-from bsrgen import advice, cover
+from bsrgen import advice, occupancy
 from bsrgen.backends import BACKENDS
-from bsrgen.cover import covers, nonzeros, stored
+from bsrgen.occupancy import nonzeros, occupancies, stored
 from bsrgen.pattern import Weight, random_weight
 from bsrgen.targets import TARGETS
 from bsrgen.tune import rank
@@ -48,12 +48,12 @@ WEIGHTS = {
 
 @pytest.mark.parametrize("cells", [1 << 28, 0], ids=["bitmap", "keys"])
 @pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
-def test_covers_count_by_brute_force(weight, cells, monkeypatch):
-    monkeypatch.setattr(cover, "BITMAP_CELLS", cells)
+def test_occupancies_count_by_brute_force(weight, cells, monkeypatch):
+    monkeypatch.setattr(occupancy, "BITMAP_CELLS", cells)
     p = weight.pattern
     blocks = Weight(p, np.ones_like(weight.data)).todense() != 0
     values = weight.todense() != 0
-    found = list(covers(weight, float("inf")))
+    found = list(occupancies(weight, float("inf")))
     assert found[0].blocksize == p.blocksize
     assert len({c.blocksize for c in found}) == len(found)
     assert len(found) > 1 or not p.nnzb
@@ -66,18 +66,18 @@ def test_covers_count_by_brute_force(weight, cells, monkeypatch):
 
 
 @pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
-def test_covers_within_a_limit_are_all_that_fit(weight):
-    everything = {c.blocksize: c.elements for c in covers(weight, float("inf"))}
+def test_occupancies_within_a_limit_are_all_that_fit(weight):
+    everything = {c.blocksize: c.elements for c in occupancies(weight, float("inf"))}
     for limit in (1, 1.2 * weight.pattern.nnz, 3 * weight.pattern.nnz):
         fit = {b for b, elements in everything.items() if elements <= limit} | {weight.pattern.blocksize}
-        assert {c.blocksize for c in covers(weight, limit)} == fit
+        assert {c.blocksize for c in occupancies(weight, limit)} == fit
     coarse = {b for b in everything if b[0] % weight.pattern.R == 0 and b[1] % weight.pattern.C == 0}
-    assert {c.blocksize for c in covers(weight, float("inf"), finer=False)} == coarse
+    assert {c.blocksize for c in occupancies(weight, float("inf"), finer=False)} == coarse
 
 
-def test_covers_of_a_pattern_count_stored_blocks():
+def test_occupancies_of_a_pattern_count_stored_blocks():
     weight = WEIGHTS["holes"]
-    for c in covers(weight.pattern, float("inf")):
+    for c in occupancies(weight.pattern, float("inf")):
         blocks = Weight(weight.pattern, np.ones_like(weight.data)).todense() != 0
         assert c.nnzb == counted(blocks, c.blocksize)
     assert stored(weight.pattern).nnzb == weight.pattern.nnzb

@@ -26,7 +26,7 @@ FLOORS = """
     verify
     kernel  plan  files  picture
     artifact  arguments
-    problem  cover
+    problem  occupancy
     pattern
     canonical  manifest  trampoline
     store
@@ -43,7 +43,8 @@ DEPLOY = [
     "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "_paths",
 ]  # fmt: skip
 WORKSHOP = {
-    "api", "advice", "build", "cover", "emit", "package", "plan", "cost", "tune", "backends", "bench", "cli", "jinja2",
+    "api", "advice", "build", "emit", "package", "plan", "cost", "occupancy", "tune", "backends", "bench", "cli",
+    "jinja2",
 }  # fmt: skip
 
 ON_USE = {"torch", "jinja2", "safetensors", "scipy", "matplotlib", "click", "rich", "archspec", "threadpoolctl"}

@@ -17,7 +17,7 @@ from bsrgen import advice, api, cost, tune
 from bsrgen.artifact import read_artifact
 from bsrgen.backends import BACKENDS, Backend
 from bsrgen.backends.c.plan import CPlan
-from bsrgen.cover import EvenPattern
+from bsrgen.occupancy import EvenPattern
 from bsrgen.pattern import Pattern, random_weight
 from bsrgen.targets import TARGETS
 from bsrgen.verdict import WORTH, Advice, Verdict, short_time

@@ -1,4 +1,4 @@
-"""Cover: how many blocks of another shape the nonzeros of a matrix need, and patterns that are known by their count."""
+"""Occupancy: how many blocks of another shape the nonzeros of a matrix need; patterns known by their count alone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class EvenPattern(Pattern):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Cover:
+class Occupancy:
     """Which blocks of a grid hold something: bool[rows, cols], or where that is too large, sorted keys i * cols + j."""
 
     shape: Pair
@@ -69,14 +69,14 @@ class Cover:
         (M, K), (R, C) = self.shape, self.blocksize
         return self.nnzb / max(1, -(-M // R) * -(-K // C))
 
-    def coarser(self, new: Pair) -> "Cover":
+    def coarser(self, new: Pair) -> "Occupancy":
         """The same in blocks of `new`, a multiple of the block shape."""
         down, right = new[0] // self.blocksize[0], new[1] // self.blocksize[1]
         if self.cells.ndim == 2:
-            return Cover(self.shape, new, _joined(_joined(self.cells, down, 0), right, 1))
+            return Occupancy(self.shape, new, _joined(_joined(self.cells, down, 0), right, 1))
         old_cols, new_cols = (-(-self.shape[1] // width) for width in (self.blocksize[1], new[1]))
         i, j = np.divmod(self.cells, old_cols)
-        return Cover(self.shape, new, np.unique(i // down * new_cols + j // right))
+        return Occupancy(self.shape, new, np.unique(i // down * new_cols + j // right))
 
 
 def _joined(cells: Array, factor: int, axis: int) -> Array:
@@ -96,17 +96,17 @@ def _joined(cells: Array, factor: int, axis: int) -> Array:
     return joined
 
 
-def stored(pattern: Pattern) -> Cover:
+def stored(pattern: Pattern) -> Occupancy:
     """The stored blocks."""
     p = pattern
     if p.block_rows * p.block_cols > BITMAP_CELLS:
-        return Cover(p.shape, p.blocksize, p.rows * p.block_cols + p.indices)
+        return Occupancy(p.shape, p.blocksize, p.rows * p.block_cols + p.indices)
     cells = np.zeros((p.block_rows, p.block_cols), bool)
     cells[p.rows, p.indices] = True
-    return Cover(p.shape, p.blocksize, cells)
+    return Occupancy(p.shape, p.blocksize, cells)
 
 
-def nonzeros(weight: Weight | Pattern) -> Cover:
+def nonzeros(weight: Weight | Pattern) -> Occupancy:
     """The elements within the shape that are not zero; of a Pattern, those of its stored blocks."""
     p = weight if isinstance(weight, Pattern) else weight.pattern
     filled = weight.data != 0 if isinstance(weight, Weight) else np.ones((p.nnzb, p.R, p.C), bool)
@@ -114,14 +114,14 @@ def nonzeros(weight: Weight | Pattern) -> Cover:
         cells = np.zeros((p.block_rows, p.R, p.block_cols, p.C), bool)
         cells[p.rows, :, p.indices, :] = filled
         cells = cells.reshape(p.block_rows * p.R, p.block_cols * p.C)[: p.M, : p.K]
-        return Cover(p.shape, (1, 1), cells)
+        return Occupancy(p.shape, (1, 1), cells)
     b, r, c = filled.nonzero()
     i, j = p.rows[b] * p.R + r, p.indices[b].astype(np.int64) * p.C + c
     inside = (i < p.M) & (j < p.K)
-    return Cover(p.shape, (1, 1), np.sort((i * p.K + j)[inside]))
+    return Occupancy(p.shape, (1, 1), np.sort((i * p.K + j)[inside]))
 
 
-def covers(weight: Weight | Pattern, most_elements: float, finer: bool = True) -> Iterator[Cover]:
+def occupancies(weight: Weight | Pattern, most_elements: float, finer: bool = True) -> Iterator[Occupancy]:
     """The given block shape, then other ones that store at most `most_elements`, small ones first.
 
     Finer sides divide the given ones, coarser sides are multiples of them by FACTORS up to SIDE.  What is a multiple of
@@ -140,10 +140,10 @@ def covers(weight: Weight | Pattern, most_elements: float, finer: bool = True) -
             continue  # a multiple of what stores too much stores no less
         before = [old for old in found if _divides(old, new) and multiple <= _divides(p.blocksize, old)]
         best = max(before, key=lambda old: old[0] * old[1], default=None)
-        cover = found[best].coarser(new) if best else nonzeros(weight)
-        if cover.elements <= most_elements:
-            found[new] = cover
-            yield cover
+        taken = found[best].coarser(new) if best else nonzeros(weight)
+        if taken.elements <= most_elements:
+            found[new] = taken
+            yield taken
         else:
             over.add(new)
 
