@@ -90,8 +90,8 @@ def _elements_within(seconds: float, problem: Problem, target: Target) -> float:
 
 
 def _native(backend: Backend, problem: Problem, target: Target) -> list[Plan]:
-    """Plans that neither fill in zeros of their own nor multiply the whole matrix, cheapest first."""
-    plans = [plan for plan in backend.candidates(problem, target) if not (plan.dense or plan.zero_filled)]
+    """Plans that work on the problem's own blocks, cheapest first."""
+    plans = [plan for plan in backend.candidates(problem, target) if not plan.reblocked]
     return [plan for _, plan in rank(plans, problem.n)]
 
 

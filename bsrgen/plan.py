@@ -41,6 +41,11 @@ class Plan:
         """Whether the plan multiplies blocks that are absent, so that Inf and NaN in X reach outputs through them."""
         return self.dense
 
+    @property
+    def reblocked(self) -> bool:
+        """Whether the plan works on other blocks than the problem's, so that its counts are those of a fixed pattern."""
+        return False
+
     def knobs(self) -> dict[str, Any]:
         """The decisions alone, as plain data: what the manifest keeps and `inspect` prints."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("problem", "target")}

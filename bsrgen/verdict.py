@@ -21,7 +21,7 @@ class Advice(_Record, frozen=True):
     nnzb: int
     density: float  # covered: blocks that hold something / all blocks of that shape, exact
     fill: float  # stored elements / nonzeros
-    seconds: float  # predicted, one call on one core; no plan that fills in zeros of its own
+    seconds: float  # predicted, one call on one core, by plans that work on these very blocks
     speedup: float  # over the given block shape, predicted the same way
     given: bool = False  # this is the block shape that was given
 

@@ -146,6 +146,10 @@ class Filled(CPlan):
     def zero_filled(self) -> bool:
         return True
 
+    @property
+    def reblocked(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
 class Dense(CPlan):
@@ -157,6 +161,10 @@ class Dense(CPlan):
 
     @property
     def zero_filled(self) -> bool:
+        return True
+
+    @property
+    def reblocked(self) -> bool:
         return True
 
 
