@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def reblocked(self) -> bool:
-        """Whether the plan works on other blocks than the problem's, so that its counts are those of a fixed pattern."""
+        """Whether the plan works on other blocks than the problem's, and its counts are those of a fixed pattern."""
         return False
 
     def knobs(self) -> dict[str, Any]:
