@@ -26,10 +26,13 @@ class Target:
     fma_latency: int = 4
     l1_bytes: int = 32 << 10
     l2_bytes: int = 1 << 20
+    l3_bytes: int = 16 << 20  # of all cores that share it
     l2_bytes_per_cycle: float = 32.0
     l3_bytes_per_cycle: float = 8.0
+    dram_bytes_per_cycle: float = 4.0  # one core alone
     ghz: float = 3.5
-    call_s: float = 3e-7
+    call_s: float = 3e-7  # a call of next to no work
+    fork_s: float = 1.3e-5  # what a second thread, asleep, adds to a call
 
     def flop_per_cycle(self, real_bytes: int) -> float:
         """Peak FLOP of one core in one cycle."""
