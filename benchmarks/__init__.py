@@ -1,0 +1,1 @@
+"""Benchmarks: what makes the tables (benchmarks/README.md).  Run from a checkout; not installed."""
