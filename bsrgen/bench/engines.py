@@ -25,7 +25,7 @@ Call = Callable[[], object]
 GIMMIK_NNZ = 8192  # most: every nonzero is a line of C, and gcc 12 needs about 10 s for so many
 GIMMIK_FLAGS = (  # -Ofast without what it does to the process: its start-up code flushes denormals in every thread
     *("-O3", "-std=c99", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fno-signed-zeros", "-fassociative-math", "-shared", "-fPIC"),
+    *("-shared", "-fPIC"),  # -fassociative-math and no SLP are slower or equal (gcc 12.2, hex3 and hex6 M0)
 )
 GIMMIK_LIMIT_S = 120
 CTYPE = {"float32": "float", "float64": "double"}
