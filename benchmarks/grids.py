@@ -91,7 +91,7 @@ def _pyfr() -> Iterator[Point]:
     for element, operator in product(elements, EXPRESSIONS):
         name = f"{element} {operator}"
         matrix = operator_matrix(name)
-        density = np.count_nonzero(matrix) / matrix.size
+        density = float(np.count_nonzero(matrix) / matrix.size)
         M, K = matrix.shape
         for n, dtype in product((48, 1024), ("float64", "float32")):
             yield Point("spmm", (M, K), (1, 1), density, n, name, dtype)

@@ -1,4 +1,4 @@
-"""Take the figures of grids: bsrgen, every installed peer and the ceilings of the core, in alternation at each point."""
+"""Take the figures of grids: at each point bsrgen, every installed peer and the ceilings of the core in alternation."""
 
 import functools
 import math

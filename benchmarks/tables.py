@@ -31,8 +31,8 @@ RESULT: list[Column] = [
 ]
 TEXT = {"pattern", "M x K", "block", "of read rate", "best dense", "best sparse", "plan"}  # not right-aligned
 METHOD = (
-    "All contenders of a row, the FMA peak and the read rate took turns in one run.  Time and rate are the best sample, "
-    "shares are medians over the rounds (and of the best samples), ratios the smaller of both.  Rates are on nonzeros."
+    "All contenders of a row, the FMA peak and the read rate took turns in one run.  Time and rate are the best "
+    "sample, shares are medians over the rounds (and of the best samples), ratios the smaller of both.  Rates are on nonzeros."
 )
 BOTH = ("linear", "spmm")
 SIDE = 0.2  # density of the table that sets the operators side by side
@@ -41,10 +41,9 @@ SIDE = 0.2  # density of the table that sets the operators side by side
 def line(f: Figure) -> str:
     """One figure while a grid is taken."""
     dense, sparse = f.best("dense"), f.best("sparse")
-    return (
-        f"{f.point}: {f.ours.min_s * 1e6:.1f} us, {f.rate(f.ours) * 1e-9:.1f} GFLOP/s, "
-        f"{f.peak.share_rounds:.0%} of peak, {f.read.share_rounds:.0%} of {f.read.name}; {dense.over:.2f}x {dense.name}, {sparse.over:.2f}x {sparse.name}"
-    )
+    own = f"{f.ours.min_s * 1e6:.1f} us, {f.rate(f.ours) * 1e-9:.1f} GFLOP/s, {f.peak.share_rounds:.0%} of peak"
+    peers = f"{dense.over:.2f}x {dense.name}, {sparse.over:.2f}x {sparse.name}"
+    return f"{f.point}: {own}, {f.read.share_rounds:.0%} of {f.read.name}; {peers}"
 
 
 def markdown(run: Run, title: str, source: str, over: str) -> str:

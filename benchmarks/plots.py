@@ -1,0 +1,313 @@
+"""Plots of a run, one function a kind, for a light and a dark page; matplotlib is imported when one is drawn."""
+
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.figures import Contender, Figure, Run
+from bsrgen.bench.peers import SHAPES
+from bsrgen.errors import UnsupportedError
+
+HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F")  # Okabe and Ito's
+OURS, DENSE, SPARSE = HUES[0], HUES[4], HUES[2]
+KIND = {"bsrgen": OURS, "dense": DENSE, "sparse": SPARSE}
+PANELS, COLUMNS = 6, 3
+GAP = 1.07  # factor between labels on a logarithmic axis
+
+
+@dataclass(frozen=True, slots=True)
+class Theme:
+    """Colours of the page."""
+
+    name: str
+    paper: str
+    ink: str
+    faint: str
+
+
+THEMES = (Theme("light", "#ffffff", "#24292f", "#d0d7de"), Theme("dark", "#16191d", "#d7dde3", "#3a4149"))
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A picture: name of the file, caption, and how to draw it."""
+
+    name: str
+    caption: str
+    draw: Callable[[Any, Theme], None]  # (matplotlib Figure, theme)
+    size: tuple[float, float]
+
+    def png(self, theme: Theme) -> bytes:
+        """The file's bytes; equal runs give equal bytes with one version of matplotlib."""
+        canvas = _canvas(self.size, theme)
+        with _style(theme):
+            self.draw(canvas, theme)
+            out = io.BytesIO()
+            canvas.savefig(out, format="png", dpi=150, facecolor=theme.paper, metadata={"Software": None})
+        return out.getvalue()
+
+
+def _canvas(size: tuple[float, float], theme: Theme) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure as Canvas
+    except ImportError as e:
+        raise UnsupportedError(f"plots need matplotlib: pip install 'bsrgen[report]' ({e})") from e
+    canvas = Canvas(figsize=size, layout="constrained", facecolor=theme.paper)
+    FigureCanvasAgg(canvas)
+    return canvas
+
+
+def _style(theme: Theme) -> Any:
+    import matplotlib as mpl
+
+    ink = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
+    off = ("axes.spines.top", "axes.spines.right", "xtick.minor.visible", "ytick.minor.visible")
+    return mpl.rc_context(
+        dict.fromkeys(ink, theme.ink)
+        | dict.fromkeys(off, False)
+        | {"axes.facecolor": theme.paper, "axes.edgecolor": theme.faint, "axes.titlesize": 10, "axes.titleweight": "bold"}
+        | {"axes.titlelocation": "left", "font.size": 9, "font.family": "sans-serif", "axes.axisbelow": True}
+        | {"grid.color": theme.faint, "grid.linewidth": 0.5, "xtick.major.size": 0, "ytick.major.size": 0}
+    )
+
+
+def plots(run: Run, over: str) -> Iterator[Plot]:
+    """The pictures that say something about a run: the roofline, and one along what the grid varies."""
+    if not run.figures:
+        return
+    rows = {"density": _gains, "block": _bars, "n": _sweep}
+    yield from rows[over](run)
+    yield Plot(
+        f"{run.grid}-roofline",
+        "Roofline: rate on nonzeros over flop per compulsory byte, with the ceilings of this core measured in the run.",
+        lambda canvas, theme: roofline(run, canvas, theme),
+        (8, 4.6),
+    )
+
+
+# ── roofline ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def roofline(run: Run, canvas: Any, theme: Theme) -> None:
+    """bsrgen and its best peers under the peak and the read rates; log-log."""
+    axes = canvas.add_subplot()
+    wide = [f.intensity for f in run.figures]
+    lo, hi = min(wide) / 2, max(wide) * 2
+    rates = {name.removeprefix("read "): rate for name, rate in run.ceilings.items() if name.startswith("read")}
+    peaks = {n.removeprefix("fma reg "): rate for n, rate in run.ceilings.items() if n.startswith("fma reg")}
+    peak = max(peaks.values())
+    low = min(f.rate(c) for f in run.figures for c in _three(f)) * 1e-9
+    for level, rate in rates.items():
+        ridge = min(max(peak / rate, lo), hi)
+        axes.plot([lo, ridge], [lo * rate * 1e-9, ridge * rate * 1e-9], color=theme.ink, lw=0.8, alpha=0.6)
+        at = max(lo, 1.2 * low * 1e9 / rate)
+        if at < ridge:
+            _say(axes, at, at * rate * 1e-9, f" {level} {rate * 1e-9:.0f} GB/s", theme, va="bottom", rotation=0)
+    for dtype, rate in peaks.items():
+        axes.plot([lo, hi], [rate * 1e-9] * 2, color=theme.ink, lw=1.1)
+        _say(axes, hi, rate * 1e-9, f"{dtype} FMA peak {rate * 1e-9:.0f} GFLOP/s", theme, ha="right", va="bottom")
+    for kind, colour in reversed(KIND.items()):
+        points = [(f.intensity, f.rate(c) * 1e-9) for f in run.figures for c in _three(f) if c.kind == kind]
+        own = kind == "bsrgen"
+        axes.scatter(*zip(*points, strict=True), s=26 if own else 14, color=colour, lw=0, alpha=0.95 if own else 0.6,
+                     label="bsrgen" if own else f"best {kind} peer", zorder=3 if own else 2)  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlim=(lo, hi), ylim=(low / 1.5, peak * 2e-9))
+    axes.set(xlabel="flop on nonzeros per compulsory byte", ylabel="GFLOP/s on nonzeros")
+    axes.legend(frameon=False, loc="lower right", handletextpad=0.2)
+
+
+def _three(f: Figure) -> tuple[Contender, Contender, Contender]:
+    return f.ours, f.best("dense"), f.best("sparse")
+
+
+def _say(axes: Any, x: float, y: float, text: str, theme: Theme, **how: Any) -> None:
+    axes.text(x, y, text, color=how.pop("color", theme.ink), fontsize=8, **{"va": "center"} | how)
+
+
+# ── small multiples ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _groups(run: Run, without: Iterable[str]) -> dict[str, list[Figure]]:
+    """Figures that differ only in the fields `without`, by what they share; the largest PANELS of them, in order."""
+    names = [name for name in ("operator", "dtype", "kind", "shape", "density", "n", "threads") if name not in without]
+    varied = [name for name in names if len({getattr(f.point, name) for f in run.figures}) > 1]
+    groups: dict[str, list[Figure]] = {}
+    for f in run.figures:
+        groups.setdefault(", ".join(_word(f, name) for name in varied), []).append(f)
+    largest = sorted(groups, key=lambda name: -len(groups[name]))[:PANELS]
+    return {name: members for name, members in groups.items() if name in largest}
+
+
+def _word(f: Figure, name: str) -> str:
+    value = getattr(f.point, name)
+    words = {"shape": "x".join(map(str, f.point.shape)), "density": f"density {f.point.density:.3g}", "n": f"N = {value}"}
+    return words.get(name, f"{value} threads" if name == "threads" else str(value))
+
+
+def _panels(canvas: Any, count: int, **how: Any) -> list[Any]:
+    columns = min(count, COLUMNS)
+    axes = canvas.subplots(-(-count // columns), columns, squeeze=False, sharex=True, sharey=True, **how)
+    flat = list(axes.flat)
+    for spare in flat[count:]:
+        spare.set_visible(False)
+    return flat[:count]
+
+
+def _size(count: int) -> tuple[float, float]:
+    columns = min(count, COLUMNS)
+    return (2.2 + 3.0 * columns, 0.5 + 2.9 * -(-count // columns)) if count > 1 else (7.0, 4.2)
+
+
+def _hues(run: Run) -> dict[str, str]:
+    """A colour for each block shape, the same in all plots of a run."""
+    order = {name: place for place, name in enumerate(SHAPES.split())}
+    names = sorted({f.block for f in run.figures}, key=lambda name: order.get(name, len(order)))
+    return {name: HUES[place % len(HUES)] for place, name in enumerate(names)}
+
+
+def _spread(heights: dict[str, float]) -> dict[str, float]:
+    """Heights of labels on a logarithmic axis, moved up as far as they would cover each other."""
+    placed: dict[str, float] = {}
+    last = 0.0
+    for name in sorted(heights, key=heights.__getitem__):
+        last = placed[name] = max(heights[name], last * GAP)
+    return placed
+
+
+def _lines(axes: Any, members: Sequence[Figure], x: str, y: Callable[[Figure], float], run: Run, theme: Theme) -> None:
+    """A line for each block shape, its name at its end."""
+    hues, ends = _hues(run), {}
+    for block in hues:
+        line = sorted((getattr(f.point, x), y(f)) for f in members if f.block == block)
+        if line:
+            axes.plot(*zip(*line, strict=True), color=hues[block], lw=1.8, marker="o", ms=3.5, mew=0)
+            ends[block] = line[-1]
+    for block, height in _spread({block: end[1] for block, end in ends.items()}).items():
+        _say(axes, ends[block][0], height, f"  {block}", theme, color=hues[block], clip_on=False)
+
+
+# ── speed-up over density ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _gains(run: Run) -> Iterator[Plot]:
+    groups = _groups(run, ("density",))
+    yield Plot(
+        f"{run.grid}-speedup",
+        "Speed-up over the best dense product of any peer; a ring marks the density at which both take the same time.",
+        lambda canvas, theme: speedup(run, groups, canvas, theme),
+        _size(len(groups)),
+    )
+
+
+def speedup(run: Run, groups: dict[str, list[Figure]], canvas: Any, theme: Theme) -> None:
+    """Log-log, so that a time proportional to density is a straight line."""
+    for axes, (name, members) in zip(_panels(canvas, len(groups)), groups.items(), strict=True):
+        axes.set_title(name or run.grid)
+        axes.set(xscale="log", yscale="log")
+        axes.axhline(1.0, color=theme.ink, lw=0.9)
+        _lines(axes, members, "density", _gain, run, theme)
+        for block, hue in _hues(run).items():
+            if even := break_even([(f.point.density, _gain(f)) for f in members if f.block == block]):
+                axes.plot([even], [1.0], "o", ms=8, mfc=theme.paper, mec=hue, mew=1.8, zorder=4)
+                axes.annotate(f"{even:.2g}", (even, 1.0), (0, -12), textcoords="offset points", ha="center",
+                              fontsize=7.5, color=hue)  # fmt: skip
+        _ticks(axes.xaxis, sorted({f.point.density for f in members}))
+        _ticks(axes.yaxis, [2.0**k for k in range(-3, 8)], "{:g}x")
+    canvas.supxlabel("density", fontsize=9)
+    canvas.supylabel("times faster than the best dense", fontsize=9)
+
+
+def _gain(f: Figure) -> float:
+    return f.best("dense").over
+
+
+def break_even(line: Sequence[tuple[float, float]]) -> float | None:
+    """The density at which a speed-up falls through 1, between the points in logarithms; None where it does not."""
+    line = sorted(line)
+    for (d0, g0), (d1, g1) in zip(line, line[1:], strict=False):
+        if g0 >= 1 > g1:
+            t = math.log(g0) / math.log(g0 / g1)
+            return math.exp((1 - t) * math.log(d0) + t * math.log(d1))
+    return None
+
+
+def _ticks(axis: Any, values: Sequence[float], text: str = "{:.2g}") -> None:
+    from matplotlib import ticker
+
+    low, high = axis.get_view_interval()
+    shown = [value for value in values if low <= value <= high]
+    while len(shown) > 6:
+        shown = shown[::-2][::-1]
+    axis.set_major_locator(ticker.FixedLocator(shown))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: text.format(value)))
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+# ── rate over block shape ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _bars(run: Run) -> Iterator[Plot]:
+    groups = _groups(run, ())
+    rows = -(-len(groups) // 2)
+    yield Plot(
+        f"{run.grid}-blocks",
+        "Rate on nonzeros over block shape, beside the best dense and the best sparse peer; the line is the FMA peak.",
+        lambda canvas, theme: bars(run, groups, canvas, theme),
+        (9.5, 0.6 + 2.3 * rows) if len(groups) > 1 else (8.0, 3.6),
+    )
+
+
+def bars(run: Run, groups: dict[str, list[Figure]], canvas: Any, theme: Theme) -> None:
+    """Three bars a block shape, the peak of the same rounds above them."""
+    columns = min(len(groups), 2)
+    grid = canvas.subplots(-(-len(groups) // columns), columns, squeeze=False, sharey=True)
+    for spare in list(grid.flat)[len(groups) :]:
+        spare.set_visible(False)
+    for number, (axes, (name, members)) in enumerate(zip(grid.flat, groups.items(), strict=False)):
+        axes.set_title(name or run.grid)
+        axes.grid(axis="y")
+        for place, f in enumerate(members):
+            axes.plot([place - 0.42, place + 0.42], [f.peak.rate * 1e-9 * f.point.threads] * 2, color=theme.ink, lw=1)
+        for shift, kind in zip((-0.28, 0.0, 0.28), KIND, strict=True):
+            heights = [f.rate(next(c for c in _three(f) if c.kind == kind)) * 1e-9 for f in members]
+            at = [place + shift for place in range(len(members))]
+            axes.bar(at, heights, 0.26, color=KIND[kind], label="bsrgen" if kind == "bsrgen" else f"best {kind}")
+        axes.set_xticks(range(len(members)), [f.block for f in members], rotation=45 if len(members) > 7 else 0)
+        axes.spines["left"].set_visible(False)
+        if number == 0:
+            axes.legend(frameon=False, ncols=3, loc="upper left", fontsize=8, handlelength=1, bbox_to_anchor=(0, 0.94))
+    canvas.supylabel("GFLOP/s on nonzeros", fontsize=9)
+
+
+# ── rate over the number of tokens ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _sweep(run: Run) -> Iterator[Plot]:
+    groups = _groups(run, ("n",))
+    yield Plot(
+        f"{run.grid}-tokens",
+        "Rate on nonzeros over the number of tokens; dashed: the best dense product of any peer.",
+        lambda canvas, theme: sweep(run, groups, canvas, theme),
+        _size(len(groups)),
+    )
+
+
+def sweep(run: Run, groups: dict[str, list[Figure]], canvas: Any, theme: Theme) -> None:
+    """A line for each block shape; the dense peers' depends on the block only through the count of nonzeros."""
+    for axes, (name, members) in zip(_panels(canvas, len(groups)), groups.items(), strict=True):
+        axes.set_title(name or run.grid)
+        axes.set(xscale="log", yscale="log")
+        _lines(axes, members, "n", lambda f: f.rate(f.ours) * 1e-9, run, theme)
+        dense: dict[int, float] = {}
+        for f in members:
+            dense[f.point.n] = max(dense.get(f.point.n, 0.0), f.rate(f.best("dense")) * 1e-9)
+        xs = sorted(dense)
+        axes.plot(xs, [dense[x] for x in xs], color=DENSE, lw=1.4, ls=(0, (4, 2)))
+        _say(axes, xs[-1], dense[xs[-1]], "  best dense", theme, color=DENSE, clip_on=False)
+        _ticks(axes.xaxis, sorted({f.point.n for f in members}), "{:g}")
+        _ticks(axes.yaxis, [2.0**k for k in range(-4, 12)], "{:g}")
+    canvas.supxlabel("N, tokens", fontsize=9)
+    canvas.supylabel("GFLOP/s on nonzeros", fontsize=9)
