@@ -38,7 +38,7 @@ from bsrgen.pattern import Weight
 from bsrgen.plan import Plan
 from bsrgen.targets import native
 
-VERSION = 1
+SCHEMA, VERSION = "bsrgen-accuracy", 1
 COUNT, SEED, TOP, OTHERS = 60, 60, 12, 4
 NEAR, GOAL = 1.15, 0.85  # a pick within 15 % of the best measured plan is good; so many of the picks should be
 SIZES = (256, 300, 384, 500, 512, 640, 768, 1000, 1024, 1536, 2048, 3000, 3072, 4096)
@@ -186,7 +186,7 @@ def sentence(figures: Mapping[str, float]) -> str:
 
 def document(entries: Sequence[Mapping[str, Any]], **settings: Any) -> dict[str, Any]:
     """What is kept of a run."""
-    head = {"schema": "bsrgen-accuracy", "version": VERSION, "machine": machine(), "settings": settings}
+    head = {"schema": SCHEMA, "version": VERSION, "machine": machine(), "settings": settings}
     return head | {"summary": summary([kept_loss(entry) for entry in entries]), "matrices": list(entries)}
 
 

@@ -1,77 +1,16 @@
-"""Plots of a run, one function a kind, for a light and a dark page; matplotlib is imported when one is drawn."""
+"""The plots of a run, one function a kind."""
 
-import io
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.figures import Contender, Figure, Run
+from benchmarks.style import DENSE, HUES, KIND, Plot, Theme
 from bsrgen.bench.peers import SHAPES
-from bsrgen.errors import UnsupportedError
 
-HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F")  # Okabe and Ito's
-OURS, DENSE, SPARSE = HUES[0], HUES[4], HUES[2]
-KIND = {"bsrgen": OURS, "dense": DENSE, "sparse": SPARSE}
 PANELS, COLUMNS = 6, 3
 GAP = 1.07  # factor between labels on a logarithmic axis
-
-
-@dataclass(frozen=True, slots=True)
-class Theme:
-    """Colours of the page."""
-
-    name: str
-    paper: str
-    ink: str
-    faint: str
-
-
-THEMES = (Theme("light", "#ffffff", "#24292f", "#d0d7de"), Theme("dark", "#16191d", "#d7dde3", "#3a4149"))
-
-
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """A picture: name of the file, caption, and how to draw it."""
-
-    name: str
-    caption: str
-    draw: Callable[[Any, Theme], None]  # (matplotlib Figure, theme)
-    size: tuple[float, float]
-
-    def png(self, theme: Theme) -> bytes:
-        """The file's bytes; equal runs give equal bytes with one version of matplotlib."""
-        canvas = _canvas(self.size, theme)
-        with _style(theme):
-            self.draw(canvas, theme)
-            out = io.BytesIO()
-            canvas.savefig(out, format="png", dpi=150, facecolor=theme.paper, metadata={"Software": None})
-        return out.getvalue()
-
-
-def _canvas(size: tuple[float, float], theme: Theme) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure as Canvas
-    except ImportError as e:
-        raise UnsupportedError(f"plots need matplotlib: pip install 'bsrgen[report]' ({e})") from e
-    canvas = Canvas(figsize=size, layout="constrained", facecolor=theme.paper)
-    FigureCanvasAgg(canvas)
-    return canvas
-
-
-def _style(theme: Theme) -> Any:
-    import matplotlib as mpl
-
-    ink = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
-    off = ("axes.spines.top", "axes.spines.right", "xtick.minor.visible", "ytick.minor.visible")
-    return mpl.rc_context(
-        dict.fromkeys(ink, theme.ink)
-        | dict.fromkeys(off, False)
-        | {"axes.facecolor": theme.paper, "axes.edgecolor": theme.faint, "axes.titlesize": 10, "axes.titleweight": "bold"}
-        | {"axes.titlelocation": "left", "font.size": 9, "font.family": "sans-serif", "axes.axisbelow": True}
-        | {"grid.color": theme.faint, "grid.linewidth": 0.5, "xtick.major.size": 0, "ytick.major.size": 0}
-    )
 
 
 def plots(run: Run, over: str) -> Iterator[Plot]:
@@ -143,7 +82,11 @@ def _groups(run: Run, without: Iterable[str]) -> dict[str, list[Figure]]:
 
 def _word(f: Figure, name: str) -> str:
     value = getattr(f.point, name)
-    words = {"shape": "x".join(map(str, f.point.shape)), "density": f"density {f.point.density:.3g}", "n": f"N = {value}"}
+    words = {
+        "shape": "x".join(map(str, f.point.shape)),
+        "density": f"density {f.point.density:.3g}",
+        "n": f"N = {value}",
+    }
     return words.get(name, f"{value} threads" if name == "threads" else str(value))
 
 
@@ -227,7 +170,7 @@ def _gain(f: Figure) -> float:
 def break_even(line: Sequence[tuple[float, float]]) -> float | None:
     """The density at which a speed-up falls through 1, between the points in logarithms; None where it does not."""
     line = sorted(line)
-    for (d0, g0), (d1, g1) in zip(line, line[1:], strict=False):
+    for (d0, g0), (d1, g1) in itertools.pairwise(line):
         if g0 >= 1 > g1:
             t = math.log(g0) / math.log(g0 / g1)
             return math.exp((1 - t) * math.log(d0) + t * math.log(d1))

@@ -188,7 +188,7 @@ def main(
                     write(part, grid, out, tuple(parts))
                     parts.append(part)
         if out is None and parts and merged(parts).figures:
-            click.echo("\n" + tables.markdown(merged(parts), grid.title, grid.source, grid.over))
+            click.echo("\n" + tables.markdown(merged(parts), grid))
 
 
 def write(run: Run, grid: Grid, folder: Path | None, before: tuple[Run, ...] = ()) -> None:
@@ -199,4 +199,4 @@ def write(run: Run, grid: Grid, folder: Path | None, before: tuple[Run, ...] = (
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{run.machine['date']}-{run.grid}"
     save(run, folder / f"{stem}.json")
-    (folder / f"{stem}.md").write_text(tables.markdown(run, grid.title, grid.source, grid.over))
+    (folder / f"{stem}.md").write_text(tables.markdown(run, grid))

@@ -1,11 +1,12 @@
 """Runs as text: a line while it is taken, markdown to keep."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from benchmarks.figures import Figure, Run
+from benchmarks.grids import Grid
 
-ALWAYS = ("operator", "dtype")  # what a section never mixes
 Column = tuple[str, Callable[[Figure], str]]
 
 POINT: dict[str, Column] = {
@@ -32,7 +33,8 @@ RESULT: list[Column] = [
 TEXT = {"pattern", "M x K", "block", "of read rate", "best dense", "best sparse", "plan"}  # not right-aligned
 METHOD = (
     "All contenders of a row, the FMA peak and the read rate took turns in one run.  Time and rate are the best "
-    "sample, shares are medians over the rounds (and of the best samples), ratios the smaller of both.  Rates are on nonzeros."
+    "sample, shares are medians over the rounds (and of the best samples), ratios the smaller of both.  Rates are on "
+    "nonzeros."
 )
 BOTH = ("linear", "spmm")
 SIDE = 0.2  # density of the table that sets the operators side by side
@@ -46,63 +48,72 @@ def line(f: Figure) -> str:
     return f"{f.point}: {own}, {f.read.share_rounds:.0%} of {f.read.name}; {peers}"
 
 
-def markdown(run: Run, title: str, source: str, over: str) -> str:
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A heading, column names and cells."""
+
+    heading: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """As markdown, under a heading of the second level."""
+        rule = "".join("---|" if name in TEXT else "---:|" for name in self.head)
+        rows = [f"| {' | '.join(row)} |" for row in self.rows]
+        return "\n".join([f"## {self.heading}", "", f"| {' | '.join(self.head)} |", f"|{rule}", *rows])
+
+
+def markdown(run: Run, grid: Grid) -> str:
     """All figures of a run: a head, README's table where both operators were taken, one table a section."""
-    m = run.machine
-    packages = ", ".join(f"{name} {version}" for name, version in m["packages"].items())
-    caches = ", ".join(f"{name} {size >> 10} KB" for name, size in m["caches_bytes"].items())
-    rates = run.ceilings.items()
-    head = [
-        f"# {title}",
-        f"Points of: {source}.  {m['date']}, {m['cpu']}, {m['cores']} cores, {m['target']}, {caches}, "
-        f"{m['compiler']}, Python {m['python']}; {packages}.  `{m['command']}`",
-        METHOD,
-        "Ceilings before the first row: " + ", ".join(f"{what} {rate * 1e-9:.0f} G/s" for what, rate in rates),
-    ]
-    parts = ["\n\n".join(head), side_by_side(run.figures), *sections(run.figures, over)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    rates = ", ".join(f"{what} {rate * 1e-9:.0f} G/s" for what, rate in run.ceilings.items())
+    head = [f"# {grid.title}", f"Points of: {grid.source}.  {machine_line(run.machine)}", METHOD]
+    parts = [*head, f"Ceilings before the first row: {rates}", *(table.markdown() for table in tables(run, grid))]
+    return "\n\n".join(parts) + "\n"
 
 
-def sections(figures: Sequence[Figure], over: str) -> list[str]:
-    """A table for each operator, type and, along blocks, density; constants in its heading."""
-    keys = (*ALWAYS, "density") if over == "block" else ALWAYS
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """The head of a file in a line."""
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    caches = ", ".join(f"{name} {size >> 10} KB" for name, size in machine["caches_bytes"].items())
+    return (
+        f"{machine['date']}, {machine['cpu']}, {machine['target']}, usable cores: {machine['cores']}, {caches}, "
+        f"{machine['compiler']}, Python {machine['python']}; {packages}.  `{machine['command']}`"
+    )
+
+
+def tables(run: Run, grid: Grid) -> list[Table]:
+    """README's, and one for each operator, type and, along blocks, density; what is constant stands in its heading."""
+    keys = ("operator", "dtype", "density") if grid.over == "block" else ("operator", "dtype")
     grouped: dict[tuple[object, ...], list[Figure]] = {}
-    for f in figures:
+    for f in run.figures:
         grouped.setdefault(tuple(getattr(f.point, key) for key in keys), []).append(f)
-    return [section(members) for members in grouped.values()]
+    return [*side_by_side(run.figures), *(section(members) for members in grouped.values())]
 
 
-def section(figures: Sequence[Figure]) -> str:
-    """One table; columns of the point that do not vary go into the heading."""
+def section(figures: Sequence[Figure]) -> Table:
+    """Columns of the point that do not vary go into the heading."""
     first = figures[0]
     varies = [key for key in POINT if len({getattr(f.point, key) for f in figures}) > 1] or ["block"]
     fixed = [f"{name} {cell(first)}" for key, (name, cell) in POINT.items() if key not in varies]
     columns = [POINT[key] for key in varies] + RESULT
-    return f"## {first.point.operator} {first.point.dtype}, {', '.join(fixed)}\n\n" + table(
-        [name for name, _ in columns], [[cell(f) for _, cell in columns] for f in figures]
-    )
+    rows = tuple(tuple(cell(f) for _, cell in columns) for f in figures)
+    heading = f"{first.point.operator} {first.point.dtype}, {', '.join(fixed)}"
+    return Table(heading, tuple(name for name, _ in columns), rows)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table."""
-    rule = "".join("---|" if name in TEXT else "---:|" for name in head)
-    return "\n".join([f"| {' | '.join(head)} |", f"|{rule}", *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def side_by_side(figures: Sequence[Figure]) -> str:
-    """README's table: both operators at density 0.2, a row for each block; empty where not both were taken."""
+def side_by_side(figures: Sequence[Figure]) -> list[Table]:
+    """README's table: both operators at density 0.2, a row for each block; none where not both were taken."""
     pairs: dict[str, dict[str, Figure]] = {}
     for f in (f for f in figures if abs(f.point.density - SIDE) < 1e-9):
         pairs.setdefault(f.block, {})[f.point.operator] = f
     both = {block: found for block, found in pairs.items() if set(BOTH) <= set(found)}
     rest = {replace(f.point, operator="", block=(1, 1)) for found in both.values() for f in found.values()}
     if len(rest) != 1:
-        return ""
-    head = ["block", *(name for op in BOTH for name in (f"`{op}` GFLOP/s", "over dense", "over sparse"))]
-    rows = [[block, *(cell for op in BOTH for cell in cells(found[op]))] for block, found in both.items()]
-    return f"## Both operators, density {SIDE}\n\n" + table(head, rows)
+        return []
+    head = ("block", *(name for op in BOTH for name in (f"`{op}` GFLOP/s", "over dense", "over sparse")))
+    rows = tuple((block, *(cell for op in BOTH for cell in _cells(found[op]))) for block, found in both.items())
+    return [Table(f"Both operators, density {SIDE}", head, rows)]
 
 
-def cells(f: Figure) -> list[str]:
-    """Rate and both ratios."""
-    return [f"{f.rate(f.ours) * 1e-9:.0f}", f"{f.best('dense').over:.2f}x", f"{f.best('sparse').over:.2f}x"]
+def _cells(f: Figure) -> tuple[str, str, str]:
+    return f"{f.rate(f.ours) * 1e-9:.0f}", f"{f.best('dense').over:.2f}x", f"{f.best('sparse').over:.2f}x"

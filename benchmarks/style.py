@@ -1,0 +1,74 @@
+"""How pictures look: themes, colours, and a picture as bytes; matplotlib is imported when one is drawn."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from bsrgen.errors import UnsupportedError
+
+HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F")  # Okabe and Ito's
+OURS, DENSE, SPARSE = HUES[0], HUES[4], HUES[2]
+KIND = {"bsrgen": OURS, "dense": DENSE, "sparse": SPARSE}
+
+
+@dataclass(frozen=True, slots=True)
+class Theme:
+    """Colours of the page."""
+
+    name: str
+    paper: str
+    ink: str
+    faint: str
+
+
+THEMES = (Theme("light", "#ffffff", "#24292f", "#d0d7de"), Theme("dark", "#16191d", "#d7dde3", "#3a4149"))
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A picture: name of the file, caption, and how to draw it."""
+
+    name: str
+    caption: str
+    draw: Callable[[Any, Theme], None]  # (matplotlib Figure, theme)
+    size: tuple[float, float]
+
+    def png(self, theme: Theme) -> bytes:
+        """The file's bytes; equal runs give equal bytes with one version of matplotlib."""
+        canvas = _canvas(self.size, theme)
+        with _style(theme):
+            self.draw(canvas, theme)
+            out = io.BytesIO()
+            canvas.savefig(out, format="png", dpi=150, facecolor=theme.paper, metadata={"Software": None})
+        return out.getvalue()
+
+
+def _canvas(size: tuple[float, float], theme: Theme) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure as Canvas
+    except ImportError as e:
+        raise UnsupportedError(f"plots need matplotlib: pip install 'bsrgen[report]' ({e})") from e
+    canvas = Canvas(figsize=size, layout="constrained", facecolor=theme.paper)
+    FigureCanvasAgg(canvas)
+    return canvas
+
+
+def _style(theme: Theme) -> Any:
+    import matplotlib as mpl
+
+    ink = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
+    off = ("axes.spines.top", "axes.spines.right", "xtick.minor.visible", "ytick.minor.visible")
+    return mpl.rc_context(
+        dict.fromkeys(ink, theme.ink)
+        | dict.fromkeys(off, False)
+        | {
+            "axes.facecolor": theme.paper,
+            "axes.edgecolor": theme.faint,
+            "axes.titlesize": 10,
+            "axes.titleweight": "bold",
+        }
+        | {"axes.titlelocation": "left", "font.size": 9, "font.family": "sans-serif", "axes.axisbelow": True}
+        | {"grid.color": theme.faint, "grid.linewidth": 0.5, "xtick.major.size": 0, "ytick.major.size": 0}
+    )
