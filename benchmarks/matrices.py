@@ -20,8 +20,9 @@ from bsrgen.bench.clock import importable
 Array = NDArray[np.float64]
 EXPRESSIONS = {"M0": "M0", "M3": "M3", "M132": "M1 - M3*M2", "M460": "M4 - M6*M0"}  # in PyFR's words
 DIMENSIONS = {"quad": 2, "hex": 3}
-SIMPLICES = {"tri": "TriShape", "tet": "TetShape"}
-POINTS = {"tri": "williams-shunn", "tet": "shunn-ham", "line": "gauss-legendre", "quad": "gauss-legendre"}
+SHAPES = {"quad": "QuadShape", "hex": "HexShape", "tri": "TriShape", "tet": "TetShape"}  # in PyFR
+LEGENDRE = "gauss-legendre"
+POINTS = {"tri": "williams-shunn", "tet": "shunn-ham", "line": LEGENDRE, "quad": LEGENDRE, "hex": LEGENDRE}
 TINY = 1e-10  # of the largest entry: rounding, which PyFR clears too
 
 
@@ -35,7 +36,7 @@ def operator_matrix(name: str) -> Array:
     """The matrix of a name such as "hex3 M132": element, order, operator."""
     element, operator = name.split()
     kind, order = element.rstrip("0123456789"), int(element.lstrip("abcdefghijklmnopqrstuvwxyz"))
-    made = _tensor(DIMENSIONS[kind], order, operator) if kind in DIMENSIONS else _simplex(kind, order, operator)
+    made = _tensor(DIMENSIONS[kind], order, operator) if kind in DIMENSIONS else from_pyfr(kind, order, operator)
     made = np.where(np.abs(made) < TINY * np.abs(made).max(), 0.0, made)
     made.flags.writeable = False
     return made
@@ -73,7 +74,7 @@ def _tensor(dimensions: int, order: int, operator: str) -> Array:
     return rows[operator]()
 
 
-def _simplex(kind: str, order: int, operator: str) -> Array:
+def from_pyfr(kind: str, order: int, operator: str) -> Array:
     """PyFR's own matrix, with the point sets of its documentation."""
     from pyfr import shapes
     from pyfr.inifile import Inifile
@@ -83,7 +84,5 @@ def _simplex(kind: str, order: int, operator: str) -> Array:
     for name, points in POINTS.items():
         settings.set(f"solver-elements-{name}", "soln-pts", points)
         settings.set(f"solver-interfaces-{name}", "flux-pts", points)
-    made: Array = getattr(shapes, (SIMPLICES | {"quad": "QuadShape", "hex": "HexShape"})[kind])(0, settings).opmat(
-        EXPRESSIONS[operator]
-    )
+    made: Array = getattr(shapes, SHAPES[kind])(0, settings).opmat(EXPRESSIONS[operator])
     return made

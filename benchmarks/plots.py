@@ -2,15 +2,17 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.figures import Contender, Figure, Run
-from benchmarks.style import DENSE, HUES, KIND, Plot, Theme
+from benchmarks.style import HUES, KIND, Plot, Theme
 from bsrgen.bench.peers import SHAPES
 
 PANELS, COLUMNS = 6, 3
-GAP = 1.07  # factor between labels on a logarithmic axis
+BAR_PANELS = 10
+Label = tuple[float, float, str]  # x, y, colour
 
 
 def plots(run: Run, over: str) -> Iterator[Plot]:
@@ -42,9 +44,11 @@ def roofline(run: Run, canvas: Any, theme: Theme) -> None:
     for level, rate in rates.items():
         ridge = min(max(peak / rate, lo), hi)
         axes.plot([lo, ridge], [lo * rate * 1e-9, ridge * rate * 1e-9], color=theme.ink, lw=0.8, alpha=0.6)
-        at = max(lo, 1.2 * low * 1e9 / rate)
-        if at < ridge:
-            _say(axes, at, at * rate * 1e-9, f" {level} {rate * 1e-9:.0f} GB/s", theme, va="bottom", rotation=0)
+        at = max(lo * 1.1, 1.5 * low * 1e9 / rate)
+        if 2 * at < ridge:
+            slope = math.degrees(math.atan(rate * 1e-9))
+            _say(axes, at, at * rate * 1e-9 * 1.06, f"{level} {rate * 1e-9:.0f} GB/s", theme, va="bottom",
+                 rotation=slope, rotation_mode="anchor", transform_rotates_text=True)  # fmt: skip
     for dtype, rate in peaks.items():
         axes.plot([lo, hi], [rate * 1e-9] * 2, color=theme.ink, lw=1.1)
         _say(axes, hi, rate * 1e-9, f"{dtype} FMA peak {rate * 1e-9:.0f} GFLOP/s", theme, ha="right", va="bottom")
@@ -69,14 +73,14 @@ def _say(axes: Any, x: float, y: float, text: str, theme: Theme, **how: Any) -> 
 # ── small multiples ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _groups(run: Run, without: Iterable[str]) -> dict[str, list[Figure]]:
-    """Figures that differ only in the fields `without`, by what they share; the largest PANELS of them, in order."""
+def _groups(run: Run, without: Iterable[str], most: int = PANELS) -> dict[str, list[Figure]]:
+    """Figures that differ only in the fields `without`, by what they share; the `most` largest of them, in order."""
     names = [name for name in ("operator", "dtype", "kind", "shape", "density", "n", "threads") if name not in without]
     varied = [name for name in names if len({getattr(f.point, name) for f in run.figures}) > 1]
     groups: dict[str, list[Figure]] = {}
     for f in run.figures:
         groups.setdefault(", ".join(_word(f, name) for name in varied), []).append(f)
-    largest = sorted(groups, key=lambda name: -len(groups[name]))[:PANELS]
+    largest = sorted(groups, key=lambda name: -len(groups[name]))[:most]
     return {name: members for name, members in groups.items() if name in largest}
 
 
@@ -111,25 +115,34 @@ def _hues(run: Run) -> dict[str, str]:
     return {name: HUES[place % len(HUES)] for place, name in enumerate(names)}
 
 
-def _spread(heights: dict[str, float]) -> dict[str, float]:
-    """Heights of labels on a logarithmic axis, moved up as far as they would cover each other."""
-    placed: dict[str, float] = {}
-    last = 0.0
-    for name in sorted(heights, key=heights.__getitem__):
-        last = placed[name] = max(heights[name], last * GAP)
-    return placed
+def _spread(heights: Mapping[str, float], gap: float) -> dict[str, float]:
+    """Heights of labels on a logarithmic axis, at least the factor `gap` apart: the mean of pushing up and down."""
+    names = sorted(heights, key=heights.__getitem__)
+    up = list(itertools.accumulate((math.log(heights[name]) for name in names), lambda a, b: max(b, a + math.log(gap))))
+    falling = (math.log(heights[name]) for name in reversed(names))
+    down = list(itertools.accumulate(falling, lambda a, b: min(b, a - math.log(gap))))[::-1]
+    return {name: math.exp((a + b) / 2) for name, a, b in zip(names, up, down, strict=True)}
 
 
-def _lines(axes: Any, members: Sequence[Figure], x: str, y: Callable[[Figure], float], run: Run, theme: Theme) -> None:
-    """A line for each block shape, its name at its end."""
+def _lines(axes: Any, members: Sequence[Figure], x: str, y: Callable[[Figure], float], run: Run) -> dict[str, Label]:
+    """A line for each block shape, and where its name belongs: at its end."""
     hues, ends = _hues(run), {}
-    for block in hues:
+    for block, hue in hues.items():
         line = sorted((getattr(f.point, x), y(f)) for f in members if f.block == block)
         if line:
-            axes.plot(*zip(*line, strict=True), color=hues[block], lw=1.8, marker="o", ms=3.5, mew=0)
-            ends[block] = line[-1]
-    for block, height in _spread({block: end[1] for block, end in ends.items()}).items():
-        _say(axes, ends[block][0], height, f"  {block}", theme, color=hues[block], clip_on=False)
+            axes.plot(*zip(*line, strict=True), color=hue, lw=1.8, marker="o", ms=3.5, mew=0)
+            ends[block] = (*line[-1], hue)
+    return ends
+
+
+def _label(axes: Any, ends: Mapping[str, Label], theme: Theme) -> None:
+    """Names at the ends of lines, once the limits of the axes are final."""
+    low, high = axes.get_ylim()
+    height_pt = axes.figure.get_figheight() * 72 * 0.8 / axes.get_subplotspec().get_gridspec().nrows
+    gap = (high / low) ** (9.5 / height_pt)
+    for name, height in _spread({name: end[1] for name, end in ends.items()}, gap).items():
+        x, _, hue = ends[name]
+        _say(axes, x, height, f"  {name}", theme, color=hue, clip_on=False)
 
 
 # ── speed-up over density ────────────────────────────────────────────────────────────────────────────────────────────
@@ -147,20 +160,31 @@ def _gains(run: Run) -> Iterator[Plot]:
 
 def speedup(run: Run, groups: dict[str, list[Figure]], canvas: Any, theme: Theme) -> None:
     """Log-log, so that a time proportional to density is a straight line."""
-    for axes, (name, members) in zip(_panels(canvas, len(groups)), groups.items(), strict=True):
-        axes.set_title(name or run.grid)
+    panels = list(zip(_panels(canvas, len(groups)), groups.items(), strict=True))
+    labels = []
+    for axes, (name, members) in panels:
+        axes.set_title(name)
         axes.set(xscale="log", yscale="log")
-        axes.axhline(1.0, color=theme.ink, lw=0.9)
-        _lines(axes, members, "density", _gain, run, theme)
-        for block, hue in _hues(run).items():
-            if even := break_even([(f.point.density, _gain(f)) for f in members if f.block == block]):
+        axes.hlines(1.0, *_ends(f.point.density for f in members), color=theme.ink, lw=0.9)
+        ends = _lines(axes, members, "density", _gain, run)
+        named = {}
+        for block, (x, y, hue) in ends.items():
+            even = break_even([(f.point.density, _gain(f)) for f in members if f.block == block])
+            if even:
                 axes.plot([even], [1.0], "o", ms=8, mfc=theme.paper, mec=hue, mew=1.8, zorder=4)
-                axes.annotate(f"{even:.2g}", (even, 1.0), (0, -12), textcoords="offset points", ha="center",
-                              fontsize=7.5, color=hue)  # fmt: skip
+            named[f"{block}, even at {even:.2g}" if even else block] = (x, y, hue)
+        labels.append(named)
+    for (axes, (_, members)), named in zip(panels, labels, strict=True):
+        _label(axes, named, theme)
         _ticks(axes.xaxis, sorted({f.point.density for f in members}))
         _ticks(axes.yaxis, [2.0**k for k in range(-3, 8)], "{:g}x")
     canvas.supxlabel("density", fontsize=9)
     canvas.supylabel("times faster than the best dense", fontsize=9)
+
+
+def _ends(values: Iterable[float]) -> tuple[float, float]:
+    kept = list(values)
+    return min(kept), max(kept)
 
 
 def _gain(f: Figure) -> float:
@@ -193,7 +217,9 @@ def _ticks(axis: Any, values: Sequence[float], text: str = "{:.2g}") -> None:
 
 
 def _bars(run: Run) -> Iterator[Plot]:
-    groups = _groups(run, ())
+    groups = _groups(run, (), BAR_PANELS)
+    if {f.point.operator for f in run.figures} == {"linear", "spmm"}:  # side by side
+        groups = dict(sorted(groups.items(), key=lambda pair: (_place(run, pair[1][0]), pair[0])))
     rows = -(-len(groups) // 2)
     yield Plot(
         f"{run.grid}-blocks",
@@ -203,25 +229,33 @@ def _bars(run: Run) -> Iterator[Plot]:
     )
 
 
+def _place(run: Run, f: Figure) -> int:
+    """Where the point of `f` stands in its grid, whatever its operator."""
+    return [replace(other.point, operator="") for other in run.figures].index(replace(f.point, operator=""))
+
+
 def bars(run: Run, groups: dict[str, list[Figure]], canvas: Any, theme: Theme) -> None:
     """Three bars a block shape, the peak of the same rounds above them."""
     columns = min(len(groups), 2)
     grid = canvas.subplots(-(-len(groups) // columns), columns, squeeze=False, sharey=True)
     for spare in list(grid.flat)[len(groups) :]:
         spare.set_visible(False)
-    for number, (axes, (name, members)) in enumerate(zip(grid.flat, groups.items(), strict=False)):
-        axes.set_title(name or run.grid)
+    for axes, (name, members) in zip(grid.flat, groups.items(), strict=False):
+        axes.set_title(name)
         axes.grid(axis="y")
         for place, f in enumerate(members):
-            axes.plot([place - 0.42, place + 0.42], [f.peak.rate * 1e-9 * f.point.threads] * 2, color=theme.ink, lw=1)
+            peak = f.peak.rate * 1e-9 * f.point.threads
+            axes.plot(
+                [place - 0.42, place + 0.42], [peak] * 2, color=theme.ink, lw=1, label=None if place else "FMA peak"
+            )
         for shift, kind in zip((-0.28, 0.0, 0.28), KIND, strict=True):
             heights = [f.rate(next(c for c in _three(f) if c.kind == kind)) * 1e-9 for f in members]
             at = [place + shift for place in range(len(members))]
             axes.bar(at, heights, 0.26, color=KIND[kind], label="bsrgen" if kind == "bsrgen" else f"best {kind}")
         axes.set_xticks(range(len(members)), [f.block for f in members], rotation=45 if len(members) > 7 else 0)
         axes.spines["left"].set_visible(False)
-        if number == 0:
-            axes.legend(frameon=False, ncols=3, loc="upper left", fontsize=8, handlelength=1, bbox_to_anchor=(0, 0.94))
+    canvas.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False,
+                  fontsize=9, handlelength=1)  # fmt: skip
     canvas.supylabel("GFLOP/s on nonzeros", fontsize=9)
 
 
@@ -240,16 +274,20 @@ def _sweep(run: Run) -> Iterator[Plot]:
 
 def sweep(run: Run, groups: dict[str, list[Figure]], canvas: Any, theme: Theme) -> None:
     """A line for each block shape; the dense peers' depends on the block only through the count of nonzeros."""
-    for axes, (name, members) in zip(_panels(canvas, len(groups)), groups.items(), strict=True):
-        axes.set_title(name or run.grid)
+    panels = list(zip(_panels(canvas, len(groups)), groups.items(), strict=True))
+    labels = []
+    for axes, (name, members) in panels:
+        axes.set_title(name)
         axes.set(xscale="log", yscale="log")
-        _lines(axes, members, "n", lambda f: f.rate(f.ours) * 1e-9, run, theme)
+        ends = _lines(axes, members, "n", lambda f: f.rate(f.ours) * 1e-9, run)
         dense: dict[int, float] = {}
         for f in members:
             dense[f.point.n] = max(dense.get(f.point.n, 0.0), f.rate(f.best("dense")) * 1e-9)
-        xs = sorted(dense)
-        axes.plot(xs, [dense[x] for x in xs], color=DENSE, lw=1.4, ls=(0, (4, 2)))
-        _say(axes, xs[-1], dense[xs[-1]], "  best dense", theme, color=DENSE, clip_on=False)
+        line = sorted(dense.items())
+        axes.plot(*zip(*line, strict=True), color=theme.ink, lw=1.2, ls=(0, (4, 2)))
+        labels.append(ends | {"best dense": (*line[-1], theme.ink)})
+    for (axes, (_, members)), ends in zip(panels, labels, strict=True):
+        _label(axes, ends, theme)
         _ticks(axes.xaxis, sorted({f.point.n for f in members}), "{:g}")
         _ticks(axes.yaxis, [2.0**k for k in range(-4, 12)], "{:g}")
     canvas.supxlabel("N, tokens", fontsize=9)
