@@ -154,7 +154,7 @@ def selected(grid: Grid, every: int, threads: int | None) -> dict[int, list[Poin
 
 
 @click.command()
-@click.argument("grids", nargs=-1, type=click.Choice(list(GRIDS)))
+@click.argument("grids", nargs=-1, type=click.Choice(list(GRIDS)), metavar="[GRID]...")
 @click.option("--tune", type=click.Choice(["off", "model", "measure"]), default="measure", show_default=True)
 @click.option("--rounds", type=click.IntRange(3), default=30, show_default=True, help="Samples of each contender.")
 @click.option("--thin", type=click.IntRange(1), default=1, show_default=True, help="One point of so many.")
@@ -166,7 +166,7 @@ def main(
     *, grids: tuple[str, ...], tune: str, rounds: int, thin: int, minutes: float, threads: int | None,
     out: Path | None, listed: bool,
 ) -> None:  # fmt: skip
-    """Time GRIDS (README's without any): bsrgen beside every installed peer and the ceilings of the core."""
+    """Time grids (README's where none is named): bsrgen beside every installed peer and the ceilings of the core."""
     rows = [GRIDS[name] for name in grids or DEFAULT]
     if listed:
         for grid in GRIDS.values():

@@ -134,11 +134,11 @@ def test_command_writes_json_and_markdown(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_module_dispatches_its_verbs() -> None:
-    for verb, word in (("accuracy", "--again"), ("report", "FILES"), ("--help", "[GRIDS]")):
+    for verb, word in (("accuracy", "--again"), ("report", "FILES"), ("--help", "[GRID]...")):
         command = [sys.executable, "-m", "benchmarks", verb, "--help"]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert word in done.stdout.replace("{" + "|".join(GRIDS) + "}", "GRIDS").replace("]...", "]")
+        assert word in done.stdout
 
 
 def test_list_shows_every_grid_with_its_source() -> None:
