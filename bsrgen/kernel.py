@@ -218,7 +218,8 @@ class Kernel:
         room = np.empty(count + 64 // item, self._dtype)
         start = -room.ctypes.data % 64 // item
         packed = room[start : start + count]
-        self._tramp.pack(self._pack, ffi.from_buffer(data), ffi.from_buffer(packed), level)
+        if self._tramp.pack(self._pack, ffi.from_buffer(data), ffi.from_buffer(packed), level) < 0:
+            raise MemoryError(f"{self.name}: no memory to pack {count} values")
         return packed
 
     def save(self, folder: str | os.PathLike[str]) -> Path:

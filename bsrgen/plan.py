@@ -31,6 +31,16 @@ class Plan:
     problem: Problem
     target: Target
 
+    @property
+    def dense(self) -> bool:
+        """Whether the whole matrix is multiplied, zeros included."""
+        raise NotImplementedError
+
+    @property
+    def zero_filled(self) -> bool:
+        """Whether elements that are not stored are multiplied as zeros: Inf and NaN in X reach their rows."""
+        raise NotImplementedError
+
     def knobs(self) -> dict[str, Any]:
         """The decisions alone, as plain data: what the manifest keeps and `inspect` prints."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("problem", "target")}

@@ -50,7 +50,8 @@ def verify(folder: str | Path, *, expect_sha256: str | None = None) -> tuple[Ker
 def recover(kernel: Kernel, level: int) -> Weight:
     """The weight that an ISA level of the library holds.
 
-    The library's own packing, fed with the numbers 1, 2, ... as bit patterns, tells where each value went.
+    The library's own packing, fed with the numbers 1, 2, ... as bit patterns, tells where each value went; what it has
+    no place for lies outside of the matrix and is zero.
     """
     p, record = kernel.pattern, kernel.artifact.manifest.levels[level].values
     real = kernel.dtype
@@ -58,7 +59,7 @@ def recover(kernel: Kernel, level: int) -> Weight:
     numbers = np.arange(1, p.nnz + 1, dtype=bits).view(real).reshape(p.nnzb, *p.blocksize)
     place = kernel.packed(numbers, level).view(bits)
     stored = np.fromfile(kernel.artifact.library, real, record.bytes // real.itemsize, offset=record.offset)
-    if stored.size != place.size or np.count_nonzero(place) != p.nnz:
+    if stored.size != place.size or np.count_nonzero(place) > p.nnz:
         raise ArtifactCorruptError(f"{kernel.artifact}: the values at {record.offset} do not fit the library's packing")
     data = np.zeros(p.nnz, real)
     data[place[place != 0].astype(np.int64) - 1] = stored[place != 0]

@@ -33,7 +33,7 @@ class _Work:
 
 def counts(plan: "CPlan", n: int) -> Counts:
     """What one call of n tokens does on one core."""
-    problem, target, p = plan.problem, plan.target, plan.problem.pattern
+    problem, target, p = plan.problem, plan.target, plan.pattern
     real = problem.dtype.bytes
     value_bytes = p.nnzb * plan.block_values * real
     table_bytes = 4 * (plan.panels * p.block_rows + 1) + p.nnzb * plan.offset_bytes
@@ -72,12 +72,11 @@ def _cycles(target: Target, w: _Work, stream: float, value_bytes: int, x_l2: flo
 
 
 def _token_work(plan: "CPlan", n: int) -> _Work:
-    t, p = plan.tokens, plan.problem.pattern
+    t, p = plan.tokens, plan.pattern
     assert t is not None
     linear = plan.problem.operator.token_axis == 0
     vectors = -(-n // plan.lanes)
-    chunks = max(1, -(-vectors // t.chunk))
-    tiles = chunks * max(1, -(-vectors // chunks // t.vectors))
+    tiles = max(1, -(-vectors // t.vectors))
     v = vectors / tiles if vectors else 0
     row_tiles = sum(-(-g.rows // t.rows) for g in plan.groups)
     rows = p.R / row_tiles
@@ -91,8 +90,8 @@ def _token_work(plan: "CPlan", n: int) -> _Work:
         fma=steps * rows * v,
         loads=steps * (v + rows),
         x_bytes=steps * v * plan.target.vector_bytes,
-        x_live_bytes=min(plan.k_panel, p.K) * min(t.chunk, vectors) * plan.target.vector_bytes,
-        w_passes=chunks,
+        x_live_bytes=min(plan.k_panel, p.K) * min(t.vectors, vectors) * plan.target.vector_bytes,
+        w_passes=tiles,
         rows=p.block_rows * row_tiles * tiles * plan.panels,
         blocks=visits,
         steps=steps * rows * v,
@@ -102,7 +101,7 @@ def _token_work(plan: "CPlan", n: int) -> _Work:
 
 
 def _weight_work(plan: "CPlan", n: int) -> _Work:
-    w, p = plan.weight, plan.problem.pattern
+    w, p = plan.weight, plan.pattern
     assert w is not None
     real = plan.problem.dtype.bytes
     tiles = max(1, -(-n // w.tokens))
@@ -118,8 +117,8 @@ def _weight_work(plan: "CPlan", n: int) -> _Work:
         fma=steps * t * vectors,
         loads=steps * (t + vectors),
         x_bytes=p.block_rows * row_tiles * n * p.K * real * min(1.0, p.density * line / max(p.C, 1)),
-        x_live_bytes=min(w.chunk, n) * p.K * real,
-        w_passes=max(1.0, n / w.chunk),
+        x_live_bytes=min(w.tokens, n) * min(plan.k_panel, p.K) * real,
+        w_passes=max(1.0, n / w.tokens),
         rows=p.block_rows * row_tiles * tiles * plan.panels,
         blocks=visits,
         steps=steps * t * vectors,
@@ -130,4 +129,4 @@ def _weight_work(plan: "CPlan", n: int) -> _Work:
 
 def _epilogue(plan: "CPlan", n: int) -> float:
     """Operations of the epilogue, counted as moved elements."""
-    return sum(step.flop for step in plan.problem.epilogue) * n * plan.problem.pattern.M / plan.target.fma_per_cycle
+    return sum(step.flop for step in plan.problem.epilogue) * n * plan.pattern.M / plan.target.fma_per_cycle

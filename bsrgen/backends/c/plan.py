@@ -13,12 +13,18 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from bsrgen.cover import Cover
+from bsrgen.pattern import Pattern
 from bsrgen.plan import Counts, Plan
 
 Array = NDArray[Any]
 CODE_FMA = 1024  # most multiply-adds written out in one kernel: more takes gcc 12 seconds and gains nothing here
 
+PANEL_BYTES = 64 << 20  # most scratch for one chunk of X
 CODE_ROWS = 64  # most block rows: each is a function of its own for each register tile
+
+
+ALL = 1 << 31  # features: one panel
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +35,16 @@ class WeightTile:
     k_lanes: int
     vectors: int
     tokens: int
-    chunk: int  # tokens for which one block row of W stays in L1 before the next row is read
+    k_panel: int = ALL  # features of X per walk over the pattern: X of one tile stays in L1
+    chunk: int = 1  # tiles of tokens that take a window of W out of L2 in turn; 1: W is read anew for each tile
 
 
 @dataclass(frozen=True, slots=True)
 class TokenTile:
-    """Lanes along tokens: registers hold `rows` x `vectors` sums."""
+    """Lanes along tokens: registers hold `rows` x `vectors` sums; X of so many tokens is packed at a time."""
 
     rows: int
     vectors: int
-    chunk: int  # vectors of tokens that share one packed panel
     k_panel: int  # features of X in one panel: it stays in L1; all of them: sums never leave the registers
     pack: bool = True  # False (spmm): full vectors are read straight from X
 
@@ -60,24 +66,45 @@ class CPlan(Plan):
     weight: WeightTile | None
     small_n: int = 0
     encoding: Literal["table", "code"] = "table"
+    cover: Cover | None = None  # other blocks that hold the stored ones; None: the problem's own
 
     def __str__(self) -> str:
         parts = []
         if (t := self.tokens) is not None:
             parts.append(
-                f"lanes along tokens, {t.rows} rows x {t.vectors} vectors, chunks of {t.chunk} vectors, "
-                f"panels of {t.k_panel} features{'' if t.pack else ', X unpacked'}"
+                f"lanes along tokens, {t.rows} rows x {t.vectors} vectors, "
+                f"panels of {self.k_panel} features{'' if t.pack else ', X unpacked'}"
             )
         if (w := self.weight) is not None:
             lanes = {1: "rows", self.lanes: "k"}.get(w.k_lanes, f"{w.row_lanes} rows x {w.k_lanes} k")
             when = f"n < {self.small_n}: " if self.tokens else ""
-            parts.append(f"{when}lanes along {lanes}, {w.tokens} tokens x {w.vectors} vectors")
-        return f"{self.target.name}: {'; '.join(parts)}; pattern as {self.encoding}"
+            panels = f", panels of {self.k_panel} features" if self.panels > 1 and not self.tokens else ""
+            panels += f", chunks of {w.chunk} tiles" if w.chunk > 1 else ""
+            parts.append(f"{when}lanes along {lanes}, {w.tokens} tokens x {w.vectors} vectors{panels}")
+        blocks = ""
+        if self.cover is not None:
+            blocks = "dense, " if self.dense else f"as {self.pattern.R}x{self.pattern.C} blocks, "
+        return f"{self.target.name}: {blocks}{'; '.join(parts)}; pattern as {self.encoding}"
 
     def knobs(self) -> dict[str, Any]:
         """The decisions alone, as plain data."""
         tile = {"tokens": self.tokens and asdict(self.tokens), "weight": self.weight and asdict(self.weight)}
-        return {**tile, "small_n": self.small_n, "encoding": self.encoding}
+        return {**tile, "small_n": self.small_n, "encoding": self.encoding, "blocksize": self.pattern.blocksize}
+
+    @property
+    def pattern(self) -> Pattern:
+        """The blocks that the kernel walks."""
+        return self.cover.blocks if self.cover else self.problem.pattern
+
+    @property
+    def dense(self) -> bool:
+        """Whether the whole matrix is multiplied, zeros included."""
+        return 0 < self.pattern.nnzb == self.pattern.block_rows * self.pattern.block_cols
+
+    @property
+    def zero_filled(self) -> bool:
+        """Whether elements that are not stored are multiplied as zeros."""
+        return self.cover is not None and self.cover.fills
 
     @property
     def lanes(self) -> int:
@@ -93,20 +120,21 @@ class CPlan(Plan):
 
     @property
     def k_panel(self) -> int:
-        """Features in one panel; the padded K where there is one panel."""
-        padded = self.problem.pattern.block_cols * self.problem.pattern.C
-        return min(self.tokens.k_panel, padded) if self.tokens and padded else padded
+        """Features in one panel; the padded K where there is one panel.  The token tile's, where there are two tiles."""
+        padded = self.pattern.block_cols * self.pattern.C
+        tile = self.tokens or self.weight
+        return min(tile.k_panel, padded) if tile and padded else padded
 
     @property
     def panels(self) -> int:
         """How often the pattern is walked: once per panel of X."""
-        padded = self.problem.pattern.block_cols * self.problem.pattern.C
+        padded = self.pattern.block_cols * self.pattern.C
         return -(-padded // self.k_panel) if padded else 1
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The rows of one block row, cut into packed groups."""
-        R = self.problem.pattern.R
+        R = self.pattern.R
         step = self.weight.vectors * self.weight.row_lanes if self.weight else self._token_rows
         unit = self.weight.row_lanes if self.weight else 1
         return tuple(Group(r, min(step, R - r), -(-min(step, R - r) // unit) * unit) for r in range(0, R, step))
@@ -119,7 +147,7 @@ class CPlan(Plan):
     @property
     def weight_window(self) -> int:
         """Block rows whose partial sums are folded together: whole vectors of rows come out, within 32 KiB of L1."""
-        w, R = self.weight, self.problem.pattern.R
+        w, R = self.weight, self.pattern.R
         if w is None or w.k_lanes == 1 or R % w.row_lanes:
             return 1
         room = (32 << 10) // (w.tokens * self.target.vector_bytes * max(R // w.row_lanes, 1))
@@ -127,48 +155,84 @@ class CPlan(Plan):
         return whole[0] if whole else max(min(room, self.lanes // R), 1)
 
     @property
+    def shared_block_rows(self) -> int:
+        """Block rows whose weights stay in a quarter of L2 while the tiles of a chunk use them, whole windows."""
+        p, window = self.pattern, self.weight_window
+        if self.weight is None or self.weight.chunk == 1 or not p.nnzb:
+            return max(p.block_rows, 1)
+        row_bytes = p.nnzb * self.block_values * self.problem.dtype.bytes / (p.block_rows * self.panels)
+        return max(int(self.target.l2_bytes // 4 / row_bytes) // window, 1) * window
+
+    @property
+    def packs_whole(self) -> bool:
+        """Whether a chunk of X is packed at once, all panels of it, and not again for each window of rows."""
+        assert self.tokens is not None
+        p, width = self.pattern, self.tokens.vectors * self.target.vector_bytes
+        return p.block_cols * p.C * width <= PANEL_BYTES
+
+    @property
     def waiting_block_rows(self) -> int:
-        """Block rows whose sums wait outside registers: for the next panel, within half of L2; else to be transposed.
+        """Block rows whose sums wait outside registers: for the next panel, within a quarter of L2; else to be transposed.
 
         Transposed are whole vectors of rows where 64 rows allow it.
         """
-        p = self.problem.pattern
+        p = self.pattern
         if self.tokens and self.panels > 1:
-            row_bytes = self.tokens.chunk * self.target.vector_bytes * p.R
-            return min(max((512 << 10) // row_bytes, 1), max(p.block_rows, 1))
+            row_bytes = self.tokens.vectors * self.target.vector_bytes * p.R
+            return min(max(self.target.l2_bytes // 4 // row_bytes, 1), max(p.block_rows, 1))
         whole = [count for count in range(1, 64 // p.R + 1) if count * p.R % self.lanes == 0]
         return whole[0] if whole else -(-self.lanes // p.R)
 
     @property
     def block_values(self) -> int:
         """Packed elements of one block."""
-        return sum(group.slots for group in self.groups) * self.problem.pattern.C
+        return sum(group.slots for group in self.groups) * self.pattern.C
+
+    @cached_property
+    def _segment(self) -> Array:
+        """(panel, block row) of each stored block, as one number, in pattern order."""
+        p = self.pattern
+        panel = p.indices.astype(np.int64) * p.C // self.k_panel if p.nnzb else p.rows
+        return panel * p.block_rows + p.rows
 
     @cached_property
     def order(self) -> Array:
         """Stored blocks in packed order: by panel, block row, block column."""
-        p = self.problem.pattern
         if self.panels == 1:
-            return np.arange(p.nnzb, dtype=np.uint32)
-        panel = p.indices.astype(np.int64) * p.C // self.k_panel
-        row = np.arange(p.block_rows).repeat(p.row_counts)
-        return np.lexsort((p.indices, row, panel)).astype(np.uint32)
+            return np.arange(self.pattern.nnzb, dtype=np.uint32)
+        return np.argsort(self._segment, kind="stable").astype(np.uint32)
+
+    @cached_property
+    def _segment_counts(self) -> Array:
+        """Stored blocks of each (panel, block row)."""
+        return np.bincount(self._segment, minlength=self.panels * self.pattern.block_rows)
+
+    @cached_property
+    def segments(self) -> Array:
+        """The (panel, block row) pairs that the kernel walks: all of them, or with panels those that hold blocks."""
+        every = np.arange(self.panels * self.pattern.block_rows)
+        return every if self.panels == 1 else every[self._segment_counts > 0]
 
     @cached_property
     def pointers(self) -> Array:
-        """First packed block of each (panel, block row), and the end: [panels * block_rows + 1]."""
-        p = self.problem.pattern
-        if self.panels == 1:
-            return p.indptr.astype(np.uint32)
-        panel = p.indices.astype(np.int64) * p.C // self.k_panel
-        row = np.arange(p.block_rows).repeat(p.row_counts)
-        counts = np.bincount(panel * p.block_rows + row, minlength=self.panels * p.block_rows)
-        return np.concatenate(([0], np.cumsum(counts))).astype(np.uint32)
+        """First packed block of each segment, and the end."""
+        return np.concatenate(([0], np.cumsum(self._segment_counts[self.segments]))).astype(np.uint32)
+
+    @cached_property
+    def segment_rows(self) -> Array:
+        """Block row of each segment."""
+        return (self.segments % max(self.pattern.block_rows, 1)).astype(np.uint32)
+
+    @cached_property
+    def panel_starts(self) -> Array:
+        """First segment of each panel, and the end."""
+        firsts = np.arange(self.panels + 1) * self.pattern.block_rows
+        return np.searchsorted(self.segments, firsts).astype(np.uint32)
 
     @cached_property
     def offsets(self) -> Array:
         """First feature of each packed block, relative to its panel: 16 bits where that is enough."""
-        p = self.problem.pattern
+        p = self.pattern
         k = p.indices[self.order].astype(np.int64) * p.C % max(self.k_panel, 1)
         return k.astype(np.uint16 if self.offset_bytes == 2 else np.uint32)
 
@@ -180,12 +244,13 @@ class CPlan(Plan):
     @cached_property
     def work(self) -> Array:
         """Running cost of the block rows, for the partition over threads: nonzeros plus what a stored row costs."""
-        p = self.problem.pattern
+        p = self.pattern
         return np.concatenate(([0], np.cumsum(p.row_counts * p.C + 16))).astype(np.uint64)
 
     def pack(self, data: Array) -> Array:
-        """(nnzb, R, C) in pattern order -> packed values: per block row and group, [block][k step][slot][k lane]."""
-        p, kl = self.problem.pattern, self.k_lanes
+        """(nnzb, R, C) of the problem's pattern -> packed values: per block row and group, [block][k step][slot][k lane]."""
+        p, kl = self.pattern, self.k_lanes
+        data = self.cover.move(data) if self.cover else data
         data = data[self.order] if self.panels > 1 else data
         starts = self.pointers.astype(np.int64)
         counts = np.diff(starts)
@@ -220,7 +285,7 @@ class CPlan(Plan):
     @property
     def code_fma(self) -> int:
         """Multiply-adds that the pattern as code writes out, in all register tiles."""
-        steps = self.problem.pattern.nnzb * self.problem.pattern.C
+        steps = self.pattern.nnzb * self.pattern.C
         if self.tokens:
             return steps * self.tokens.rows * (self.tokens.vectors + 1) * (1 if self.tokens.pack else 2)
         assert self.weight is not None
@@ -229,9 +294,9 @@ class CPlan(Plan):
     @property
     def fits_code(self) -> bool:
         """Whether the pattern may be printed as code: one group of rows, one panel, within the budget."""
-        tile_rows = self.tokens.rows if self.tokens else self.problem.pattern.R
-        single = len(self.groups) == 1 and tile_rows == self.problem.pattern.R and self.panels == 1
-        return single and self.problem.pattern.block_rows <= CODE_ROWS and self.code_fma <= CODE_FMA
+        tile_rows = self.tokens.rows if self.tokens else self.pattern.R
+        single = len(self.groups) == 1 and tile_rows == self.pattern.R and self.panels == 1
+        return single and self.pattern.block_rows <= CODE_ROWS and self.code_fma <= CODE_FMA
 
     def uses_weight_tile(self, n: int) -> bool:
         """Whether a call of n tokens runs the weight tile."""

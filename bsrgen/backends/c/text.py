@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from bsrgen.backends.c.plan import CPlan, Group, TokenTile
+from bsrgen.cover import Cover
 from bsrgen.emit import Source, Unit, banner, render, runtime_file
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
@@ -34,8 +35,7 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
     blobs: list[dict[str, str]] = []
     packings: list[dict[str, Any]] = []
     levels = [_level(plan, weight, files, blobs, packings) for plan in plans]
-    _blob(files, blobs, f"{name}_work", plans[0].work, "uint64_t")
-    artifact = _artifact(problem, levels, blobs, packings)
+    artifact = _artifact(plans, levels, blobs, packings)
     head = banner(problem, plans)
     for plan, level in zip(plans, levels, strict=True):
         text = render("c/kernel.c.j2", k=_kernel(plan, level), banner=head)
@@ -58,8 +58,9 @@ def _needs_math(problem: Problem) -> bool:
 
 
 def _artifact(
-    problem: Problem, levels: list[dict[str, Any]], blobs: list[dict[str, str]], packings: list[dict[str, Any]]
+    plans: tuple[CPlan, ...], levels: list[dict[str, Any]], blobs: list[dict[str, str]], packings: list[dict[str, Any]]
 ) -> dict[str, Any]:
+    problem = plans[0].problem
     p, real = problem.pattern, problem.dtype.c
     operands = [
         {"name": o.name, "kind": o.kind, "text": _KIND_TEXT[o.kind].format(name=o.name)} for o in problem.operands
@@ -72,9 +73,8 @@ def _artifact(
     return {
         "name": problem.name, "real": real, "levels": levels, "blobs": blobs, "packings": packings,
         "operands": operands, "prototype": prototype, "linear": problem.operator.token_axis == 0,
-        "x86": levels[0]["family"] == "x86_64", "block_rows": p.block_rows, "work": f"{problem.name}_work",
-        "M": p.M, "K": p.K, "R": p.R, "C": p.C, "nnzb": p.nnzb,
-        "flop_per_token": max(problem.flop(1), 1), "flop_per_part": FLOP_PER_PART,
+        "x86": levels[0]["family"] == "x86_64", "M": p.M, "K": p.K, "R": p.R, "C": p.C, "nnzb": p.nnzb,
+        "flop_per_token": max(2 * max(plan.pattern.nnz for plan in plans), 1), "flop_per_part": FLOP_PER_PART,
         "missing_bytes": 1 + sum(len(f) + 1 for f in levels[-1]["requires"]),
         "formula": problem.operator.formula, "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
         "epilogue_formula": epilogue_formula(problem),
@@ -93,36 +93,49 @@ def _level(
     blobs: list[dict[str, str]],
     packings: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """One ISA level: its data files, shared with an earlier level where the packing is the same."""
-    problem, name = plan.problem, plan.problem.name
-    values = plan.pack(weight.data)
-    real = problem.dtype.c
-    tables = f"{name}_{'u16' if plan.offsets.dtype == np.uint16 else 'u32'}_{plan.k_panel}"
-    if plan.panels == 1:
-        tables = f"{name}_{'u16' if plan.offsets.dtype == np.uint16 else 'u32'}"
+    """One ISA level: its data files, shared with an earlier level where they are the same."""
+    problem, name, p = plan.problem, plan.problem.name, plan.pattern
+    blocks = f"{name}_b{p.R}x{p.C}" if plan.cover else name
+    tables = f"{blocks}_u{8 * plan.offset_bytes}" + (f"_{plan.k_panel}" if plan.panels > 1 else "")
+    if f"{blocks}_work.bin" not in files:
+        _blob(files, blobs, f"{blocks}_work", plan.work, "uint64_t")
+        if plan.cover:
+            _blob(files, blobs, f"{blocks}_moves", plan.cover.moves, "uint32_t")
     if f"{tables}_pointers.bin" not in files:
         _blob(files, blobs, f"{tables}_pointers", plan.pointers, "uint32_t")
         _blob(files, blobs, f"{tables}_offsets", plan.offsets, _offset_type(plan))
         if plan.panels > 1:
             _blob(files, blobs, f"{tables}_order", plan.order, "uint32_t")
-    key = (plan.groups, plan.k_lanes, plan.k_panel)
+            _blob(files, blobs, f"{tables}_rows", plan.segment_rows, "uint32_t")
+    key = (plan.groups, plan.k_lanes, tables)
     keys = [packing["key"] for packing in packings]
     if key not in keys:
         symbol = f"{name}_values_{len(packings)}"
-        _blob(files, blobs, symbol, values, real)
-        p = problem.pattern
+        _blob(files, blobs, symbol, plan.pack(weight.data), problem.dtype.c)
         packings.append(
             {
                 "key": key, "symbol": symbol, "R": p.R, "C": p.C, "k_lanes": plan.k_lanes, "tables": tables,
                 "segments": len(plan.pointers) - 1, "groups": plan.groups, "ordered": plan.panels > 1,
+                "cover": _cover(plan.cover, f"{blocks}_moves") if plan.cover else None,
+                "count": p.nnzb * plan.block_values,
             }
         )  # fmt: skip
         keys.append(key)
     packing = packings[keys.index(key)]
     return {
         "name": f"{name}_{plan.target.name.replace('-', '_')}", "target": plan.target.name,
-        "family": plan.target.family, "requires": plan.target.requires, "tables": tables,
-        "data": packing["symbol"], "packing": keys.index(key), "values_count": len(values),
+        "family": plan.target.family, "requires": plan.target.requires, "tables": tables, "work": f"{blocks}_work",
+        "block_rows": p.block_rows, "data": packing["symbol"], "packing": keys.index(key),
+        "values_count": packing["count"],
+    }  # fmt: skip
+
+
+def _cover(cover: Cover, moves: str) -> dict[str, Any]:
+    """What the packing must know to fill the blocks of a cover."""
+    (r, c), own, blocks = cover.piece, cover.own, cover.blocks
+    return {
+        "moves": moves, "piece_rows": r, "piece_cols": c, "pieces": own.nnzb * cover.pieces, "own_R": own.R,
+        "own_C": own.C, "wide": blocks.C // c, "high": blocks.R // r, "nnzb": blocks.nnzb,
     }  # fmt: skip
 
 
@@ -141,7 +154,7 @@ def _c_string(text: str) -> str:
 
 def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
     """What kernel.c.j2 and its parts see."""
-    problem, p = plan.problem, plan.problem.pattern
+    problem, p = plan.problem, plan.pattern
     linear = problem.operator.token_axis == 0
     direct = not linear and plan.panels == 1
     padded_k, unit = p.block_cols * p.C, plan.weight.row_lanes if plan.weight else 1
@@ -160,7 +173,7 @@ def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": level["name"], "tables": level["tables"], "real": problem.dtype.c, "real_bytes": problem.dtype.bytes,
         "lanes": plan.lanes, "M": p.M, "K": p.K, "R": p.R, "C": p.C, "block_rows": p.block_rows,
-        "panels": plan.panels, "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
+        "panels": plan.panels, "panel_starts": plan.panel_starts if plan.panels > 1 else (), "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
         "block_values": plan.block_values, "k_lanes": plan.k_lanes, "offset_type": _offset_type(plan),
         "weight": plan.weight, "tokens": plan.tokens, "small_n": plan.small_n, "linear": linear, "direct": direct,
         "math": _needs_math(problem), "epilogue": epilogue,
@@ -171,13 +184,15 @@ def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
         "ldx": spread, "copy_x": spread != p.K,
         "folds": _folds(plan.lanes, plan.k_lanes),
         "weight_vectors": sum(g["slots"] for g in groups) // unit,
-        "weight_window": plan.weight_window,
+        "weight_window": plan.weight_window, "weight_rows": plan.shared_block_rows,
+        "weight_direct": plan.k_lanes == plan.panels == 1 and not _needs_math(problem), "M_padded": p.block_rows * p.R != p.M,
         "weight_token_counts": _variants(plan.weight.tokens, bool(weight_code)) if plan.weight else (),
         "token_vector_counts": _variants(plan.tokens.vectors, bool(code)) if plan.tokens else (),
         "code": code, "weight_code": weight_code,
         "token_groups": _token_groups(plan, groups, full) if plan.tokens else (),
         "panel_forms": ("", "x") if plan.tokens and not plan.tokens.pack and direct else ("",),
         "finish_block_rows": plan.waiting_block_rows,
+        "packs_whole": plan.tokens is not None and plan.packs_whole,
     }  # fmt: skip
 
 
@@ -188,7 +203,7 @@ def _variants(most: int, code: bool) -> Sequence[int]:
 
 def _code(plan: CPlan) -> list[dict[str, Any]]:
     """The pattern as code: the blocks of each block row, with the places of their values and of their first feature."""
-    p = plan.problem.pattern
+    p = plan.pattern
     return [
         {"i": i, "blocks": [
             {"value": b * plan.block_values, "k": int(p.indices[b]) * p.C, "j": int(p.indices[b])}
@@ -199,7 +214,7 @@ def _code(plan: CPlan) -> list[dict[str, Any]]:
 
 def _leading_dimension(plan: CPlan) -> int:
     """Of X in the weight tile: K, or more where rows would share an L1 set or vectors along k must be aligned."""
-    p, lanes = plan.problem.pattern, plan.lanes
+    p, lanes = plan.pattern, plan.lanes
     features = p.block_cols * p.C
     if plan.k_lanes > 1:
         features = -(-features // lanes) * lanes
@@ -220,7 +235,7 @@ def _folds(lanes: int, k_lanes: int) -> list[dict[str, Any]]:
 
 def _group(plan: CPlan, q: int, unit: int) -> dict[str, int]:
     group: Group = plan.groups[q]
-    C = plan.problem.pattern.C
+    C = plan.pattern.C
     before = q * plan.groups[0].slots * C  # only the last group can be smaller
     return {"row": group.row, "rows": group.rows, "slots": group.slots, "size": group.slots * C,
             "before": before, "vectors": group.slots // unit}  # fmt: skip

@@ -1,0 +1,72 @@
+"""Other blocks for the same pattern: split, merged where zeros are few, and all of them, the dense product."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from bsrgen.cover import Cover, cover, full, inside
+from bsrgen.pattern import Pattern
+from bsrgen.problem import Problem
+from bsrgen.targets import Target
+
+TALLEST = 64  # rows of a block made by merging or splitting
+DENSE_COLS = 256  # columns of a block of the dense plan: its panel of X stays in L1
+SAMPLE = 20_000  # stored blocks by which merging is judged
+MOST = 3  # merged patterns that are worth plans
+# Share of FMA peak by rows that share X (one Zen 5 core, 768x768, N = 128, density 0.2, 2026-11-21): what merging buys.
+RATE = {1: 0.50, 2: 0.62, 4: 0.75, 8: 0.85}
+
+
+def covers(problem: Problem, target: Target) -> Iterator[Cover]:
+    """Covers worth planning for, the dense ones last."""
+    p = problem.pattern
+    if not p.nnzb:
+        return
+    if p.R > TALLEST and p.block_rows < 8:
+        yield cover(p, (TALLEST, p.C))
+    yield from (cover(p, blocksize) for blocksize in _merged(p))
+    if p.nnzb < p.block_rows * p.block_cols or p.C > DENSE_COLS:
+        for rows in _dense_rows(problem, target):
+            yield full(p, (rows, min(DENSE_COLS, max(p.K, 1))))
+
+
+def _merged(p: Pattern) -> list[tuple[int, int]]:
+    """Block sizes that this pattern fills well enough to be faster, the best first."""
+    sample = _head(p)
+    stored = inside(sample)
+    if not stored:
+        return []
+    found = []
+    for a in (1, 2, 4, 8, 16, 32):
+        for b in (1, 2, 4, 8):
+            R, C = a * p.R, b * p.C
+            if a * b == 1 or R > TALLEST or (C > 16 and b > 1) or (R > p.M > p.R) or (C > p.K > p.C):
+                continue
+            gain = _rate(R, C) / _rate(p.R, p.C)
+            fill = inside(cover(sample, (R, C)).blocks) / stored if gain > 1 else 1.0
+            if fill < gain:
+                found.append((fill / gain, (R, C)))
+    return [blocksize for _, blocksize in sorted(found)[:MOST]]
+
+
+def _rate(R: int, C: int) -> float:  # noqa: N803
+    """Share of peak that blocks of R rows reach; a few columns side by side help a little."""
+    rows = max(r for r in RATE if r <= R)
+    return RATE[rows] * (1.1 if C >= 4 else 1.0)
+
+
+def _head(p: Pattern) -> Pattern:
+    """The first block rows of `p`, whole groups of 64 rows of the matrix, about SAMPLE blocks."""
+    group = max(TALLEST // p.R, 1)
+    rows = max(int(np.searchsorted(p.indptr, SAMPLE)) // group, 1) * group
+    rows = min(rows, p.block_rows)
+    shape = (min(rows * p.R, p.M), p.K)
+    return Pattern(shape, p.blocksize, p.indptr[: rows + 1], p.indices[: p.indptr[rows]])
+
+
+def _dense_rows(problem: Problem, target: Target) -> list[int]:
+    """Rows of the dense plan's blocks: vectors of rows with the least padding, or one register tile of rows."""
+    M, lanes = problem.pattern.M, target.lanes(problem.dtype.bytes)
+    tall = min((v * lanes for v in (2, 3, 4)), key=lambda rows: (-(-M // rows) * rows, rows))
+    short = min((8, 6), key=lambda rows: (-(-M // rows) * rows, -rows))
+    return [short] if problem.operator.token_axis else [tall, short]
