@@ -19,6 +19,7 @@ POINT: dict[str, Column] = {
 }
 RESULT: list[Column] = [
     ("us", lambda f: f"{f.ours.min_s * 1e6:.1f}"),
+    ("in C", lambda f: f"{f.in_c_s * 1e6:.1f}"),
     ("usual us", lambda f: f"{f.ours.median_s * 1e6:.1f}"),
     ("GFLOP/s", lambda f: f"{f.rate(f.ours) * 1e-9:.1f}"),
     ("of FMA peak", lambda f: f"{f.peak.share_rounds:.0%}"),
@@ -32,9 +33,9 @@ RESULT: list[Column] = [
 ]
 TEXT = {"pattern", "M x K", "block", "of read rate", "best dense", "best sparse", "plan"}  # not right-aligned
 METHOD = (
-    "All contenders of a row, the FMA peak and the read rate took turns in one run.  Time and rate are the best "
-    "sample, shares are medians over the rounds (and of the best samples), ratios the smaller of both.  Rates are on "
-    "nonzeros."
+    "All contenders of a row, the FMA peak and the read rate took turns in one run.  Time and rate are the best sample "
+    "of calls from Python (in C: of the C entry), shares are medians over the rounds (best samples: of those), ratios "
+    "the smaller of both.  Rates are on nonzeros."
 )
 BOTH = ("linear", "spmm")
 SIDE = 0.2  # density of the table that sets the operators side by side
@@ -82,12 +83,13 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 
 def tables(run: Run, grid: Grid) -> list[Table]:
-    """README's, and one for each operator, type and, along blocks, density; what is constant stands in its heading."""
+    """README's, all peers', and one for each operator, type and, along blocks, density; what is constant stands in its heading."""
     keys = ("operator", "dtype", "density") if grid.over == "block" else ("operator", "dtype")
     grouped: dict[tuple[object, ...], list[Figure]] = {}
     for f in run.figures:
         grouped.setdefault(tuple(getattr(f.point, key) for key in keys), []).append(f)
-    return [*side_by_side(run.figures), *(section(members) for members in grouped.values())]
+    all_peers = everyone(run.figures) if run.grid == "shapes" else []
+    return [*side_by_side(run.figures), *all_peers, *(section(members) for members in grouped.values())]
 
 
 def section(figures: Sequence[Figure]) -> Table:
@@ -113,6 +115,20 @@ def side_by_side(figures: Sequence[Figure]) -> list[Table]:
     head = ("block", *(name for op in BOTH for name in (f"`{op}` GFLOP/s", "over dense", "over sparse")))
     rows = tuple((block, *(cell for op in BOTH for cell in _cells(found[op]))) for block, found in both.items())
     return [Table(f"Both operators, density {SIDE}", head, rows)]
+
+
+def everyone(figures: Sequence[Figure]) -> list[Table]:
+    """Rates of all contenders on `linear` at density 0.2, where block shapes vary."""
+    chosen = [f for f in figures if f.point.operator == "linear" and abs(f.point.density - SIDE) < 1e-9]
+    if len(chosen) < 2:
+        return []
+    names = list(dict.fromkeys(c.name for f in chosen for c in f.contenders))
+    rates = [{c.name: f"{f.rate(c) * 1e-9:.1f}" for c in f.contenders} for f in chosen]
+    rows = tuple(
+        (f.block, *(rate.get(name, "-") for name in names), f"{f.peak.rate * 1e-9:.0f}")
+        for f, rate in zip(chosen, rates, strict=True)
+    )
+    return [Table(f"Every contender, linear, density {SIDE}: GFLOP/s", ("block", *names, "FMA peak"), rows)]
 
 
 def _cells(f: Figure) -> tuple[str, str, str]:

@@ -174,7 +174,7 @@ def test_tables_name_what_varies_only() -> None:
     text = tables.markdown(synthetic("shapes"), GRIDS["shapes"])
     assert "## Both operators, density 0.2\n\n| block | `linear` GFLOP/s |" in text
     assert "## spmm float32, pattern uniform, M x K 768x768, density 0.02, N 128, threads 1" in text
-    assert text.count("\n## ") == 11
+    assert text.count("\n## ") == 12
     assert "Both operators" not in tables.markdown(synthetic("smalln"), GRIDS["smalln"])
 
 
