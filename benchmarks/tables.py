@@ -83,7 +83,7 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 
 def tables(run: Run, grid: Grid) -> list[Table]:
-    """README's, all peers', and one for each operator, type and, along blocks, density; what is constant stands in its heading."""
+    """README's, all peers', and one for each operator, type and, along blocks, density."""
     keys = ("operator", "dtype", "density") if grid.over == "block" else ("operator", "dtype")
     grouped: dict[tuple[object, ...], list[Figure]] = {}
     for f in run.figures:

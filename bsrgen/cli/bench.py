@@ -21,7 +21,7 @@ from bsrgen.cli.common import (
 if TYPE_CHECKING:
     from bsrgen.bench.report import Comparison
 
-PACKAGES = ("numpy", "scipy", "mkl", "torch", "gimmik", "onnxruntime", "openvino")
+PACKAGES = ("numpy", "scipy", "mkl", "torch")
 UNREST = 1.25  # usual over best time, above which a run is called disturbed
 FEW = 8  # tokens up to which reading the weight is the limit
 
