@@ -28,7 +28,7 @@ TALL = [block for block in ALL if block[0] >= 16]
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """`points()` in the order of the table; `over` is what varies in its plot: density, block or n."""
+    """`points()` in the order of the table; `over` is what its plot is drawn over: density, block, n or nnz."""
 
     name: str
     title: str
@@ -171,12 +171,12 @@ GRIDS = {
             "density",
             _sparselib,
         ),
-        Grid("pyfr", "Flux reconstruction operators", "Wozniak et al., GiMMiK, CPC 202, 2016; PyFR", "density", _pyfr),
+        Grid("pyfr", "Flux reconstruction operators", "Wozniak et al., GiMMiK, CPC 202, 2016; PyFR", "nnz", _pyfr),
         Grid(
             "tvm",
             "TVM's sparse_dense and sparse_conv2d",
             "apache/tvm PRs 1289, 3566, 8065, 8605; Gu, arXiv:2007.13055",
-            "density",
+            "nnz",
             _tvm,
         ),
     )

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.figures import Contender, Figure, Run
-from benchmarks.style import HUES, KIND, Plot, Theme
+from benchmarks.style import HUES, KIND, Plot, Theme, say, ticks
 from bsrgen.bench.peers import SHAPES
 
 PANELS, COLUMNS = 6, 3
 BAR_PANELS = 10
+ROUND = [digit * 10.0**power for power in range(-4, 7) for digit in (1, 2, 5)]
 Label = tuple[float, float, str]  # x, y, colour
 
 
@@ -19,7 +20,7 @@ def plots(run: Run, over: str) -> Iterator[Plot]:
     """The pictures that say something about a run: the roofline, and one along what the grid varies."""
     if not run.figures:
         return
-    rows = {"density": _gains, "block": _bars, "n": _sweep}
+    rows = {"density": _gains, "block": _bars, "n": _sweep, "nnz": _cloud}
     yield from rows[over](run)
     yield Plot(
         f"{run.grid}-roofline",
@@ -47,27 +48,25 @@ def roofline(run: Run, canvas: Any, theme: Theme) -> None:
         at = max(lo * 1.1, 1.5 * low * 1e9 / rate)
         if 2 * at < ridge:
             slope = math.degrees(math.atan(rate * 1e-9))
-            _say(axes, at, at * rate * 1e-9 * 1.06, f"{level} {rate * 1e-9:.0f} GB/s", theme, va="bottom",
+            say(axes, at, at * rate * 1e-9 * 1.06, f"{level} {rate * 1e-9:.0f} GB/s", theme, va="bottom",
                  rotation=slope, rotation_mode="anchor", transform_rotates_text=True)  # fmt: skip
     for dtype, rate in peaks.items():
         axes.plot([lo, hi], [rate * 1e-9] * 2, color=theme.ink, lw=1.1)
-        _say(axes, hi, rate * 1e-9, f"{dtype} FMA peak {rate * 1e-9:.0f} GFLOP/s", theme, ha="right", va="bottom")
+        say(axes, hi, rate * 1e-9, f"{dtype} FMA peak {rate * 1e-9:.0f} GFLOP/s", theme, ha="right", va="bottom")
     for kind, colour in reversed(KIND.items()):
         points = [(f.intensity, f.rate(c) * 1e-9) for f in run.figures for c in _three(f) if c.kind == kind]
         own = kind == "bsrgen"
         axes.scatter(*zip(*points, strict=True), s=26 if own else 14, color=colour, lw=0, alpha=0.95 if own else 0.6,
                      label="bsrgen" if own else f"best {kind} peer", zorder=3 if own else 2)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=(lo, hi), ylim=(low / 1.5, peak * 2e-9))
+    ticks(axes.xaxis, ROUND, "{:g}", most=12)
+    ticks(axes.yaxis, ROUND, "{:g}", most=12)
     axes.set(xlabel="flop on nonzeros per compulsory byte", ylabel="GFLOP/s on nonzeros")
     axes.legend(frameon=False, loc="lower right", handletextpad=0.2)
 
 
 def _three(f: Figure) -> tuple[Contender, Contender, Contender]:
     return f.ours, f.best("dense"), f.best("sparse")
-
-
-def _say(axes: Any, x: float, y: float, text: str, theme: Theme, **how: Any) -> None:
-    axes.text(x, y, text, color=how.pop("color", theme.ink), fontsize=8, **{"va": "center"} | how)
 
 
 # ── small multiples ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -142,7 +141,7 @@ def _label(axes: Any, ends: Mapping[str, Label], theme: Theme) -> None:
     gap = (high / low) ** (9.5 / height_pt)
     for name, height in _spread({name: end[1] for name, end in ends.items()}, gap).items():
         x, _, hue = ends[name]
-        _say(axes, x, height, f"  {name}", theme, color=hue, clip_on=False)
+        say(axes, x, height, f"  {name}", theme, color=hue, clip_on=False)
 
 
 # ── speed-up over density ────────────────────────────────────────────────────────────────────────────────────────────
@@ -176,8 +175,8 @@ def speedup(run: Run, groups: dict[str, list[Figure]], canvas: Any, theme: Theme
         labels.append(named)
     for (axes, (_, members)), named in zip(panels, labels, strict=True):
         _label(axes, named, theme)
-        _ticks(axes.xaxis, sorted({f.point.density for f in members}))
-        _ticks(axes.yaxis, [2.0**k for k in range(-3, 8)], "{:g}x")
+        ticks(axes.xaxis, sorted({f.point.density for f in members}))
+        ticks(axes.yaxis, [2.0**k for k in range(-3, 8)], "{:g}x")
     canvas.supxlabel("density", fontsize=9)
     canvas.supylabel("times faster than the best dense", fontsize=9)
 
@@ -201,16 +200,30 @@ def break_even(line: Sequence[tuple[float, float]]) -> float | None:
     return None
 
 
-def _ticks(axis: Any, values: Sequence[float], text: str = "{:.2g}") -> None:
-    from matplotlib import ticker
+# ── matrices of all shapes ───────────────────────────────────────────────────────────────────────────────────────────
 
-    low, high = axis.get_view_interval()
-    shown = [value for value in values if low <= value <= high]
-    while len(shown) > 6:
-        shown = shown[::-2][::-1]
-    axis.set_major_locator(ticker.FixedLocator(shown))
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: text.format(value)))
-    axis.set_minor_locator(ticker.NullLocator())
+
+def _cloud(run: Run) -> Iterator[Plot]:
+    yield Plot(
+        f"{run.grid}-matrices",
+        "Every matrix: speed-up over the best dense and over the best sparse peer, by its stored elements.",
+        lambda canvas, theme: cloud(run, canvas, theme),
+        (8, 4.2),
+    )
+
+
+def cloud(run: Run, canvas: Any, theme: Theme) -> None:
+    """A point a matrix and kind of peer; log-log."""
+    axes = canvas.add_subplot()
+    axes.set(xscale="log", yscale="log", xlabel="stored elements", ylabel="times faster")
+    axes.hlines(1.0, *_ends(f.nnz for f in run.figures), color=theme.ink, lw=0.9)
+    for kind in ("dense", "sparse"):
+        gains = [f.best(kind).over for f in run.figures]
+        axes.scatter([f.nnz for f in run.figures], gains, s=16, color=KIND[kind], lw=0, alpha=0.8,
+                     label=f"over the best {kind}")  # fmt: skip
+    ticks(axes.xaxis, [10.0**power for power in range(9)], "{:,.0f}", most=9)
+    ticks(axes.yaxis, [2.0**k for k in range(-6, 10)], "{:.2g}x", most=12)
+    axes.legend(frameon=False, loc="upper left", handletextpad=0.2)
 
 
 # ── rate over block shape ────────────────────────────────────────────────────────────────────────────────────────────
@@ -288,7 +301,7 @@ def sweep(run: Run, groups: dict[str, list[Figure]], canvas: Any, theme: Theme) 
         labels.append(ends | {"best dense": (*line[-1], theme.ink)})
     for (axes, (_, members)), ends in zip(panels, labels, strict=True):
         _label(axes, ends, theme)
-        _ticks(axes.xaxis, sorted({f.point.n for f in members}), "{:g}")
-        _ticks(axes.yaxis, [2.0**k for k in range(-4, 12)], "{:g}")
+        ticks(axes.xaxis, sorted({f.point.n for f in members}), "{:g}")
+        ticks(axes.yaxis, [2.0**k for k in range(-4, 12)], "{:g}")
     canvas.supxlabel("N, tokens", fontsize=9)
     canvas.supylabel("GFLOP/s on nonzeros", fontsize=9)

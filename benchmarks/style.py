@@ -1,13 +1,22 @@
 """How pictures look: themes, colours, and a picture as bytes; matplotlib is imported when one is drawn."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bsrgen.errors import UnsupportedError
 
-HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F")  # Okabe and Ito's
+HUES = (
+    "#2A85CC",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8C6BB1",
+    "#7F7F7F",
+)  # Okabe and Ito's, blue for both themes
 OURS, DENSE, SPARSE = HUES[0], HUES[4], HUES[2]
 KIND = {"bsrgen": OURS, "dense": DENSE, "sparse": SPARSE}
 
@@ -72,3 +81,21 @@ def _style(theme: Theme) -> Any:
         | {"axes.titlelocation": "left", "font.size": 9, "font.family": "sans-serif", "axes.axisbelow": True}
         | {"grid.color": theme.faint, "grid.linewidth": 0.5, "xtick.major.size": 0, "ytick.major.size": 0}
     )
+
+
+def say(axes: Any, x: float, y: float, text: str, theme: Theme, **how: Any) -> None:
+    """Small text at a point of the data."""
+    axes.text(x, y, text, color=how.pop("color", theme.ink), fontsize=8, **{"va": "center"} | how)
+
+
+def ticks(axis: Any, values: Sequence[float], text: str = "{:.2g}", most: int = 6) -> None:
+    """Ticks at those of `values` that are in view, at most `most`."""
+    from matplotlib import ticker
+
+    low, high = axis.get_view_interval()
+    shown = [value for value in values if low <= value <= high]
+    while len(shown) > most:
+        shown = shown[::-2][::-1]
+    axis.set_major_locator(ticker.FixedLocator(shown))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: text.format(value)))
+    axis.set_minor_locator(ticker.NullLocator())
