@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.figures import Contender, Figure, Run
-from benchmarks.style import HUES, KIND, Plot, Theme, say, ticks
+from benchmarks.style import HUES, KIND, Plot, Theme, say, spread, ticks
 from bsrgen.bench.peers import SHAPES
 
 PANELS, COLUMNS = 6, 3
@@ -114,15 +114,6 @@ def _hues(run: Run) -> dict[str, str]:
     return {name: HUES[place % len(HUES)] for place, name in enumerate(names)}
 
 
-def _spread(heights: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Heights of labels on a logarithmic axis, at least the factor `gap` apart: the mean of pushing up and down."""
-    names = sorted(heights, key=heights.__getitem__)
-    up = list(itertools.accumulate((math.log(heights[name]) for name in names), lambda a, b: max(b, a + math.log(gap))))
-    falling = (math.log(heights[name]) for name in reversed(names))
-    down = list(itertools.accumulate(falling, lambda a, b: min(b, a - math.log(gap))))[::-1]
-    return {name: math.exp((a + b) / 2) for name, a, b in zip(names, up, down, strict=True)}
-
-
 def _lines(axes: Any, members: Sequence[Figure], x: str, y: Callable[[Figure], float], run: Run) -> dict[str, Label]:
     """A line for each block shape, and where its name belongs: at its end."""
     hues, ends = _hues(run), {}
@@ -139,7 +130,7 @@ def _label(axes: Any, ends: Mapping[str, Label], theme: Theme) -> None:
     low, high = axes.get_ylim()
     height_pt = axes.figure.get_figheight() * 72 * 0.8 / axes.get_subplotspec().get_gridspec().nrows
     gap = (high / low) ** (9.5 / height_pt)
-    for name, height in _spread({name: end[1] for name, end in ends.items()}, gap).items():
+    for name, height in spread({name: end[1] for name, end in ends.items()}, gap).items():
         x, _, hue = ends[name]
         say(axes, x, height, f"  {name}", theme, color=hue, clip_on=False)
 

@@ -1,7 +1,9 @@
 """How pictures look: themes, colours, and a picture as bytes; matplotlib is imported when one is drawn."""
 
 import io
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,3 +101,12 @@ def ticks(axis: Any, values: Sequence[float], text: str = "{:.2g}", most: int = 
     axis.set_major_locator(ticker.FixedLocator(shown))
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: text.format(value)))
     axis.set_minor_locator(ticker.NullLocator())
+
+
+def spread(heights: Mapping[str, float], gap: float) -> dict[str, float]:
+    """Heights of labels on a logarithmic axis, at least the factor `gap` apart: the mean of pushing up and down."""
+    names = sorted(heights, key=heights.__getitem__)
+    up = list(itertools.accumulate((math.log(heights[name]) for name in names), lambda a, b: max(b, a + math.log(gap))))
+    falling = (math.log(heights[name]) for name in reversed(names))
+    down = list(itertools.accumulate(falling, lambda a, b: min(b, a - math.log(gap))))[::-1]
+    return {name: math.exp((a + b) / 2) for name, a, b in zip(names, up, down, strict=True)}
