@@ -18,6 +18,7 @@ from bsrgen.errors import (
 )
 
 if TYPE_CHECKING:
+    from bsrgen.advice import advise
     from bsrgen.api import compile
     from bsrgen.kernel import Kernel, load
 
@@ -34,6 +35,10 @@ def __getattr__(name: str) -> object:
         from bsrgen.api import compile
 
         return compile
+    if name == "advise":
+        from bsrgen.advice import advise
+
+        return advise
     if name == "load":
         from bsrgen.kernel import load
 
@@ -60,6 +65,7 @@ __all__ = [
     "StoreError",
     "UnsupportedError",
     "__version__",
+    "advise",
     "compile",
     "load",
 ]

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import DTypeLike
 
-from bsrgen import __version__, build, package
+from bsrgen import __version__, advice, build, package
 from bsrgen import tune as tuning
 from bsrgen._paths import RUNTIME, TEMPLATES
 from bsrgen.arguments import bind, default_threads
@@ -74,7 +74,8 @@ def compile(
     target: "native", an ISA level or microarchitecture, or several for one library that picks at run time.
     n, threads: hints.  n is the number of tokens to plan for (128); threads the default of calls, None all cores.
     tune: "off" takes the first legal plan, "model" the one the cost model likes best, "measure" times the best few.
-    strict: an absent block contributes nothing even where X holds Inf or NaN.  No plan fills zeros, so it always holds.
+    strict: an absent block contributes nothing even where X holds Inf or NaN.  False allows plans that multiply absent
+        blocks as zeros where that is faster: in finite X the results are the same but for the order of sums.
 
     The artifact is kept in the store (README, "The store"); the same request loads it from there.
     Errors: ArgumentError, ArgumentTypeError, PatternError, UnsupportedError, BuildError, StoreError.
@@ -98,7 +99,7 @@ def compile(
     weight = as_weight(W, blocksize=blocksize, shape=shape, dtype=element.numpy)
     problem = Problem(row, weight.pattern, element, steps, None if n is None else int(n))
     bound = bind(problem, operands)
-    artifact = _artifact(chosen, problem, weight, targets, tune, bound)
+    artifact = _artifact(chosen, problem, weight, targets, tune, bool(strict), bound)
     return Kernel(artifact, threads=threads, may_be_foreign=True)
 
 
@@ -111,11 +112,12 @@ def _backend(name: str, mode: str) -> Backend:
 
 
 def _artifact(
-    backend: Backend, problem: Problem, weight: Weight, targets: tuple[Target, ...], tune: str, bound: dict[str, Any]
-) -> Artifact:
+    backend: Backend, problem: Problem, weight: Weight, targets: tuple[Target, ...], tune: str, strict: bool,
+    bound: dict[str, Any],
+) -> Artifact:  # fmt: skip
     """From the store, or built into it."""
     compiler = build.find_compiler(targets[0])
-    key = _key(problem, weight, targets, tune, compiler, bound)
+    key = _key(problem, weight, targets, tune, strict, compiler, bound)
     store = Store.default()
     folder = store.get(key)
     _prepare_calls()
@@ -123,7 +125,7 @@ def _artifact(
         with suppress(FileNotFoundError):  # evicted by another process since it was checked: build it again
             return _parsed(folder)
     return _parsed(
-        store.publish(key, lambda temp: _make(temp, backend, problem, weight, targets, tune, compiler, bound))
+        store.publish(key, lambda temp: _make(temp, backend, problem, weight, targets, tune, strict, compiler, bound))
     )
 
 
@@ -142,7 +144,7 @@ def _prepare_calls() -> None:
 
 
 def _key(
-    problem: Problem, weight: Weight, targets: tuple[Target, ...], tune: str, compiler: build.Compiler,
+    problem: Problem, weight: Weight, targets: tuple[Target, ...], tune: str, strict: bool, compiler: build.Compiler,
     bound: dict[str, Any],
 ) -> str:  # fmt: skip
     """Everything that can change a byte of the artifact, or the choice of its plan."""
@@ -154,6 +156,7 @@ def _key(
         "bound": {name: [array.shape, hashlib.sha256(array.tobytes()).hexdigest()] for name, array in bound.items()},
         "targets": [asdict(target) for target in targets],
         "tune": tune,
+        "strict": strict,
         "compiler": [compiler.identity, build.COMPILE_FLAGS, build.LINK_FLAGS],
     }
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
@@ -175,36 +178,41 @@ def _own_digest() -> str:
 
 def _make(
     folder: Path, backend: Backend, problem: Problem, weight: Weight, targets: tuple[Target, ...], tune: str,
-    compiler: build.Compiler, bound: dict[str, Any],
+    strict: bool, compiler: build.Compiler, bound: dict[str, Any],
 ) -> None:  # fmt: skip
     """Build, check and describe one artifact in `folder`."""
-    plans, notes, measured = [], [], None
+    plans, notes, timings = [], [], []
     for target in targets:
-        plan, figures, seconds = _choose(backend, problem, weight, target, tune, compiler)
+        plan, figures, times = _choose(backend, problem, weight, target, tune, strict, compiler)
         plans.append(plan)
         notes += figures
-        measured = measured or seconds
+        timings.append(times)
+    measured = next((times[0].seconds for times in timings if times), None)
     source = backend.emit(tuple(plans), weight)
     build.build(source, folder, compiler)
     manifest = package.describe(source, weight, compiler, measured, tuple(notes), folder, bound)
+    clock = [min((t.seconds for t in timings[0] if t.plan.dense == dense), default=None) for dense in (False, True)]
+    verdict = advice.judge(backend, plans[0], weight, *clock)
+    manifest = msgspec.structs.replace(manifest, verdict=verdict, strict=strict)
     check = _check(write_manifest(folder, manifest), problem, weight)
     if check is not None:
         write_manifest(folder, msgspec.structs.replace(manifest, check=check))
 
 
 def _choose(
-    backend: Backend, problem: Problem, weight: Weight, target: Target, tune: str, compiler: build.Compiler
-) -> tuple[Plan, list[str], float | None]:
-    """The plan for one target, the figures of the tuning, and the winner's time."""
-    plans = list(backend.candidates(problem, target))
+    backend: Backend, problem: Problem, weight: Weight, target: Target, tune: str, strict: bool,
+    compiler: build.Compiler,
+) -> tuple[Plan, list[str], list[tuning.Timing]]:  # fmt: skip
+    """The plan for one target, the figures of the tuning, and what the clock said, the winner first."""
+    plans = [plan for plan in backend.candidates(problem, target) if not (strict and plan.zero_filled)]
     if not plans:
         raise UnsupportedError(f"{problem}: no plan of backend 'c' for {target.name}")
     if tune == "off":
-        return plans[0], [], None
+        return plans[0], [], []
     ranked = [plan for _, plan in tuning.rank(plans, problem.n)]
     runs_here = target.family == native().family and set(target.requires) <= set(native().requires)
     if tune == "model" or not runs_here:
-        return ranked[0], [], None
+        return ranked[0], [], []
 
     rng = np.random.default_rng(0)
     n = problem.n or tuning.PLANNED_N
@@ -220,7 +228,7 @@ def _choose(
 
     timings = tuning.measure(ranked[: tuning.TOP], make)
     figures = [f"n={n} {timing.seconds * 1e6:.2f} us  {timing.plan}" for timing in timings]
-    return timings[0].plan, figures, timings[0].seconds
+    return timings[0].plan, figures, timings
 
 
 def _check(artifact: Artifact, problem: Problem, weight: Weight) -> CheckRecord | None:

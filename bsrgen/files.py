@@ -13,19 +13,25 @@ from bsrgen.pattern import Weight, as_weight
 _PARTS = ("values", "crow_indices", "col_indices")  # torch's words; metadata "bsr.<key>.shape" is a JSON list [M, K]
 
 
-def read_weight(path: str | Path, *, key: str | None = None, blocksize: tuple[int, int] | None = None) -> Weight:
+def read_weight(
+    path: str | Path,
+    *,
+    key: str | None = None,
+    blocksize: tuple[int, int] | None = None,
+    otherwise: tuple[int, int] | None = None,
+) -> Weight:
     """The weight in a file: float64 where the file has it, else float32.
 
     .npz: scipy.sparse.save_npz, or arrays data, indices, indptr and shape, or a dense array; .npy: a dense array;
     .safetensors: <key>.values, <key>.crow_indices, <key>.col_indices and metadata bsr.<key>.shape, or a dense tensor.
-    `key` may be left out where the file holds one matrix.  `blocksize` as in as_weight.
+    `key` may be left out where the file holds one matrix.  `blocksize`, `otherwise` as in as_weight.
     """
     path = Path(path)
     if path.suffix not in _READERS:
         raise ArgumentError(f"{path}: a weight is one of {', '.join(_READERS)}")
     try:
         W, shape = _READERS[path.suffix](path, key)
-        return as_weight(W, blocksize=blocksize, shape=shape, dtype=None)
+        return as_weight(W, blocksize=blocksize, shape=shape, dtype=None, otherwise=otherwise)
     except BsrgenError as e:
         raise type(e)(f"{path}: {e}") from e
     except OSError as e:

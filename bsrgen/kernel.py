@@ -20,6 +20,7 @@ from bsrgen.operators import OPERATORS
 from bsrgen.pattern import Pattern, Weight, as_weight
 from bsrgen.problem import Problem
 from bsrgen.trampoline import OVERLAP, trampoline
+from bsrgen.verdict import Verdict
 
 Array = NDArray[Any]
 
@@ -285,8 +286,8 @@ class Kernel:
         return self.artifact.manifest.cost
 
     @property
-    def verdict(self) -> str:
-        """One sentence: is sparse worth it for this matrix?"""
+    def verdict(self) -> Verdict:
+        """Is sparse worth it for this matrix, and would another block shape be faster?  str() is one sentence."""
         return self.artifact.manifest.verdict
 
     @property

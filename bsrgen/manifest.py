@@ -12,10 +12,11 @@ from bsrgen.epilogues import Epilogue, as_epilogues, operands_of
 from bsrgen.errors import ArtifactError
 from bsrgen.integrity import MANIFEST
 from bsrgen.operators import NAME, kernel_name
+from bsrgen.verdict import Verdict
 
 PATTERN_FILE = "pattern.npz"  # indptr, indices
 OPERANDS_FILE = "operands.npz"  # operands bound when the kernel was compiled
-SCHEMA = 1
+SCHEMA = 2
 ABI = 1  # BSRGEN_ABI in runtime/bsrgen.h
 
 
@@ -108,7 +109,8 @@ class Manifest(_Record, frozen=True):
     compiler: str
     flags: tuple[str, ...]
     cost: CostRecord
-    verdict: str
+    verdict: Verdict
+    strict: bool  # an absent block contributes nothing, even where X holds Inf or NaN
     check: CheckRecord | None
     tuning: tuple[str, ...]
     notes: tuple[str, ...]

@@ -22,7 +22,9 @@ from bsrgen.manifest import (
     operand_records,
 )
 from bsrgen.pattern import Weight
-from bsrgen.tune import PLANNED_N, verdict
+from bsrgen.plan import Plan
+from bsrgen.tune import PLANNED_N
+from bsrgen.verdict import Verdict
 
 
 def describe(
@@ -57,14 +59,18 @@ def describe(
         pattern=p.digest, weight=weight.digest, family=source.plans[0].target.family, levels=levels,
         prototype=source.prototype, compiler=compiler.identity, flags=COMPILE_FLAGS,
         cost=CostRecord(cost.n, cost.flop, cost.bytes, cost.seconds, cost.dense_seconds, measured_s),
-        verdict=_verdict(cost, weight, measured_s), check=None, tuning=tuning, notes=weight.notes,
-        bound=tuple(sorted(bound)),
+        verdict=_verdict(source.plans[0], cost, measured_s), strict=False, check=None,
+        tuning=tuning, notes=weight.notes, bound=tuple(sorted(bound)),
         files={path.name: "" for path in folder.iterdir()},
     )  # fmt: skip
 
 
-def _verdict(cost: Cost, weight: Weight, measured_s: float | None) -> str:
-    return verdict(cost, weight.pattern.density, measured_s)
+def _verdict(plan: Plan, cost: Cost, measured_s: float | None) -> Verdict:
+    """What is known of one plan alone; `compile` puts advice.judge's in its place."""
+    density, sparse_s, dense_s = plan.problem.pattern.density, cost.seconds, cost.dense_seconds
+    if plan.dense:
+        return Verdict(cost.n, density, "dense", cost.seconds, measured_s, sparse_s, None, dense_s, measured_s)
+    return Verdict(cost.n, density, "sparse", cost.seconds, measured_s, sparse_s, measured_s, dense_s, None)
 
 
 def _places(source: Source, library: bytes, compiler: Compiler) -> dict[str, ValuesRecord]:

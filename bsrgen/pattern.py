@@ -204,15 +204,20 @@ class Weight:
 
 
 def as_weight(
-    W: object, *, blocksize: Pair | None = None, shape: Pair | None = None, dtype: npt.DTypeLike | None = np.float32
+    W: object,
+    *,
+    blocksize: Pair | None = None,
+    shape: Pair | None = None,
+    dtype: npt.DTypeLike | None = np.float32,
+    otherwise: Pair | None = None,
 ) -> Weight:
     """A Weight with the values of `W`, in fresh arrays.  Raises PatternError, ArgumentError or ArgumentTypeError.
 
     `W`: scipy sparse array or matrix, 2-D ndarray, torch tensor (strided or sparse), Weight, or (data, indices, indptr)
     with `shape`, where data is (nnzb, R, C), or 1-D for 1 x 1 blocks.  `blocksize` is needed where W has no blocks of
-    its own and re-blocks where it has.  Stored zeros of sparse input keep their block; all-zero blocks of dense input
-    are absent.  `shape` may also cut BSR inside its last block row and column.  dtype None keeps float32 and float64
-    and makes float32 of the rest.
+    its own, unless `otherwise` says which, and re-blocks where it has.  Stored zeros of sparse input keep their block;
+    all-zero blocks of dense input are absent.  `shape` may also cut BSR inside its last block row and column.  dtype
+    None keeps float32 and float64 and makes float32 of the rest.
     """
     want = None if blocksize is None else pair("blocksize", blocksize, 1)
     given = None if shape is None else pair("shape", shape, 0)
@@ -220,6 +225,7 @@ def as_weight(
         to = target(dtype, W.data.dtype)
         return W if to == W.data.dtype else Weight(W.pattern, cast(W.data, to, False), W.notes)
     raw = reshaped(_raw(W) if isinstance(W, Weight) else read(W, given), given)
+    want = want or (None if raw.native else otherwise)
     to = target(dtype, raw.data.dtype)
     try:
         indptr, indices, data, notes = canonical(raw, want)

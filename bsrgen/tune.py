@@ -59,20 +59,3 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
-
-
-def verdict(cost: Cost, density: float, measured_seconds: float | None = None) -> str:
-    """One sentence: sparse or dense for this matrix, and where they break even, time being proportional to density."""
-    seconds = measured_seconds or cost.seconds
-    how = "measured" if measured_seconds else "predicted"
-    gain = cost.dense_seconds / seconds
-    even = min(1.0, density * gain)
-    better = "sparse" if gain >= 1 else "dense"
-    return (
-        f"{better}: {how} {_us(seconds)} against {_us(cost.dense_seconds)} for dense (predicted) at n = {cost.n} "
-        f"on one core, {gain:.2g}x; break-even near density {even:.2g}"
-    )
-
-
-def _us(seconds: float) -> str:
-    return f"{seconds * 1e6:.3g} us" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"

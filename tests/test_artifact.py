@@ -460,7 +460,7 @@ HOSTILE: dict[str, Edit] = {
     "unknown key": _put(command="rm -rf /"),
     "unknown key in a level": _level(exec="rm -rf /"),
     "key missing": lambda m: m.pop("prototype") and None,
-    "another schema": _put(schema=2),
+    "another schema": _put(schema=1),
     "another ABI": _put(abi=99),
     "schema is true": _put(schema=True),
     "shape beyond 2**63": _put(shape=[1 << 63, 40]),
@@ -535,8 +535,8 @@ def test_expected_digest(linear: Made, copy: Path) -> None:
         with pytest.raises(ArtifactCorruptError, match="expected"):
             bsrgen.load(copy, expect_sha256=wrong)
     manifest = json.loads((copy / "manifest.json").read_text())
-    seal(copy, json.dumps(manifest | {"verdict": "sparse: for ever"}).encode())
-    assert bsrgen.load(copy).verdict == "sparse: for ever"  # whole, but not what was expected
+    seal(copy, json.dumps(manifest | {"notes": ["sparse for ever"]}).encode())
+    assert bsrgen.load(copy).artifact.manifest.notes == ("sparse for ever",)  # whole, but not what was expected
     with pytest.raises(ArtifactCorruptError, match="expected"):
         bsrgen.load(copy, expect_sha256=digest)
 

@@ -184,13 +184,19 @@ def compared(n: int, dense: float, sparse: float) -> Comparison:
     """What only the verdict of a Comparison needs."""
     rows = (Row("d", "dense", timing(1.0), dense), Row("e", "dense", timing(1.0), dense + 1))
     case = case_of(random_weight(7, (8, 8), (4, 4), 0.5), "linear", n)
-    rest = dict.fromkeys(Comparison.__dataclass_fields__, None) | {"problem": case.problem, "threads": 1}
+    rest = dict.fromkeys(Comparison.__dataclass_fields__, None) | {
+        "problem": case.problem,
+        "threads": 1,
+        "break_even": 0.625,
+    }
     return Comparison(**rest | {"rows": (*rows, Row("s", "sparse", timing(1.0), sparse))})  # type: ignore[arg-type]
 
 
 def test_verdict_is_one_line() -> None:
     a, b, c = compared(1, 0.5, 3.0), compared(32, 1.01, 4.0), compared(128, 5.21, 10.4)
-    assert verdict([c]) == "sparse: bsrgen 5.2x the best dense, 10x the best sparse (n=128)"
+    assert verdict([c]) == (
+        "sparse: bsrgen 5.2x the best dense, 10x the best sparse, break-even at density 0.62 (n=128)"
+    )
     assert verdict([a, c]).startswith("dense at n=1, sparse at n=128: bsrgen 0.5, 5.2x the best dense, 3, 10x")
     assert verdict([b]).startswith("even: bsrgen 1x")
 

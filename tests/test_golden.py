@@ -16,6 +16,7 @@ import pytest
 import bsrgen
 from bsrgen.backends.c import CPlan, emit
 from bsrgen.backends.c.plan import TokenTile, WeightTile
+from bsrgen.cover import cover
 from bsrgen.dtypes import DTYPES
 from bsrgen.emit import Source
 from bsrgen.epilogues import as_epilogues
@@ -36,6 +37,7 @@ class Level:
     weight: WeightTile | None = None
     small_n: int = 0
     encoding: Literal["table", "code"] = "table"
+    blocksize: tuple[int, int] | None = None  # of the blocks that cover the problem's own
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,12 @@ class Golden:
     def plans(self) -> tuple[CPlan, ...]:
         """How, best level first."""
         return tuple(
-            CPlan(self.problem, TARGETS[v.target], v.tokens, v.weight, v.small_n, v.encoding) for v in self.levels
-        )
+            CPlan(
+                self.problem, TARGETS[v.target], v.tokens, v.weight, v.small_n, v.encoding,
+                v.blocksize and cover(self.problem.pattern, v.blocksize),
+            )
+            for v in self.levels
+        )  # fmt: skip
 
     @cached_property
     def source(self) -> Source:
@@ -94,36 +100,44 @@ class Golden:
 GOLDEN = (
     Golden(
         "token_panels", "lanes along tokens, X packed in panels, sums kept between them", "linear", "float32", (12, 24),
-        (2, 2), (Level("x86-64-v3", TokenTile(rows=2, vectors=2, chunk=2, k_panel=8)),),
+        (2, 2), (Level("x86-64-v3", TokenTile(rows=2, vectors=2, k_panel=8)),),
     ),
     Golden(
         "token_direct", "lanes along tokens, X as it lies, padded block rows", "spmm", "float64", (10, 12), (3, 5),
-        (Level("x86-64", TokenTile(rows=3, vectors=2, chunk=2, k_panel=15, pack=False)),), ("clamp", "accumulate"),
+        (Level("x86-64", TokenTile(rows=3, vectors=2, k_panel=15, pack=False)),), ("clamp", "accumulate"),
     ),
     Golden(
         "weight_rows", "lanes along rows", "linear", "float32", (64, 6), (32, 1),
-        (Level("x86-64-v4", weight=WeightTile(row_lanes=16, k_lanes=1, vectors=2, tokens=3, chunk=3)),),
+        (Level("x86-64-v4", weight=WeightTile(row_lanes=16, k_lanes=1, vectors=2, tokens=3)),),
         ("bias", "relu"),
     ),
     Golden(
         "weight_k", "lanes along k, one reduction per row", "linear", "float32", (5, 64), (1, 16),
-        (Level("x86-64-v3", weight=WeightTile(row_lanes=1, k_lanes=8, vectors=1, tokens=4, chunk=4)),),
+        (Level("x86-64-v3", weight=WeightTile(row_lanes=1, k_lanes=8, vectors=1, tokens=4)),),
+    ),
+    Golden(
+        "weight_panels", "lanes along rows, panels of X, several tiles of tokens a window of weights", "linear", "float32",
+        (32, 12), (16, 2), (Level("x86-64-v4", weight=WeightTile(16, 1, 1, tokens=2, k_panel=4, chunk=2)),),
+    ),
+    Golden(
+        "cover", "merged blocks, absent ones filled with zeros, and how new values find their places", "spmm", "float32",
+        (9, 7), (1, 1), (Level("x86-64-v3", TokenTile(rows=3, vectors=1, k_panel=7), blocksize=(3, 2)),), entry=True,
     ),
     Golden(
         "token_code", "the pattern as code: one line per stored block", "spmm", "float32", (6, 12), (2, 3),
-        (Level("x86-64-v3", TokenTile(rows=2, vectors=2, chunk=2, k_panel=12, pack=False), encoding="code"),),
+        (Level("x86-64-v3", TokenTile(rows=2, vectors=2, k_panel=12, pack=False), encoding="code"),),
     ),
     Golden(
         "mixed", "few tokens along the weight, many along the tokens; operands of every kind", "linear", "float64",
         (16, 18), (4, 4),
-        (Level("aarch64", TokenTile(2, 2, 2, 20), WeightTile(2, 1, 2, tokens=3, chunk=3), small_n=4),),
+        (Level("aarch64", TokenTile(2, 2, 20), WeightTile(2, 1, 2, tokens=3), small_n=4),),
         ("bias", "gelu", "residual", "clamp"), entry=True,
     ),
     Golden(
         "two_levels", "two ISA levels in one library", "spmm", "float32", (12, 16), (4, 1),
         (
-            Level("x86-64-v3", TokenTile(rows=4, vectors=2, chunk=2, k_panel=16)),
-            Level("x86-64", weight=WeightTile(row_lanes=4, k_lanes=1, vectors=1, tokens=4, chunk=4)),
+            Level("x86-64-v3", TokenTile(rows=4, vectors=2, k_panel=16)),
+            Level("x86-64", weight=WeightTile(row_lanes=4, k_lanes=1, vectors=1, tokens=4)),
         ),
         entry=True,
     ),

@@ -39,7 +39,7 @@ OTHER_REQUESTS: dict[str, dict[str, Any]] = {
     "operator": {"operator": "spmm"}, "dtype": {"dtype": "float64"}, "epilogue": {"epilogue": ("bias", "relu")},
     "bound operand": {"bias": np.ones(8, np.float32)}, "its values": {"bias": np.zeros(8, np.float32)},
     "target": {"target": "x86-64"}, "targets": {"target": ("x86-64", "x86-64-v3")}, "n": {"n": 1},
-    "tune": {"tune": "off"},
+    "tune": {"tune": "off"}, "strict": {"strict": True},
 }  # fmt: skip
 if native().family != "x86_64":
     OTHER_REQUESTS = {name: options for name, options in OTHER_REQUESTS.items() if not name.startswith("target")}

@@ -17,21 +17,22 @@ FLOORS = """
     bench
     __init__
     api
-    package
+    advice  package
     backends
     backends.c
     backends.c.candidates  backends.c.text
+    backends.c.covers
     build  tune  backends.c.plan
     emit  cost  backends.c.count
     verify
     kernel  plan  files  picture
     artifact  arguments
-    problem
+    problem  occupancy  cover
     pattern
     canonical  manifest  trampoline
     store
     operators  epilogues  targets  foreign  integrity
-    dtypes
+    dtypes  verdict
     errors  machine  _paths
 """
 RANK = {name: -floor for floor, line in enumerate(FLOORS.split("\n")) for name in line.split()}
@@ -40,9 +41,12 @@ ROOMS = ("cli", "bench")  # their own files may import each other, but not in a 
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
     "kernel", "arguments", "problem", "pattern", "canonical", "foreign", "artifact", "manifest", "trampoline", "store",
-    "integrity",     "dtypes", "operators", "epilogues", "errors", "_paths",
+    "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "_paths",
 ]  # fmt: skip
-WORKSHOP = {"api", "build", "emit", "package", "plan", "cost", "tune", "backends", "bench", "cli", "jinja2"}
+WORKSHOP = {
+    "api", "advice", "build", "emit", "package", "plan", "cost", "occupancy", "tune", "backends", "bench", "cli",
+    "jinja2",
+}  # fmt: skip
 
 ON_USE = {"torch", "jinja2", "safetensors", "scipy", "matplotlib", "click", "rich", "archspec", "threadpoolctl"}
 AT_ONCE = {"cli": {"click", "rich"}, "__main__": {"click", "rich"}, "bench": {"scipy"}}

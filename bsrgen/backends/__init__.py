@@ -1,8 +1,8 @@
 """The backends: one row each.  A backend is a plan space and a way to text; building and loading are shared."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from bsrgen.backends import c
 from bsrgen.emit import Source
@@ -12,12 +12,18 @@ from bsrgen.problem import Problem
 from bsrgen.targets import Target
 
 
+class Candidates(Protocol):
+    """Legal plans, a good guess first; without `reblock` only those over the problem's own blocks."""
+
+    def __call__(self, problem: Problem, target: Target, *, reblock: bool = True) -> Iterator[Plan]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """candidates: legal plans, a good guess first.  emit: one plan per target, best target first, to sources."""
+    """The plan space, and emit: one plan per target, best target first, to sources."""
 
     name: str
-    candidates: Callable[[Problem, Target], Iterable[Plan]]
+    candidates: Candidates
     emit: Callable[[tuple[Any, ...], Weight], Source]
 
 

@@ -6,7 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from msgspec import to_builtins
+
 from bsrgen import api
+from bsrgen.advice import break_even
+from bsrgen.backends import BACKENDS
 from bsrgen.bench.case import case_of
 from bsrgen.bench.ceilings import Ceiling, Ceilings
 from bsrgen.bench.clock import Timing, measure
@@ -15,6 +19,7 @@ from bsrgen.errors import BuildError
 from bsrgen.kernel import Kernel
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
+from bsrgen.targets import as_targets
 from bsrgen.verify import error_share
 
 PEAK, READ = "FMA peak", "weight read"
@@ -60,6 +65,7 @@ class Comparison:
     read_share: float
     error_share: float
     threads: int
+    break_even: float | None  # density at which the best dense peer is as fast: the model's curve through the times
 
     @property
     def n(self) -> int:
@@ -108,8 +114,17 @@ def compare(
         peak_share=peak.share(times[PEAK], mine, case.nonzero_flop) / request.threads,
         read_bytes_per_s=read.rate(times[READ]),
         read_share=read.share(times[READ], mine, kernel.plan.values.bytes) / request.threads,
-        error_share=share, threads=request.threads,
+        error_share=share, threads=request.threads, break_even=_break_even(kernel, case.problem, request, rows),
     )  # fmt: skip
+
+
+def _break_even(kernel: Kernel, problem: Problem, request: Request, rows: Sequence[Row]) -> float | None:
+    """By the measured times, or by the kernel's own verdict where it runs the dense plan."""
+    if kernel.verdict.ran == "dense":
+        return kernel.verdict.break_even
+    own_s = next(row.timing.min_s for row in rows if row.name == PEERS[0].name)
+    gain = min(row.gain for row in rows if row.kind == "dense")
+    return break_even(BACKENDS["c"], problem, as_targets(request.target)[0], own_s, gain * own_s)
 
 
 def _gain(mine: Timing, other: Timing) -> float:
@@ -153,7 +168,8 @@ def _fused(weight: Weight, request: Request, n: int) -> Run:
 
 
 def verdict(comparisons: Sequence[Comparison]) -> str:
-    """One line: sparse or dense for this matrix, and how much faster than the best peers of either kind, for each n."""
+    """One line: sparse or dense for this matrix, how much faster than the best peers of either kind, for each n, and
+    the density up to which it would be faster than the best dense one."""
     words: dict[str, list[int]] = {}
     for c in comparisons:
         gain = c.best("dense").gain
@@ -162,7 +178,17 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     who = ", ".join(word if len(words) == 1 else f"{word} at n={','.join(map(str, at))}" for word, at in words.items())
     dense, sparse = (", ".join(f"{c.best(kind).gain:.2g}" for c in comparisons) for kind in ("dense", "sparse"))
     ns = ",".join(str(c.n) for c in comparisons)
-    return f"{who}: bsrgen {dense}x the best dense, {sparse}x the best sparse (n={ns})"
+    even = ", ".join("?" if c.break_even is None else f"{c.break_even:.2g}" for c in comparisons)
+    return f"{who}: bsrgen {dense}x the best dense, {sparse}x the best sparse, break-even at density {even} (n={ns})"
+
+
+def block_shapes(comparisons: Sequence[Comparison]) -> str:
+    """One line: the block shape of the same nonzeros that gains most over the kernels timed, by the model."""
+    gains = {v.seconds / v.alternative.seconds: v for c in comparisons if (v := c.kernel.verdict).alternative}
+    if not gains:
+        return comparisons[0].kernel.verdict.advice
+    best = gains[max(gains)]
+    return f"{best.advice} at n = {best.n}"
 
 
 def document(comparisons: Sequence[Comparison]) -> dict[str, Any]:
@@ -170,6 +196,7 @@ def document(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     first = comparisons[0]
     return {
         "problem": str(first.problem), "threads": first.threads, "verdict": verdict(comparisons),
+        "block_shapes": block_shapes(comparisons),
         "runs": [_run(c) for c in comparisons],
     }  # fmt: skip
 
@@ -190,5 +217,7 @@ def _run(c: Comparison) -> dict[str, Any]:
         "peak": {"row": c.peak.row, "flop_per_s": c.peak_flop_per_s, "share": c.peak_share},
         "weight_read": {"bytes_per_s": c.read_bytes_per_s, "share": c.read_share},
         "error_share_of_bound": c.error_share,
+        "break_even": c.break_even,
+        "model_verdict": to_builtins(c.kernel.verdict),
         "unrest": c.unrest,
     }  # fmt: skip

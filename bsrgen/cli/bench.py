@@ -41,7 +41,9 @@ def bench(
 
     Values are the file's, activations random.  All contenders and the multiply-add peak of the core take turns in one
     run.  Rates count stored elements only, for dense products too; speed-up is that of bsrgen over each.  With
-    --epilogue, bsrgen is timed with it as well; the libraries compute the product alone.
+    --epilogue, bsrgen is timed with it as well; the libraries compute the product alone.  The last line is the verdict,
+    with the density up to which sparse would win; the one before it names the block shape of the same nonzeros that
+    would be faster by the model (bsrgen inspect has the table).
     """
     from bsrgen.bench.clock import at_their_best, peer_threads
 
@@ -67,6 +69,7 @@ def bench(
         show_json({"weight": str(weight_file), "machine": _machine(), **report.document(comparisons)})
         return
     _notes(comparisons)
+    click.echo(f"block shapes: {report.block_shapes(comparisons)}")
     click.echo(f"verdict: {report.verdict(comparisons)}")
 
 

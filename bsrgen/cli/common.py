@@ -124,14 +124,20 @@ def tune_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)  # fmt: skip
 
 
-def read(weight_file: Path, key: str | None, blocksize: tuple[int, int] | None, dtype: str) -> "Weight":
-    """The weight in a file, as `dtype`."""
+def read(
+    weight_file: Path,
+    key: str | None,
+    blocksize: tuple[int, int] | None,
+    dtype: str,
+    otherwise: tuple[int, int] | None = None,
+) -> "Weight":
+    """The weight in a file, as `dtype`; in blocks of `otherwise` where neither the file nor `blocksize` has any."""
     from bsrgen.dtypes import as_dtype
     from bsrgen.files import read_weight
     from bsrgen.pattern import as_weight
 
     element = as_dtype(dtype)
-    return as_weight(read_weight(weight_file, key=key, blocksize=blocksize), dtype=element.numpy)
+    return as_weight(read_weight(weight_file, key=key, blocksize=blocksize, otherwise=otherwise), dtype=element.numpy)
 
 
 def show_json(value: Any) -> None:

@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bsrgen.cli.common import duration, facts, problem_options, read, show_json, size, verb
+from bsrgen.cli.common import console, duration, facts, problem_options, read, show_json, size, verb
 
 if TYPE_CHECKING:
     from bsrgen.artifact import Artifact
     from bsrgen.manifest import LevelRecord
-    from bsrgen.pattern import Pattern
+    from bsrgen.pattern import Pattern, Weight
     from bsrgen.plan import Counts, Plan
     from bsrgen.problem import Problem
+    from bsrgen.verdict import Advice, Verdict
+
+SHAPES = 16  # most rows of the table of block shapes
 
 Rows = list[tuple[str, str]]
 
@@ -27,17 +30,19 @@ def inspect(
     *, weight_file: Path, key: str | None, blocksize: tuple[int, int] | None, dtype: str, png: Path | None,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Show an artifact (a folder), or a weight file and the plan that the cost model would take for it.
+    """Show an artifact (a folder), or a weight file, the plan that the cost model would take, and other block shapes.
 
-    Nothing is compiled, and no library is loaded.  The options other than --png are for weight files.
+    Nothing is compiled, and no library is loaded.  The options other than --png are for weight files.  A file without
+    blocks is taken in blocks of 1x1: the table of block shapes says which ones its nonzeros would be faster in.
     """
     folder = weight_file.is_dir()
     if folder:
         pattern, document = _artifact(weight_file).pattern(), artifact_document(weight_file)
     else:
-        weight = read(weight_file, key, blocksize, dtype)
+        weight = read(weight_file, key, blocksize, dtype, otherwise=(1, 1))
         plans = _plans(weight.pattern, dtype=dtype, **options)
-        pattern, document = weight.pattern, _weight_document(weight.notes, plans, options["n"])
+        shapes = _shapes(plans[0], weight)
+        pattern, document = weight.pattern, _weight_document(weight, plans, shapes, options["n"])
     if png is not None:
         from bsrgen.picture import png as encode
 
@@ -48,7 +53,8 @@ def inspect(
     elif folder:
         artifact_facts(weight_file)
     else:
-        _weight_facts(weight_file.name, weight.notes, plans, options["n"])
+        _weight_facts(weight_file.name, weight, plans, options["n"])
+        _shape_table(shapes, options["n"])
     if png is not None and not as_json:
         click.echo(f"wrote {png}")
 
@@ -81,7 +87,7 @@ def artifact_facts(folder: Path, *, short: bool = False, err: bool = False) -> N
             rows += _count_rows(counts, m.cost.n) if counts else []
     measured = "" if m.cost.measured_seconds is None else f", measured {duration(m.cost.measured_seconds)}"
     rows.append(("cost", f"{_cost(m.cost.flop, m.cost.bytes, m.cost.seconds, m.cost.n)}{measured}"))
-    rows.append(("verdict", m.verdict))
+    rows.append(("verdict", str(m.verdict)))
     check = "not run: this CPU cannot" if m.check is None else (
         f"largest error {100 * m.check.worst:.2g} % of the float64 bound at n = {', '.join(map(str, m.check.n))}"
     )  # fmt: skip
@@ -159,7 +165,26 @@ def _plans(
     return [rank(_candidates(problem, row), n)[0][1] for row in as_targets(target)]
 
 
-def _weight_document(notes: tuple[str, ...], plans: list["Plan"], n: int | None) -> dict[str, Any]:
+def _shapes(plan: "Plan", weight: "Weight") -> tuple["Advice", ...]:
+    """The block shapes that the nonzeros could be stored in, for the best target."""
+    from bsrgen.advice import block_shapes
+    from bsrgen.backends import BACKENDS
+
+    return block_shapes(BACKENDS["c"], plan.problem, weight, plan.target)
+
+
+def _verdict(plan: "Plan", weight: "Weight") -> "Verdict":
+    from bsrgen.advice import judge
+    from bsrgen.backends import BACKENDS
+
+    return judge(BACKENDS["c"], plan, weight)
+
+
+def _weight_document(
+    weight: "Weight", plans: list["Plan"], shapes: tuple["Advice", ...], n: int | None
+) -> dict[str, Any]:
+    from msgspec import to_builtins
+
     from bsrgen.cost import estimate
     from bsrgen.tune import PLANNED_N
 
@@ -167,30 +192,49 @@ def _weight_document(notes: tuple[str, ...], plans: list["Plan"], n: int | None)
     levels = [
         {
             "target": plan.target.name, "plan": str(plan), "knobs": plan.knobs(), "counts": asdict(plan.counts(n)),
-            "cost": asdict(estimate(plan, n)),
+            "cost": asdict(estimate(plan, n)), "verdict": to_builtins(_verdict(plan, weight)),
         }
         for plan in plans
     ]  # fmt: skip
     problem = plans[0].problem
     return {
-        "problem": str(problem), "pattern": pattern_document(problem.pattern), "notes": list(notes), "n": n,
-        "levels": levels,
+        "problem": str(problem), "pattern": pattern_document(problem.pattern), "notes": list(weight.notes),
+        "n": n, "levels": levels, "block_shapes": to_builtins(shapes),
     }  # fmt: skip
 
 
-def _weight_facts(name: str, notes: tuple[str, ...], plans: list["Plan"], n: int | None) -> None:
+def _weight_facts(name: str, weight: "Weight", plans: list["Plan"], n: int | None) -> None:
     from bsrgen.cost import estimate
-    from bsrgen.tune import PLANNED_N, verdict
+    from bsrgen.tune import PLANNED_N
 
     n = n or PLANNED_N
     problem = plans[0].problem
-    rows: Rows = [("problem", str(problem)), *(("note", line) for line in notes)]
+    rows: Rows = [("problem", str(problem)), *(("note", line) for line in weight.notes)]
     for plan in plans:
         cost = estimate(plan, n)
         rows += [("plan", str(plan)), *_count_rows(plan.counts(n), n)]
         rows += [("cost", _cost(cost.flop, cost.bytes, cost.seconds, n))]
-        rows += [("verdict", verdict(cost, problem.pattern.density))]
+        rows += [("verdict", str(_verdict(plan, weight)))]
     facts(name, [*rows, *_pattern_rows(problem.pattern)])
+
+
+def _shape_table(shapes: tuple["Advice", ...], n: int | None) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from bsrgen.tune import PLANNED_N
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in ("block shape", "covered density", "fill", "predicted", "speed-up"):
+        table.add_column(name, justify="left" if name == "block shape" else "right", no_wrap=True)
+    for a in (a for at, a in enumerate(shapes) if at < SHAPES or a.given):
+        cells = (f"{a.density:.3g}", f"{a.fill:.3g}", duration(a.seconds), f"{a.speedup:.2f}x")
+        table.add_row(a.name + " (given)" * a.given, *cells, style="bold" if a.given else "")
+    out = console()
+    out.print(f"\nthe same nonzeros in other block shapes, n = {n or PLANNED_N}, one core, best plan of the model")
+    out.print(table)
+    if len(shapes) > SHAPES:
+        out.print(f"[dim]and {len(shapes) - SHAPES} more, all slower; --json has them[/]")
 
 
 # ── both ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,9 +15,12 @@ SMALL_TOKENS = 8  # register tile of the weight tile that only serves small n
 CHUNK = 16  # tiles of tokens that take W out of L2 in turn, where W is larger than that
 
 
-def candidates(problem: Problem, target: Target) -> Iterator[CPlan]:
-    """Legal plans, a good guess first.  Empty only where offsets inside one block outgrow a C int."""
-    for cover in (None, *covers(problem, target)):
+def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Iterator[CPlan]:
+    """Legal plans, a good guess first; without `reblock` only those over the problem's own blocks.
+
+    Empty only where offsets inside one block outgrow a C int.
+    """
+    for cover in (None, *(covers(problem, target) if reblock else ())):
         for plan in _tables(problem, target, cover):
             yield plan
             code = replace(plan, encoding="code")

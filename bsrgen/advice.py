@@ -1,0 +1,143 @@
+"""Advice: the verdict on a kernel, the break-even density, and which other block shape would be faster."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from bsrgen.backends import BACKENDS, Backend
+from bsrgen.cost import DENSE_SHARE, estimate
+from bsrgen.dtypes import as_dtype
+from bsrgen.errors import ArgumentError, UnsupportedError
+from bsrgen.occupancy import EvenPattern, Occupancy, occupancies
+from bsrgen.operators import as_operator
+from bsrgen.pattern import Weight, as_weight
+from bsrgen.plan import Plan
+from bsrgen.problem import Problem
+from bsrgen.targets import Target, as_targets
+from bsrgen.tune import PLANNED_N, rank
+from bsrgen.verdict import WORTH, Advice, Verdict
+
+SLACK = 2.0  # block shapes that must be slower than the given one by more are not looked at
+SHAPES = 32  # most other block shapes whose plans are ranked for a table
+FEW = 8  # and for the verdict of each compile
+KEPT = 5  # alternatives in a verdict
+TOP = 8  # plans that compete for the break-even density
+STEPS = 14  # halvings of the density's interval
+
+
+def advise(
+    W: Any,
+    operator: str = "linear",
+    blocksize: tuple[int, int] | None = None,
+    dtype: DTypeLike = "float32",
+    n: int | None = None,
+    target: str | tuple[str, ...] = "native",
+    *,
+    shape: tuple[int, int] | None = None,
+) -> tuple[Advice, ...]:
+    """Block shapes for the nonzeros of W [M, K] by predicted time, fastest first, the given one among them.
+
+    W, operator, blocksize, dtype, n, target, shape: as `bsrgen.compile` takes them, but W without blocks of its own
+    (dense, CSR) is taken in blocks of 1x1, and of several targets the best counts.  Densities are exact, times are the
+    model's for one core.  Nothing is compiled.  Errors: ArgumentError, ArgumentTypeError, PatternError,
+    UnsupportedError.
+    """
+    weight = as_weight(W, blocksize=blocksize, shape=shape, dtype=as_dtype(dtype).numpy, otherwise=(1, 1))
+    if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
+        raise ArgumentError(f"n={n!r}: a number of tokens from 1 up, or None")
+    problem = Problem(as_operator(operator), weight.pattern, as_dtype(dtype), (), None if n is None else int(n))
+    return block_shapes(BACKENDS["c"], problem, weight, as_targets(target)[0])
+
+
+def block_shapes(
+    backend: Backend, problem: Problem, weight: Weight, target: Target, *, only_faster: bool = False
+) -> tuple[Advice, ...]:
+    """`advise` for a problem whose pattern is the weight's.  `only_faster` leaves out what cannot be, to save time."""
+    own, n = weight.pattern, problem.n or PLANNED_N
+    given_s, values = _seconds(backend, problem, target), int(np.count_nonzero(weight.data))
+    if given_s == float("inf"):
+        raise UnsupportedError(f"{problem}: no plan of backend {backend.name!r} for {target.name}; use smaller blocks")
+    within = _elements_within(SLACK * given_s, problem, target)
+    if only_faster:  # nor what a dense product would beat
+        within = min(_elements_within(given_s, problem, target), DENSE_SHARE * own.M * own.K)
+    finer = not only_faster or WORTH * values <= own.nnz
+    advice = []
+    for taken in _worth_ranking(occupancies(weight, within, finer), FEW if only_faster else SHAPES):
+        given = taken.blocksize == own.blocksize
+        pattern = EvenPattern(own.shape, taken.blocksize, taken.nnzb)
+        seconds = given_s if given else _seconds(backend, replace(problem, pattern=pattern, n=n), target)
+        if seconds == float("inf"):
+            continue
+        fill = taken.elements / max(values, 1) if taken.nnzb else 1.0
+        advice.append(Advice(taken.blocksize, taken.nnzb, taken.density, fill, seconds, given_s / seconds, given))
+    return tuple(sorted(advice, key=lambda a: (a.seconds, not a.given)))
+
+
+def _worth_ranking(found: Iterable[Occupancy], most: int) -> list[Occupancy]:
+    """The first, which is the given one, and the most promising: few elements, and rows and columns share loads."""
+    first, *others = found
+    others.sort(key=lambda taken: taken.nnzb * (taken.blocksize[0] + 2) * (taken.blocksize[1] + 1))
+    return [first, *others[:most]]
+
+
+def _elements_within(seconds: float, problem: Problem, target: Target) -> float:
+    """Stored elements that the multiply-adds of a core can take in that time, at their peak."""
+    flop_per_s = target.flop_per_cycle(problem.dtype.bytes) * target.ghz * 1e9
+    return max(problem.pattern.nnz, seconds * flop_per_s / (2 * (problem.n or PLANNED_N)))
+
+
+def _native(backend: Backend, problem: Problem, target: Target) -> list[Plan]:
+    """Plans that work on the problem's own blocks, cheapest first."""
+    return [plan for _, plan in rank(list(backend.candidates(problem, target, reblock=False)), problem.n)]
+
+
+def _seconds(backend: Backend, problem: Problem, target: Target) -> float:
+    """Predicted time of the best of them; infinite where there is none."""
+    plans = _native(backend, problem, target)
+    return estimate(plans[0], problem.n or PLANNED_N).seconds if plans else float("inf")
+
+
+# ── the verdict ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def judge(
+    backend: Backend, plan: Plan, weight: Weight, sparse_s: float | None = None, dense_s: float | None = None
+) -> Verdict:
+    """The verdict on a kernel that runs `plan`; sparse_s, dense_s: the best measured times, where there are."""
+    problem, target = plan.problem, plan.target
+    n = problem.n or PLANNED_N
+    ranked = rank(list(backend.candidates(problem, target)), problem.n)
+    mine = estimate(plan, n)
+    sparse = next((c.seconds for c, p in ranked if not p.dense), mine.seconds) if plan.dense else mine.seconds
+    dense = min([mine.dense_seconds, *(c.seconds for c, p in ranked if p.dense)])
+    even = break_even(backend, problem, target, sparse_s or sparse, dense_s or dense)
+    others = [a for a in block_shapes(backend, problem, weight, target, only_faster=True) if not a.given]
+    return Verdict(
+        n, problem.pattern.density, "dense" if plan.dense else "sparse", mine.seconds,
+        dense_s if plan.dense else sparse_s, sparse, sparse_s, dense, dense_s, even, tuple(others[:KEPT]),
+    )  # fmt: skip
+
+
+def break_even(backend: Backend, problem: Problem, target: Target, sparse_s: float, dense_s: float) -> float:
+    """Density at which the best sparse plan takes `dense_s`, blocks evenly spread; 1 where it never takes as long.
+
+    The model's curve of time over density, scaled to pass through `sparse_s` at the problem's own density.
+    """
+    p, n = problem.pattern, problem.n or PLANNED_N
+    total, plans = p.block_rows * p.block_cols, _native(backend, problem, target)[:TOP]
+
+    def seconds(density: float) -> float:
+        even = replace(problem, pattern=EvenPattern(p.shape, p.blocksize, round(density * total)))
+        return min(estimate(replace(plan, problem=even), n).seconds for plan in plans)
+
+    scale = sparse_s / seconds(p.density)
+    low, high = 0.0, 1.0
+    if scale * seconds(high) <= dense_s:
+        return high
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if scale * seconds(middle) <= dense_s else (low, middle)
+    return low
