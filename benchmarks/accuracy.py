@@ -73,13 +73,14 @@ def build_plan(plan: Plan, weight: Weight, folder: Path) -> Kernel:
     return Kernel(write_manifest(folder, package.describe(source, weight, compiler, None, (), folder, {})), threads=1)
 
 
-def contenders(case: Case, top: int, others: int, seed: int) -> list[tuple[int, Plan]]:
-    """The model's `top` plans and `others` drawn from the rest, with their places in its order."""
+def contenders(case: Case, top: int, others: int, seed: int) -> tuple[int, list[tuple[int, Plan]]]:
+    """How many candidates there are; the model's `top` and `others` drawn from the rest, with their places."""
     plans = list(BACKENDS["c"].candidates(case.problem, native()))
     ranked = [plan for _, plan in tune.rank(plans, case.n)]
     rest = range(min(top, len(ranked)), len(ranked))
     drawn = np.random.default_rng(seed).choice(rest, min(others, len(rest)), replace=False)
-    return [(place, ranked[place]) for place in (*range(min(top, len(ranked))), *sorted(int(i) for i in drawn))]
+    places = (*range(min(top, len(ranked))), *sorted(int(i) for i in drawn))
+    return len(ranked), [(place, ranked[place]) for place in places]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class Loss:
 def examine(point: Point, top: int, others: int, jobs: int, rounds: int, ceilings: Ceilings) -> dict[str, Any]:
     """Build, check and time the plans of one matrix in alternation, with the FMA peak in the same rounds."""
     case = point.case()
-    placed = contenders(case, top, others, point.seed)
+    candidates, placed = contenders(case, top, others, point.seed)
     expected, bound = case.problem.reference(case.weight, case.x)
     peak = ceilings.fma(case.problem.dtype.short)
     with tempfile.TemporaryDirectory(prefix="bsrgen-accuracy-") as root:
@@ -113,7 +114,7 @@ def examine(point: Point, top: int, others: int, jobs: int, rounds: int, ceiling
         duel = measure({name: named[name] for name in {"0", best}}, rounds=rounds, seconds=LIMIT_S / 4)
     return {
         "point": asdict(point),
-        "candidates": sum(1 for _ in BACKENDS["c"].candidates(case.problem, native())),
+        "candidates": candidates,
         "peak_flop_per_s": peak.rate(times["peak"]),
         "best": int(best),
         "pick_over_best": max(1.0, duel["0"].min_s / duel[best].min_s),  # fresh samples: the best of many was lucky

@@ -74,10 +74,11 @@ def page(runs: Sequence[tuple[Run, list[dict[str, str]]]], judged: dict[str, Any
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write to; that of the first file by default.")
 def main(*, files: tuple[Path, ...], out: Path | None) -> None:
-    """Make tables, plots and report.html out of the JSON FILES of runs."""
+    """Make tables, plots and report.html out of the JSON FILES of runs; of each grid the last file counts."""
     folder = out or files[0].parent
     folder.mkdir(parents=True, exist_ok=True)
-    runs, judged = [], None
+    runs: dict[str, tuple[Run, list[dict[str, str]]]] = {}
+    judged = None
     for path in files:
         kept = json.loads(path.read_bytes())
         if kept.get("schema") == accuracy.SCHEMA:
@@ -93,9 +94,11 @@ def main(*, files: tuple[Path, ...], out: Path | None) -> None:
             made = pictures(run, folder)
         except UnsupportedError as e:
             click.echo(str(e), err=True)
-        runs.append((run, made))
-    (folder / "report.html").write_text(page(runs, judged))
-    click.echo(f"{folder / 'report.html'}: {len(runs)} grids, {sum(len(run.figures) for run, _ in runs)} points")
+        runs[run.grid] = run, made
+    (folder / "report.html").write_text(page(list(runs.values()), judged))
+    click.echo(
+        f"{folder / 'report.html'}: {len(runs)} grids, {sum(len(run.figures) for run, _ in runs.values())} points"
+    )
 
 
 if __name__ == "__main__":
