@@ -25,7 +25,7 @@ def covers(problem: Problem, target: Target) -> Iterator[Cover]:
     if p.R > TALLEST and p.block_rows < 8:
         yield cover(p, (TALLEST, p.C))
     yield from (cover(p, blocksize) for blocksize in _merged(p))
-    if p.nnzb < p.block_rows * p.block_cols or p.C > DENSE_COLS:
+    if p.nnzb < p.block_rows * p.block_cols or p.R < 8 or p.C > DENSE_COLS:
         for rows in _dense_rows(problem, target):
             yield full(p, (rows, min(DENSE_COLS, max(p.K, 1))))
 
@@ -37,8 +37,8 @@ def _merged(p: Pattern) -> list[tuple[int, int]]:
     if not stored:
         return []
     found = []
-    for a in (1, 2, 4, 8, 16, 32):
-        for b in (1, 2, 4, 8):
+    for a in (1, 2, 3, 4, 5, 6, 8, 16, 32):
+        for b in (1, 2, 3, 4, 6, 8):
             R, C = a * p.R, b * p.C
             if a * b == 1 or R > TALLEST or (C > 16 and b > 1) or (R > p.M > p.R) or (C > p.K > p.C):
                 continue
@@ -68,5 +68,5 @@ def _dense_rows(problem: Problem, target: Target) -> list[int]:
     """Rows of the dense plan's blocks: vectors of rows with the least padding, or one register tile of rows."""
     M, lanes = problem.pattern.M, target.lanes(problem.dtype.bytes)
     tall = min((v * lanes for v in (2, 3, 4)), key=lambda rows: (-(-M // rows) * rows, rows))
-    short = min((8, 6), key=lambda rows: (-(-M // rows) * rows, -rows))
+    short = min((8, 7, 6, 5, 4), key=lambda rows: (-(-M // rows) * rows * (1 + 0.05 * (8 - rows)), -rows))
     return [short] if problem.operator.token_axis else [tall, short]
