@@ -40,7 +40,7 @@ ROOMS = ("cli", "bench")  # their own files may import each other, but not in a 
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
     "kernel", "arguments", "problem", "pattern", "canonical", "foreign", "artifact", "manifest", "trampoline", "store",
-    "integrity",     "dtypes", "operators", "epilogues", "errors", "_paths",
+    "integrity", "dtypes", "operators", "epilogues", "errors", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {"api", "build", "emit", "package", "plan", "cost", "tune", "backends", "bench", "cli", "jinja2"}
 
