@@ -31,8 +31,9 @@ FLOORS = """
     canonical  manifest  trampoline
     store
     operators  epilogues  targets  foreign  integrity
-    dtypes
-    errors  machine  _paths
+    calibration
+    dtypes  _paths  clock
+    errors  machine
 """
 RANK = {name: -floor for floor, line in enumerate(FLOORS.split("\n")) for name in line.split()}
 ROOMS = ("cli", "bench")  # their own files may import each other, but not in a circle
