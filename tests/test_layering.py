@@ -17,6 +17,7 @@ FLOORS = """
     bench
     __init__
     api
+    choose
     package
     backends
     backends.c

@@ -237,6 +237,14 @@ class CPlan(Plan):
         """Whether a call of n tokens runs the weight tile."""
         return self.tokens is None or (self.weight is not None and n < self.small_n)
 
+    def family(self, n: int) -> tuple[Any, ...]:
+        """The axis of the lanes and the register tile that run at n tokens."""
+        if self.uses_weight_tile(n):
+            assert self.weight is not None
+            return ("weight", self.weight.row_lanes, self.weight.k_lanes, self.weight.vectors, self.weight.tokens)
+        assert self.tokens is not None
+        return ("tokens", self.tokens.rows, self.tokens.vectors)
+
     def counts(self, n: int) -> Counts:
         """Countable cost of one call of n tokens (backends/c/count.py)."""
         from bsrgen.backends.c.count import counts
