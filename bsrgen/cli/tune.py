@@ -207,10 +207,10 @@ def _table(outcomes: list[Outcome]) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("matrix", overflow="fold")
+    table.add_column("matrix", overflow="fold", max_width=26)
     for name in ("n", "us", "GFLOP/s", "model", "dense", ""):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    table.add_column("plan", overflow="fold", min_width=30, style="dim")
+    table.add_column("plan", overflow="fold", style="dim")
     for outcome in outcomes:
         d = _document(outcome)
         seconds, said = d["seconds"], "tuned" if d["fresh"] else "stored"

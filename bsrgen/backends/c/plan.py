@@ -241,7 +241,8 @@ class CPlan(Plan):
         """The axis of the lanes and the register tile that run at n tokens."""
         if self.uses_weight_tile(n):
             assert self.weight is not None
-            return ("weight", self.weight.row_lanes, self.weight.k_lanes, self.weight.vectors, self.weight.tokens)
+            w = self.weight
+            return ("weight", w.row_lanes, w.k_lanes, w.vectors, min(w.tokens, n))
         assert self.tokens is not None
         return ("tokens", self.tokens.rows, self.tokens.vectors)
 
