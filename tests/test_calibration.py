@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from click.testing import CliRunner
 
 from bsrgen import calibration
 from bsrgen.__main__ import main
+from bsrgen._paths import RUNTIME
+from bsrgen.bench import calibrate
 from bsrgen.calibration import FILE, SCHEMA, Calibration, Rates
-from bsrgen.machine import cpu_model
+from bsrgen.machine import cpu_model, parallel_cores
 from bsrgen.targets import TARGETS, Target, host, native
 
 RATES = Rates(3.125, 1.5, 48.0, 12.0, 6.0, 1e-6, 2e-5)
@@ -108,3 +111,19 @@ def test_doctor_calibrates(root: Path) -> None:
     assert document["calibration"]["rates"] == rates
     assert document["calibration"]["defaults"]["ghz"] == host().ghz
     assert oct((root / FILE).stat().st_mode & 0o777) == "0o600"
+
+
+@pytest.mark.parametrize("names", ["gcc", "clang clang-19", "aarch64-linux-gnu-gcc"])
+def test_fork_compiles_without_warnings(names: str, tmp_path: Path) -> None:
+    cc = next(filter(shutil.which, names.split()), None)
+    if cc is None:
+        pytest.skip(f"{names.split()[0]} is not installed")
+    flags = ["-O2", "-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-fPIC", "-pthread", "-c"]
+    subprocess.run([cc, *flags, str(RUNTIME / "bsrgen_fork.c"), "-o", str(tmp_path / "fork.o")], check=True)
+
+
+def test_a_second_thread_costs_something() -> None:
+    """Where there is one: at most the length of a part, which the caller takes back from a worker that does not come."""
+    if parallel_cores() < 2:
+        pytest.skip("one core: nothing to fork to")
+    assert 0 < calibrate._fork_s() < 100 * calibrate.FORK_WORK_S

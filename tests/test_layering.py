@@ -44,7 +44,22 @@ DEPLOY = [
     "kernel", "arguments", "problem", "pattern", "canonical", "foreign", "artifact", "manifest", "trampoline", "store",
     "integrity", "dtypes", "operators", "epilogues", "errors", "machine", "_paths",
 ]  # fmt: skip
-WORKSHOP = {"api", "build", "emit", "package", "plan", "cost", "tune", "backends", "bench", "cli", "jinja2"}
+WORKSHOP = {
+    "api",
+    "build",
+    "choose",
+    "clock",
+    "calibration",
+    "emit",
+    "package",
+    "plan",
+    "cost",
+    "tune",
+    "backends",
+    "bench",
+    "cli",
+    "jinja2",
+}
 
 ON_USE = {"torch", "jinja2", "safetensors", "scipy", "matplotlib", "click", "rich", "archspec", "threadpoolctl"}
 AT_ONCE = {"cli": {"click", "rich"}, "__main__": {"click", "rich"}, "bench": {"scipy"}}
