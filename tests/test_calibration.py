@@ -123,7 +123,7 @@ def test_fork_compiles_without_warnings(names: str, tmp_path: Path) -> None:
 
 
 def test_a_second_thread_costs_something() -> None:
-    """Where there is one: at most the length of a part, which the caller takes back from a worker that does not come."""
+    """Where there is one: about the length of a part at most, which the caller takes back from a late worker."""
     if parallel_cores() < 2:
         pytest.skip("one core: nothing to fork to")
     assert 0 < calibrate._fork_s() < 100 * calibrate.FORK_WORK_S
