@@ -70,7 +70,7 @@ def build_plan(plan: Plan, weight: Weight, folder: Path) -> Kernel:
     compiler = build.find_compiler(plan.target)
     source = BACKENDS["c"].emit((plan,), weight)
     build.build(source, folder, compiler)
-    return Kernel(write_manifest(folder, package.describe(source, weight, compiler, None, (), folder, {})), threads=1)
+    return Kernel(write_manifest(folder, package.describe(source, weight, compiler, (), folder, {})), threads=1)
 
 
 def contenders(case: Case, top: int, others: int, seed: int) -> list[tuple[int, Plan]]:
@@ -177,9 +177,9 @@ def sentence(figures: Mapping[str, float]) -> str:
     """The figure that the benchmark is for, and the model's error in absolute time."""
     return (
         f"the model's pick is within 15 % of the best measured plan for {figures['share_within_15_percent']:.0%} of "
-        f"{figures['matrices']:.0f} matrices (goal {GOAL:.0%}); median loss {figures['median_pick_over_best'] - 1:.1%}, "
-        f"worst {figures['worst_pick_over_best'] - 1:.0%}; predicted seconds are off by a factor of "
-        f"{math.exp(figures['median_abs_log_error']):.2f} in the median"
+        f"{figures['matrices']:.0f} matrices (goal {GOAL:.0%}); "
+        f"median loss {figures['median_pick_over_best'] - 1:.1%}, worst {figures['worst_pick_over_best'] - 1:.0%}; "
+        f"predicted seconds are off by a factor of {math.exp(figures['median_abs_log_error']):.2f} in the median"
     )
 
 

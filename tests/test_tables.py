@@ -388,30 +388,6 @@ def test_more_blocks_cost_more():
         assert dense > 2 * sparse
 
 
-def test_measure_takes_turns_and_sorts(tmp_path, monkeypatch):
-    """The clock, replaced by one that every plan moves by its own time."""
-    now, folders = [0.0], []
-    problem = problem_of(make_weight("uniform", (64, 60), (4, 4), "float32"))
-    plans = list(candidates(problem, V3))[:3]
-    seconds = dict(zip(map(id, plans), (3e-4, 1e-4, 2e-4), strict=True))
-    monkeypatch.setattr(tune.time, "perf_counter", lambda: now[0])
-
-    def make(plan, folder):
-        assert folder.is_dir()
-        folders.append(folder)
-
-        def call():
-            now[0] += seconds[id(plan)]
-
-        return call
-
-    timings = tune.measure(plans, make)
-    assert [t.plan for t in timings] == [plans[1], plans[2], plans[0]]
-    assert [t.seconds for t in timings] == pytest.approx([1e-4, 2e-4, 3e-4])
-    assert len(set(folders)) == 3
-    assert not any(folder.exists() for folder in folders)
-
-
 def test_a_problem_is_plain_data():
     problem = problem_of(make_weight("uniform", (8, 8), (4, 4), "float32"))
     assert isinstance(problem, Problem)

@@ -13,10 +13,11 @@ from support import problem_of
 from test_cli import run, run_json
 
 import bsrgen
-from bsrgen import advice, api, cost, tune
+from bsrgen import advice, cost, tune
 from bsrgen.artifact import read_artifact
 from bsrgen.backends import BACKENDS, Backend
 from bsrgen.backends.c.plan import CPlan
+from bsrgen.choose import as_tuning, choose
 from bsrgen.occupancy import EvenPattern
 from bsrgen.pattern import Pattern, random_weight
 from bsrgen.targets import TARGETS
@@ -189,8 +190,10 @@ def test_strict_takes_no_plan_that_fills_zeros():
     for kind in (Filled, Dense):
         for how in ("off", "model"):
             backend, problem = backend_with(kind), problem_of(weight)
-            loose, _, _ = api._choose(backend, problem, weight, V3, how, False, None)
-            strict, _, _ = api._choose(backend, problem, weight, V3, how, True, None)
+            loose, strict = (
+                choose(backend, problem, weight, V3, as_tuning(how, strict=s), None, None, None).plan
+                for s in (False, True)
+            )
             assert isinstance(loose, kind)
             assert type(strict) is CPlan
 

@@ -49,7 +49,7 @@ def _merged(p: Pattern) -> list[tuple[int, int]]:
     return [blocksize for _, blocksize in sorted(found)[:MOST]]
 
 
-def _rate(R: int, C: int) -> float:  # noqa: N803
+def _rate(R: int, C: int) -> float:
     """Share of peak that blocks of R rows reach; a few columns side by side help a little."""
     rows = max(r for r in RATE if r <= R)
     return RATE[rows] * (1.1 if C >= 4 else 1.0)
