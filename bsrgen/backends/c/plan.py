@@ -89,7 +89,7 @@ class CPlan(Plan):
     def knobs(self) -> dict[str, Any]:
         """The decisions alone, as plain data."""
         tile = {"tokens": self.tokens and asdict(self.tokens), "weight": self.weight and asdict(self.weight)}
-        return {**tile, "small_n": self.small_n, "encoding": self.encoding, "blocksize": self.pattern.blocksize}
+        return {**tile, "small_n": self.small_n, "encoding": self.encoding, "blocksize": list(self.pattern.blocksize)}
 
     @property
     def pattern(self) -> Pattern:

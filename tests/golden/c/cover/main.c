@@ -202,22 +202,23 @@ int spmm_f32_9x7_b1x1_dfaa5c3d(int64_t n, const float *x, int64_t ldx, float *y,
     return spmm_f32_9x7_b1x1_dfaa5c3d_call(&call);
 }
 
-/* data[nnzb][R][C] -> packed, in the order that the micro-kernels stream. */
 /* data[nnzb][1][1] -> blocks of 3x2 that cover them, zeros elsewhere; NULL: no memory. */
 static real *cover_0(const real *data)
 {
     enum { R = 1, C = 1, HIGH = 1, WIDE = 1 }; /* pieces of a block */
     real *blocks = calloc(11, sizeof(real) * 6);
     for (int64_t q = 0; blocks && q < 14; q++) {
-        const int64_t to = spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_moves[q], high = q / WIDE % HIGH, wide = q % WIDE;
+        const uint32_t to = spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_moves[q];
+        if (to == UINT32_MAX) continue; /* outside of the matrix */
+        const int64_t high = q / WIDE % HIGH, wide = q % WIDE;
         const real *piece = data + (q / (HIGH * WIDE) * 1 + high * R) * 1 + wide * C;
-        real *place = blocks + (to / 2 * R) * 2 + to % 2 * C;
-        if (to != UINT32_MAX)
-            for (int r = 0; r < R; r++) memcpy(place + r * 2, piece + r * 1, sizeof(real) * C);
+        real *place = blocks + ((int64_t)to / 2 * R) * 2 + to % 2 * C;
+        for (int r = 0; r < R; r++) memcpy(place + r * 2, piece + r * 1, sizeof(real) * C);
     }
     return blocks;
 }
 
+/* data[nnzb][R][C] -> packed, in the order that the micro-kernels stream; -1: no memory. */
 static int pack_0(const real *data, real *packed)
 {
     enum { R = 3, C = 2, STEP = 1, SEGMENTS = 3 };
