@@ -33,7 +33,7 @@ def covers(problem: Problem, target: Target) -> Iterator[Cover]:
 
 def _may_be_dense(p: Pattern) -> bool:
     """Whether storing all of the matrix is thinkable: places of pieces are 32 bits."""
-    return p.M * p.K <= min(max(DENSE_ELEMENTS, 4 * p.nnz), OUTSIDE // 2)
+    return min(max(DENSE_ELEMENTS, 4 * p.nnz), OUTSIDE // 2) >= p.M * p.K
 
 
 def _merged(p: Pattern) -> list[tuple[int, int]]:
