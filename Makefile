@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
 PY     := $(VENV)/bin/python
+RESULTS ?= benchmarks/results
 WEIGHT := examples/minilm_ffn_32x1_d20.safetensors
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -21,8 +22,10 @@ demo: $(VENV)/.installed-test  ## a kernel for a real pruned weight: build it, c
 test: $(VENV)/.installed-test  ## all tests on JOBS=2 processes (what is missing here is skipped, with its reason)
 	$(PY) -m pytest -q -n $(JOBS)
 
-bench: $(VENV)/.installed-bench  ## rates, shares of the FMA peak and the peers, over block shapes (benchmarks/README.md)
-	$(PY) -m benchmarks.grid
+bench: $(VENV)/.installed-bench  ## README's grids, or GRIDS="bert pyfr", beside the peers; tables and plots in RESULTS; an hour
+	$(PY) -m benchmarks $(GRIDS) $(BENCH) --out $(RESULTS)
+	$(PY) -m benchmarks accuracy --out $(RESULTS)/accuracy.json
+	$(PY) -m benchmarks report $(RESULTS)/*.json --out $(RESULTS)
 
 lint: $(VENV)/.installed-dev  ## ruff, ruff format and mypy --strict, as pre-commit runs them
 	$(PY) -m ruff check .

@@ -1,9 +1,14 @@
-"""python -m benchmarks GRID...  and  python -m benchmarks accuracy."""
+"""python -m benchmarks GRID... | accuracy | report FILE...   (--help after each)."""
 
 import sys
 
-from benchmarks import accuracy
+from benchmarks import accuracy, report, run
+
+VERBS = {"accuracy": accuracy.main, "report": report.main}
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["accuracy"]:
-        accuracy.main(sys.argv[2:])
+    verb = VERBS.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    if verb is None:
+        run.main(prog_name="python -m benchmarks")
+    else:
+        verb(sys.argv[2:], prog_name=f"python -m benchmarks {sys.argv[1]}")

@@ -38,7 +38,7 @@ from bsrgen.pattern import Weight
 from bsrgen.plan import Plan
 from bsrgen.targets import native
 
-VERSION = 1
+SCHEMA, VERSION = "bsrgen-accuracy", 1
 COUNT, SEED, TOP, OTHERS = 60, 60, 12, 4
 NEAR, GOAL = 1.15, 0.85  # a pick within 15 % of the best measured plan is good; so many of the picks should be
 SIZES = (256, 300, 384, 500, 512, 640, 768, 1000, 1024, 1536, 2048, 3000, 3072, 4096)
@@ -73,13 +73,14 @@ def build_plan(plan: Plan, weight: Weight, folder: Path) -> Kernel:
     return Kernel(write_manifest(folder, package.describe(source, weight, compiler, (), folder, {})), threads=1)
 
 
-def contenders(case: Case, top: int, others: int, seed: int) -> list[tuple[int, Plan]]:
-    """The model's `top` plans and `others` drawn from the rest, with their places in its order."""
+def contenders(case: Case, top: int, others: int, seed: int) -> tuple[int, list[tuple[int, Plan]]]:
+    """How many candidates there are; the model's `top` and `others` drawn from the rest, with their places."""
     plans = list(BACKENDS["c"].candidates(case.problem, native()))
     ranked = [plan for _, plan in tune.rank(plans, case.n)]
     rest = range(min(top, len(ranked)), len(ranked))
     drawn = np.random.default_rng(seed).choice(rest, min(others, len(rest)), replace=False)
-    return [(place, ranked[place]) for place in (*range(min(top, len(ranked))), *sorted(int(i) for i in drawn))]
+    places = (*range(min(top, len(ranked))), *sorted(int(i) for i in drawn))
+    return len(ranked), [(place, ranked[place]) for place in places]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class Loss:
 def examine(point: Point, top: int, others: int, jobs: int, rounds: int, ceilings: Ceilings) -> dict[str, Any]:
     """Build, check and time the plans of one matrix in alternation, with the FMA peak in the same rounds."""
     case = point.case()
-    placed = contenders(case, top, others, point.seed)
+    candidates, placed = contenders(case, top, others, point.seed)
     expected, bound = case.problem.reference(case.weight, case.x)
     peak = ceilings.fma(case.problem.dtype.short)
     with tempfile.TemporaryDirectory(prefix="bsrgen-accuracy-") as root:
@@ -113,7 +114,7 @@ def examine(point: Point, top: int, others: int, jobs: int, rounds: int, ceiling
         duel = measure({name: named[name] for name in {"0", best}}, rounds=rounds, seconds=LIMIT_S / 4)
     return {
         "point": asdict(point),
-        "candidates": sum(1 for _ in BACKENDS["c"].candidates(case.problem, native())),
+        "candidates": candidates,
         "peak_flop_per_s": peak.rate(times["peak"]),
         "best": int(best),
         "pick_over_best": max(1.0, duel["0"].min_s / duel[best].min_s),  # fresh samples: the best of many was lucky
@@ -178,14 +179,15 @@ def sentence(figures: Mapping[str, float]) -> str:
     return (
         f"the model's pick is within 15 % of the best measured plan for {figures['share_within_15_percent']:.0%} of "
         f"{figures['matrices']:.0f} matrices (goal {GOAL:.0%}); "
-        f"median loss {figures['median_pick_over_best'] - 1:.1%}, worst {figures['worst_pick_over_best'] - 1:.0%}; "
-        f"predicted seconds are off by a factor of {math.exp(figures['median_abs_log_error']):.2f} in the median"
+        f"median loss {figures['median_pick_over_best'] - 1:.1%}, "
+        f"worst {figures['worst_pick_over_best'] - 1:.0%}; predicted seconds are off by a factor of "
+        f"{math.exp(figures['median_abs_log_error']):.2f} in the median"
     )
 
 
 def document(entries: Sequence[Mapping[str, Any]], **settings: Any) -> dict[str, Any]:
     """What is kept of a run."""
-    head = {"schema": "bsrgen-accuracy", "version": VERSION, "machine": machine(), "settings": settings}
+    head = {"schema": SCHEMA, "version": VERSION, "machine": machine(), "settings": settings}
     return head | {"summary": summary([kept_loss(entry) for entry in entries]), "matrices": list(entries)}
 
 

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from benchmarks.matrices import operator_matrix
 from bsrgen.bench.case import Case, case_of
-from bsrgen.pattern import Weight, random_weight
+from bsrgen.pattern import Weight, as_weight, random_weight
 
 SEED = 20261120
+DRAWN = ("uniform", "powerlaw", "banded")  # kinds of random_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,7 @@ class Point:
     block: tuple[int, int]
     density: float
     n: int
-    kind: str = "uniform"  # of random_weight, or the name of an operator matrix (benchmarks/matrices.py)
+    kind: str = "uniform"  # one of DRAWN, or the name of an operator matrix (benchmarks/matrices.py)
     dtype: str = "float32"
     threads: int = 1
     seed: int = SEED
@@ -30,6 +32,8 @@ class Point:
 
     def weight(self) -> Weight:
         """The matrix."""
+        if self.kind not in DRAWN:
+            return as_weight(operator_matrix(self.kind), blocksize=self.block, dtype=self.dtype)
         return random_weight(self.seed, self.shape, self.block, self.density, kind=self.kind, dtype=self.dtype)
 
     def case(self) -> Case:

@@ -19,6 +19,7 @@ class Counts:
     l2_bytes: int  # read from beyond L1: X that does not stay there, W once per chunk of tokens
     memory_bytes: int  # compulsory: weight and tables once, X once, Y once
     registers: int
+    code_bytes: int  # of the micro-kernels, about
     table_bytes: int
     value_bytes: int
     cycles: float  # all of the above against the ceilings of the target

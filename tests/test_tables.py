@@ -14,11 +14,12 @@ from support import DTYPE_NAMES, OPERATOR_NAMES, make_weight, problem_of, single
 from bsrgen import cost, tune
 from bsrgen.backends.c import CPlan, candidates
 from bsrgen.backends.c.plan import TokenTile, WeightTile
+from bsrgen.cover import cover
 from bsrgen.dtypes import DTYPES, as_dtype, bound_factor
 from bsrgen.epilogues import EPILOGUES, as_epilogues, operands_of
 from bsrgen.errors import ArgumentError, ArgumentTypeError, BsrgenError, UnsupportedError
 from bsrgen.operators import OPERATORS, as_operator
-from bsrgen.pattern import Weight, random_weight
+from bsrgen.pattern import Pattern, Weight, random_weight
 from bsrgen.problem import Problem
 from bsrgen.targets import TARGETS, as_targets, native
 
@@ -336,6 +337,40 @@ def test_counts_of_a_weight_tile_by_hand():
     half = CPlan(problem_of(single((5, 4), (5, 1))), V3, None, WeightTile(8, 1, 1, 4)).counts(4)
     assert half.flop == 64  # zero fill is executed
     assert half.effective_flop == 40
+
+
+def test_counts_of_panels_by_hand():
+    """Blocks (0,0), (0,2), (1,2) of 2x2 in two panels of 4 features: three segments of four hold blocks."""
+    p = Pattern((4, 8), (2, 2), np.array([0, 2, 3]), np.array([0, 2, 2]))
+    problem = problem_of(Weight(p, np.ones((3, 2, 2), np.float32)))
+    tables = 4 * 4 + 3 * 2 + 4 * 3 + 4 * 3  # pointers and the end, offsets, block row of each segment, panel starts
+    tokens = CPlan(problem, V3, TokenTile(2, 2, 4), None)
+    counts = tokens.counts(32)
+    assert (len(tokens.segments), tokens.panels) == (3, 2)
+    assert counts.vector_fma == 3 * 2 * 2 * 4  # blocks x columns x rows x vectors
+    assert (counts.value_bytes, counts.table_bytes, counts.registers) == (12 * 4, tables, 7)
+    weight = CPlan(problem, V3, None, WeightTile(8, 1, 1, 4, k_panel=4, chunk=2))
+    counts = weight.counts(8)
+    assert counts.vector_fma == 3 * 2 * 8  # blocks x columns x tokens
+    assert (counts.value_bytes, counts.table_bytes, counts.registers) == (3 * 2 * 8 * 4, tables, 6)
+
+
+def test_table_bytes_are_those_of_the_tables():
+    weight = random_weight(3, (64, 60), (2, 3), 0.1, kind="powerlaw")
+    for plan in candidates(problem_of(weight), V3):
+        tables = [plan.pointers, plan.offsets]
+        tables += [plan.segment_rows, plan.panel_starts] if plan.panels > 1 else []
+        assert plan.counts(8).table_bytes == sum(table.nbytes for table in tables), plan
+
+
+def test_counts_of_a_cover_are_those_of_its_blocks():
+    """One stored element as one block of 4 x 2: eight multiply-adds a token where one would do."""
+    weight = single((4, 8), (1, 1))
+    plan = CPlan(problem_of(weight, "spmm"), V3, TokenTile(4, 1, 8), None, cover=cover(weight.pattern, (4, 2)))
+    counts = plan.counts(8)
+    assert (counts.vector_fma, counts.flop, counts.effective_flop) == (8, 128, 16)
+    assert (counts.value_bytes, plan.zero_filled, plan.dense) == (32, True, False)
+    assert plan.family(8) != replace(plan, cover=None, tokens=TokenTile(1, 1, 8)).family(8)
 
 
 @pytest.mark.parametrize("operator", OPERATOR_NAMES)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsrgen import api
-from bsrgen.bench import mkl
+from bsrgen.bench import engines, mkl
 from bsrgen.bench.case import Case
 from bsrgen.bench.clock import importable
 from bsrgen.kernel import Kernel
@@ -80,6 +80,31 @@ def _scipy(case: Case, W: Any, X: Array) -> Run:
         latest[0] = W @ X  # scipy has no out=
 
     return Run(call, lambda: _shown(case, latest[0]))
+
+
+def _gimmik(case: Case) -> str | None:
+    if not importable("gimmik"):
+        return "gimmik is not installed"
+    nnz = case.weight.pattern.nnz
+    return None if 0 < nnz <= engines.GIMMIK_NNZ else f"writes every nonzero as code: not for {nnz}"
+
+
+def _gimmik_spmm(case: Case) -> Run:
+    X = case.features()
+    Y = np.zeros((case.weight.pattern.M, case.n), X.dtype)
+    return Run(engines.gimmik_spmm(case.dense(), X, Y), lambda: _shown(case, Y))
+
+
+def _engine(case: Case, *packages: str) -> str | None:
+    """Why an inference engine is not timed: a product with a constant weight is one of its layers as `linear` only."""
+    if not case.linear or case.x.dtype != np.float32:
+        return "linear float32 only"
+    return next((f"{name} is not installed" for name in packages if not importable(name)), None)
+
+
+def _engine_dense(case: Case, linear: Callable[..., Callable[[], object]]) -> Run:
+    y = case.out()
+    return Run(linear(case.dense(), case.x, y, case.threads), lambda: y)
 
 
 def _scipy_bsr(case: Case) -> Run:
@@ -166,6 +191,20 @@ PEERS = (
     Peer("mkl dense, packed", "mkl", "dense", _mkl, lambda c: _mkl_dense(c, mkl.gemm_packed)),
     Peer("torch dense", "torch", "dense", _torch, _torch_dense),
     Peer("torch dense, oneDNN packed", "torch", "dense", _onednn, _onednn_dense),
+    Peer(
+        "onnxruntime dense",
+        "onnxruntime",
+        "dense",
+        lambda c: _engine(c, "onnx", "onnxruntime"),
+        lambda c: _engine_dense(c, engines.onnxruntime_linear),
+    ),
+    Peer(
+        "openvino dense",
+        "openvino",
+        "dense",
+        lambda c: _engine(c, "openvino"),
+        lambda c: _engine_dense(c, engines.openvino_linear),
+    ),
     Peer("scipy bsr", "scipy", "sparse", lambda _: None, _scipy_bsr),
     Peer("scipy csr", "scipy", "sparse", lambda _: None, lambda c: _scipy(c, c.csr(), c.features())),
     Peer("mkl csr", "mkl", "sparse", _mkl, lambda c: _mkl_sparse(c, c.csr(), c.features())),
@@ -184,6 +223,7 @@ PEERS = (
         lambda c: _mkl_sparse(c, c.weight.tobsr(), c.features(padded=True)),
     ),
     Peer("torch bsr", "torch", "sparse", lambda c: _torch(c) or _square(c), _torch_bsr),
+    Peer("gimmik", "gimmik", "sparse", _gimmik, _gimmik_spmm),
 )
 
 

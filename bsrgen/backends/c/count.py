@@ -1,34 +1,58 @@
 """Counting what a C plan does: multiply-adds, loads, bytes per level, and the cycles they need on a target.
 
-The constants without a source are cycles of loop control, fitted on one machine (Zen 5, 2026-11-20); they rank plans.
+The counts are exact for evenly spread blocks; FITTED are cycles that no manual gives, fitted to measured plans.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from bsrgen.pattern import Pattern
 from bsrgen.plan import Counts
 from bsrgen.targets import Target
 
 if TYPE_CHECKING:
     from bsrgen.backends.c.plan import CPlan
 
-BLOCK_CYCLES = 0.5  # read an offset, advance two pointers
-CODE_ROW_CYCLES = 6.0  # the pattern as code: one call per block row
-ROW_CYCLES = 10.0  # start and end of one row's loop: pointers, one mispredicted exit
+SAMPLE = 20_000  # stored blocks by which empty segments are counted
+FMA_BYTES = 7  # of code for one multiply-add and its share of the loads (gcc 12, AVX-512: 6 to 8)
+
+
+@dataclass(slots=True)
+class Fitted:
+    """Cycles and shares of overlap (python -m benchmarks accuracy; Zen 5, 2026-11-21).  They rank plans."""
+
+    overlap: float = 0.1  # of the resources that do not bound
+    load_share: float = 0.9  # of the loads a core can do that it does
+    token_segment: float = 22.0  # start and end of a segment in the token tile
+    token_sum: float = 0.15  # each vector of sums that starts at zero and is stored
+    spill: float = 0.4  # each vector of sums that waits for the next panel
+    pack: float = 3.2  # one vector of X into its panel
+    pack_transposed: float = 8.0
+    finish: float = 2.0  # one vector of sums into Y
+    finish_transposed: float = 7.5
+    weight_segment: float = 6.0
+    weight_sum: float = 1.0  # one vector of sums, straight to Y
+    tile_sum: float = 2.9  # one vector of sums by way of the tile
+    fold: float = 0.5  # a round of folding one vector
+    code_row: float = 6.0  # the pattern as code: one call per block row
+    unit: float = 24.0  # one unit of tokens
+    fill: float = 1.0  # of a cache that X may take
+
+
+FITTED = Fitted()
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
     fma: float
     loads: float
+    latency: float  # cycles of the longest chains of dependent multiply-adds
     x_bytes: float  # of X read by the micro-kernel
     x_live_bytes: float  # of X that should stay in L1 between uses
     w_passes: float  # how often the weight is streamed
-    rows: float  # row loops started
-    blocks: float  # block visits
-    steps: float  # dependent steps along k
-    sums: float  # accumulators in flight
-    moved: float  # elements packed, spilled, transposed and stored around the product
+    control: float  # cycles between the segments and around the product
 
 
 def counts(plan: "CPlan", n: int) -> Counts:
@@ -36,97 +60,145 @@ def counts(plan: "CPlan", n: int) -> Counts:
     problem, target, p = plan.problem, plan.target, plan.pattern
     real = problem.dtype.bytes
     value_bytes = p.nnzb * plan.block_values * real
-    table_bytes = 4 * (plan.panels * p.block_rows + 1) + p.nnzb * plan.offset_bytes
-    memory = value_bytes + table_bytes + (p.K + p.M) * n * real
-    work = _weight_work(plan, n) if plan.uses_weight_tile(n) else _token_work(plan, n)
-    resident = work.x_live_bytes <= 0.8 * target.l1_bytes
-    stream = (value_bytes + table_bytes) * work.w_passes
-    l2_bytes = stream + (0 if resident else work.x_bytes)
-    vector = target.vector_bytes
+    segments = _segments(p, plan.k_panel, plan.panels)
+    table_bytes = 4 * (segments + 1) + p.nnzb * plan.offset_bytes
+    if plan.panels > 1:
+        table_bytes += 4 * segments + 4 * (plan.panels + 1)
+    few = plan.uses_weight_tile(n)
+    work = _weight_work(plan, n, segments) if few else _token_work(plan, n, segments)
+    resident = work.x_live_bytes <= FITTED.fill * target.l1_bytes
+    w_bytes = (value_bytes + table_bytes) * work.w_passes
+    x_beyond = 0.0 if resident else work.x_bytes
+    stream = w_bytes / _rate(target, value_bytes) + x_beyond / _rate(target, work.x_live_bytes)
     return Counts(
         flop=round(work.fma * 2 * plan.lanes),
         effective_flop=problem.flop(n),
         vector_fma=round(work.fma),
         vector_loads=round(work.loads),
-        l1_bytes=round(work.loads * vector),
-        l2_bytes=round(l2_bytes),
-        memory_bytes=memory,
+        l1_bytes=round(work.loads * target.vector_bytes),
+        l2_bytes=round(w_bytes + x_beyond),
+        memory_bytes=value_bytes + table_bytes + (p.K + p.M) * n * real,
         registers=plan.registers,
+        code_bytes=_code_bytes(plan),
         table_bytes=table_bytes,
         value_bytes=value_bytes,
-        cycles=_cycles(target, work, stream, value_bytes, 0.0 if resident else work.x_bytes, plan),
+        cycles=_cycles(target, work, stream),
     )
 
 
-def _cycles(target: Target, w: _Work, stream: float, value_bytes: int, x_l2: float, plan: "CPlan") -> float:
+def _segments(p: Pattern, k_panel: int, panels: int) -> int:
+    """(panel, block row) pairs that are walked; with panels those that hold blocks, judged by the first ones."""
+    if panels == 1:
+        return p.block_rows
+    if not p.nnzb:
+        return 0
+    if p.nnzb <= SAMPLE or type(p) is Pattern:
+        rows = max(int(np.searchsorted(p.indptr, SAMPLE)), 1)
+        end = int(p.indptr[min(rows, p.block_rows)])
+        row = np.repeat(np.arange(min(rows, p.block_rows)), np.diff(p.indptr[: rows + 1]))
+        held = np.unique(row * panels + p.indices[:end].astype(np.int64) * p.C // k_panel).size
+        return max(round(held * p.block_rows / min(rows, p.block_rows)), 1)
+    empty = float((1 - p.density) ** (k_panel / p.C))
+    return round(p.block_rows * panels * (1 - empty))
+
+
+def _rate(target: Target, working_set: float) -> float:
+    """Bytes per cycle from the level below L1 that holds the working set."""
+    if working_set <= 0.75 * target.l2_bytes:
+        return target.l2_bytes_per_cycle
+    return target.l3_bytes_per_cycle if working_set <= target.l3_bytes / 2 else target.dram_bytes_per_cycle
+
+
+def _cycles(target: Target, w: _Work, stream: float) -> float:
     fma = w.fma / target.fma_per_cycle
-    loads = w.loads / target.loads_per_cycle
-    latency = w.steps * target.fma_latency / max(w.sums, 1)
-    beyond = stream / (target.l2_bytes_per_cycle if value_bytes <= target.l2_bytes else target.l3_bytes_per_cycle)
-    beyond += x_l2 / (target.l2_bytes_per_cycle if w.x_live_bytes <= target.l2_bytes else target.l3_bytes_per_cycle)
-    bound = max(fma, loads, latency, beyond)
-    rest = 0.15 * (fma + loads + beyond - bound)  # overlap is not perfect
-    code = plan.encoding == "code" and not plan.uses_weight_tile(0)
-    control = w.rows * CODE_ROW_CYCLES if code else w.blocks * BLOCK_CYCLES + w.rows * ROW_CYCLES
-    return bound + rest + control + w.moved / plan.lanes
+    loads = w.loads / (target.loads_per_cycle * FITTED.load_share)
+    bound = max(fma, loads, w.latency, stream)
+    return bound + FITTED.overlap * (fma + loads + stream - min(bound, fma + loads + stream)) + w.control
 
 
-def _token_work(plan: "CPlan", n: int) -> _Work:
-    t, p = plan.tokens, plan.pattern
+def _chains(sums: float) -> int:
+    """Independent chains of a register tile: T_SUMS and W_SUMS in the templates."""
+    return 1 if sums >= 8 else 2 if sums >= 4 else 4 if sums >= 2 else 8
+
+
+def _token_work(plan: "CPlan", n: int, segments: int) -> _Work:
+    t, p, f = plan.tokens, plan.pattern, FITTED
     assert t is not None
     linear = plan.problem.operator.token_axis == 0
     vectors = -(-n // plan.lanes)
-    tiles = max(1, -(-vectors // t.vectors))
-    v = vectors / tiles if vectors else 0
+    units = max(1, -(-vectors // t.vectors))
+    v = vectors / units
     row_tiles = sum(-(-g.rows // t.rows) for g in plan.groups)
     rows = p.R / row_tiles
-    visits = p.nnzb * row_tiles * tiles
-    steps = visits * p.C
-    spills = 2 * (plan.panels - 1) * p.M * vectors * plan.lanes
-    packs = -(-p.block_rows // plan.waiting_block_rows) if plan.panels > 1 else 1
-    moved = packs * (4 if linear else 1) * n * p.K + (4 if linear else 1) * n * p.M + spills
-    sums = rows * v if rows * v >= 8 else 8
+    steps = p.nnzb * row_tiles * units * p.C
+    walks = segments * row_tiles * units
+    sums = walks * rows * v
+    offsets = p.nnzb * row_tiles * units * plan.offset_bytes / 8
+    code = plan.encoding == "code"
+    control = f.unit * units + walks * (f.code_row if code else f.token_segment) + sums * f.token_sum
+    if plan.panels > 1:
+        control += (sums + p.M * vectors) * f.spill
+    packs = 1 if plan.packs_whole else -(-p.block_rows // plan.waiting_block_rows)
+    packed = 0 if not t.pack and n % plan.lanes == 0 else p.K * vectors * packs
+    control += packed * (f.pack_transposed if linear else f.pack)
+    direct = not linear and plan.panels == 1
+    control += 0 if direct else p.M * vectors * (f.finish_transposed if linear else f.finish)
     return _Work(
         fma=steps * rows * v,
-        loads=steps * (v + rows),
+        loads=steps * (v + rows) + (0 if code else offsets),
+        latency=steps * plan.target.fma_latency / _chains(rows * v),
         x_bytes=steps * v * plan.target.vector_bytes,
-        x_live_bytes=min(plan.k_panel, p.K) * min(t.vectors, vectors) * plan.target.vector_bytes,
-        w_passes=tiles,
-        rows=p.block_rows * row_tiles * tiles * plan.panels,
-        blocks=visits,
-        steps=steps * rows * v,
-        sums=min(sums, 64) * 1.0,
-        moved=(moved if t.pack else moved - n * p.K) + _epilogue(plan, n),
+        x_live_bytes=min(plan.k_panel, p.K) * v * plan.target.vector_bytes,
+        w_passes=units,
+        control=control + _epilogue(plan, n),
     )
 
 
-def _weight_work(plan: "CPlan", n: int) -> _Work:
-    w, p = plan.weight, plan.pattern
+def _weight_work(plan: "CPlan", n: int, segments: int) -> _Work:
+    w, p, f = plan.weight, plan.pattern, FITTED
     assert w is not None
-    real = plan.problem.dtype.bytes
-    tiles = max(1, -(-n // w.tokens))
-    t = n / tiles
+    real, line = plan.problem.dtype.bytes, 64
+    units = max(1, -(-n // w.tokens))
+    t = n / units
     row_tiles = len(plan.groups)
     vectors = sum(g.slots for g in plan.groups) / w.row_lanes / row_tiles
-    visits = p.nnzb * row_tiles * tiles
-    steps = visits * p.C / w.k_lanes
-    reduce = 2.0 if w.k_lanes == 1 else 4.0 * w.k_lanes  # shuffles and adds of the lanes that share a row
-    sums = t * vectors if t * vectors >= 8 else 8
-    line = 64 // real
+    blocks = p.nnzb * row_tiles * units
+    steps = blocks * p.C / w.k_lanes
+    walks = segments * row_tiles * units
+    sums = walks * t * vectors
+    direct = w.k_lanes == plan.panels == 1
+    control = f.unit * units + walks * f.weight_segment + sums * (f.weight_sum if direct else f.tile_sum)
+    control += n * p.M / plan.lanes * (w.k_lanes - 1) * f.fold
+    if plan.problem.operator.token_axis or plan.copies_x:
+        control += n * p.K / plan.lanes * (f.pack_transposed if plan.problem.operator.token_axis else f.pack)
+    touched = min(1.0, p.density * max(line / real / p.C, 1.0))  # of the lines of X, by one block row
+    chunk = min(w.chunk, units)
     return _Work(
         fma=steps * t * vectors,
-        loads=steps * (t + vectors),
-        x_bytes=p.block_rows * row_tiles * n * p.K * real * min(1.0, p.density * line / max(p.C, 1)),
+        loads=steps * (t + vectors) + blocks * plan.offset_bytes / 8,
+        latency=steps * plan.target.fma_latency / _chains(t * vectors),
+        x_bytes=p.block_rows * row_tiles * n * p.K * real * touched,
         x_live_bytes=min(w.tokens, n) * min(plan.k_panel, p.K) * real,
-        w_passes=max(1.0, n / w.tokens),
-        rows=p.block_rows * row_tiles * tiles * plan.panels,
-        blocks=visits,
-        steps=steps * t * vectors,
-        sums=min(sums, 64) * 1.0,
-        moved=n * p.M * reduce + (n * p.K * 1.5 if plan.problem.operator.token_axis else 0) + _epilogue(plan, n),
+        w_passes=units / chunk,
+        control=control + _epilogue(plan, n),
     )
 
 
 def _epilogue(plan: "CPlan", n: int) -> float:
-    """Operations of the epilogue, counted as moved elements."""
-    return sum(step.flop for step in plan.problem.epilogue) * n * plan.pattern.M / plan.target.fma_per_cycle
+    """Cycles of the epilogue's operations."""
+    flop = sum(step.flop for step in plan.problem.epilogue) * n * plan.pattern.M
+    return flop / plan.lanes / plan.target.fma_per_cycle
+
+
+def _code_bytes(plan: "CPlan") -> int:
+    """Machine code of the micro-kernels: their multiply-adds, written out for each size of the register tile."""
+    if plan.encoding == "code":
+        return plan.code_fma * FMA_BYTES
+    fma, columns = 0, min(plan.pattern.C, 4)
+    if t := plan.tokens:
+        kinds = len({min(g.rows, t.rows) for g in plan.groups} | {g.rows % t.rows for g in plan.groups} - {0})
+        forms = 1 if t.pack else 2
+        fma += forms * kinds * t.rows * sum(range(1, t.vectors + 1)) * 2 * columns
+    if w := plan.weight:
+        fma += w.vectors * sum(range(1, w.tokens + 1)) * columns
+    return fma * FMA_BYTES

@@ -155,6 +155,19 @@ class CPlan(Plan):
         return whole[0] if whole else max(min(room, self.lanes // R), 1)
 
     @property
+    def leading_dimension(self) -> int:
+        """Of X in the weight tile: K, or more where rows would share an L1 set or vectors along k must be aligned."""
+        lanes, features = self.lanes, self.pattern.block_cols * self.pattern.C
+        if self.k_lanes > 1:
+            features = -(-features // lanes) * lanes
+        return features + lanes if features and features * self.problem.dtype.bytes % 4096 == 0 else features
+
+    @property
+    def copies_x(self) -> bool:
+        """Whether the weight tile reads a copy of X, with another leading dimension, also where X is contiguous."""
+        return self.leading_dimension != self.pattern.K
+
+    @property
     def shared_block_rows(self) -> int:
         """Block rows whose weights stay in a quarter of L2 while the tiles of a chunk use them, whole windows."""
         p, window = self.pattern, self.weight_window

@@ -160,7 +160,6 @@ def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
     padded_k, unit = p.block_cols * p.C, plan.weight.row_lanes if plan.weight else 1
     groups = [_group(plan, q, unit) for q in range(len(plan.groups))]
     full = sum(1 for g in groups if (g["rows"], g["slots"]) == (groups[0]["rows"], groups[0]["slots"]))
-    spread = _leading_dimension(plan)
     index = iter(range(len(problem.operands)))
     epilogue = [
         {"name": step.name, "c": step.c, "operands": [
@@ -181,7 +180,7 @@ def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
         "finish_tokens": not linear and plan.tokens is not None,
         "groups": groups, "groups_full": full if full > 1 else 0,
         "groups_single": groups[full:] if full > 1 else groups,
-        "ldx": spread, "copy_x": spread != p.K,
+        "ldx": plan.leading_dimension, "copy_x": plan.copies_x,
         "folds": _folds(plan.lanes, plan.k_lanes),
         "weight_vectors": sum(g["slots"] for g in groups) // unit,
         "weight_window": plan.weight_window, "weight_rows": plan.shared_block_rows,
@@ -210,15 +209,6 @@ def _code(plan: CPlan) -> list[dict[str, Any]]:
             for b in range(p.indptr[i], p.indptr[i + 1])]}
         for i in range(p.block_rows)
     ]  # fmt: skip
-
-
-def _leading_dimension(plan: CPlan) -> int:
-    """Of X in the weight tile: K, or more where rows would share an L1 set or vectors along k must be aligned."""
-    p, lanes = plan.pattern, plan.lanes
-    features = p.block_cols * p.C
-    if plan.k_lanes > 1:
-        features = -(-features // lanes) * lanes
-    return features + lanes if features and features * plan.problem.dtype.bytes % 4096 == 0 else features
 
 
 def _folds(lanes: int, k_lanes: int) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
  *   pattern   b7224fbc  9x7, blocks 1x1, 14 stored (22.2 %)
  *   plan      x86-64-v3: as 3x2 blocks, lanes along tokens, 3 rows x 1 vectors, panels of 4 features; pattern as
  *   plan      table
- *   cost      132 flop a token, 264 bytes of values, 50 of tables
+ *   cost      132 flop a token, 264 bytes of values, 86 of tables
  *   rebuild   bsrgen compile FILE --operator spmm --dtype float32 --target x86-64-v3
  *   #...#..
  *   .......
@@ -66,7 +66,6 @@ INLINE int64_t cut(int64_t total, int64_t parts, int64_t p) { return parts ? tot
 INLINE int64_t pieces(int64_t total, int64_t most) { return (total + most - 1) / most; }
 
 enum { T_VECTORS = 1, T_ROWS = 3 };
-enum { T_BATCH = 8 / sizeof(offset) }; /* blocks whose offsets are read at once */
 
 /* With few accumulators, several partial sums hide the latency of the multiply-add. */
 #define T_SUMS(r, v) ((r) * (v) >= 8 ? 1 : (r) * (v) >= 4 ? 2 : (r) * (v) >= 2 ? 4 : 8)
@@ -116,12 +115,9 @@ INLINE void token_sum(const int rows, const int V, const int slots, vec *sum, co
                       const offset *end, const real *x, int64_t ldp)
 {
     const int S = T_ALONG(T_SUMS(rows, V)) ? 1 : T_SUMS(rows, V), size = BLOCK_C * slots;
-    for (; at + T_BATCH <= end; at += T_BATCH, w += T_BATCH * size) {
-        offset k[T_BATCH]; /* in one load */
-        memcpy(k, at, sizeof k);
+    for (; S > 1 && at + S <= end; at += S, w += S * size) {
         UNROLL
-        for (int s = 0; s < T_BATCH; s++)
-            token_block(rows, V, slots, sum + s % S * rows * V, w + s * size, x + k[s] * ldp, ldp);
+        for (int s = 0; s < S; s++) token_block(rows, V, slots, sum + s * rows * V, w + s * size, x + at[s] * ldp, ldp);
     }
     for (; at < end; at++, w += size) token_block(rows, V, slots, sum, w, x + *at * ldp, ldp);
 }
@@ -160,12 +156,12 @@ INLINE void token_tile(const struct bsrgen_call *call, const int rows, const int
 NOINLINE void token_rows_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t s, int64_t end, int64_t base, real *base_sums)
 {
     enum { ldp = 1 * LANES };
-    for (; s < end; s++) {
-        const int64_t first = POINTERS[s], count = POINTERS[s + 1] - first;
+    const real *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
+    const offset *at = OFFSETS + POINTERS[s], *last;
+    for (; s < end; s++, w += (last - at) * BLOCK_VALUES, at = last) {
+        last = OFFSETS + POINTERS[s + 1];
         const int64_t i = SEGMENT_ROWS[s];
         real *sums = base_sums + (i - base) * BLOCK_R * 1 * LANES;
-        const real *w = values + first * BLOCK_VALUES;
-        const offset *at = OFFSETS + first, *last = at + count;
         token_tile(call, 3, 1, 3, w, at, last, x, ldp,
                    i * BLOCK_R, n, sums);
     }

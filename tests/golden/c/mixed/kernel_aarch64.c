@@ -215,7 +215,6 @@ static int weight_run(const struct bsrgen_call *call, const real *values, int64_
 }
 
 enum { T_VECTORS = 2, T_ROWS = 2 };
-enum { T_BATCH = 8 / sizeof(offset) }; /* blocks whose offsets are read at once */
 
 /* With few accumulators, several partial sums hide the latency of the multiply-add. */
 #define T_SUMS(r, v) ((r) * (v) >= 8 ? 1 : (r) * (v) >= 4 ? 2 : (r) * (v) >= 2 ? 4 : 8)
@@ -265,12 +264,9 @@ INLINE void token_sum(const int rows, const int V, const int slots, vec *sum, co
                       const offset *end, const real *x, int64_t ldp)
 {
     const int S = T_ALONG(T_SUMS(rows, V)) ? 1 : T_SUMS(rows, V), size = BLOCK_C * slots;
-    for (; at + T_BATCH <= end; at += T_BATCH, w += T_BATCH * size) {
-        offset k[T_BATCH]; /* in one load */
-        memcpy(k, at, sizeof k);
+    for (; S > 1 && at + S <= end; at += S, w += S * size) {
         UNROLL
-        for (int s = 0; s < T_BATCH; s++)
-            token_block(rows, V, slots, sum + s % S * rows * V, w + s * size, x + k[s] * ldp, ldp);
+        for (int s = 0; s < S; s++) token_block(rows, V, slots, sum + s * rows * V, w + s * size, x + at[s] * ldp, ldp);
     }
     for (; at < end; at++, w += size) token_block(rows, V, slots, sum, w, x + *at * ldp, ldp);
 }
@@ -307,14 +303,14 @@ INLINE void token_tile(const struct bsrgen_call *call, const int rows, const int
 NOINLINE void token_rows_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t s, int64_t end, real *sums)
 {
     enum { ldp = 1 * LANES };
-    for (; s < end; s++, sums += BLOCK_R * 1 * LANES) {
-        const int64_t first = POINTERS[s], count = POINTERS[s + 1] - first;
+    const real *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
+    const offset *at = OFFSETS + POINTERS[s], *last;
+    for (; s < end; s++, w += (last - at) * BLOCK_VALUES, at = last, sums += BLOCK_R * 1 * LANES) {
+        last = OFFSETS + POINTERS[s + 1];
         const int64_t i = s;
-        const real *w = values + first * BLOCK_VALUES;
-        const offset *at = OFFSETS + first, *last = at + count;
         for (int g = 0; g < 1; g++)
             for (int r = 0; r < 4; r += 2)
-                token_tile(call, 2, 1, 4, w + count * (0 + g * 16) + r * K_STEP, at, last, x, ldp,
+                token_tile(call, 2, 1, 4, w + (last - at) * (0 + g * 16) + r * K_STEP, at, last, x, ldp,
                            i * BLOCK_R + 0 + g * 4 + r, n, sums + (0 + g * 4 + r) * 1 * LANES);
     }
 }
@@ -323,14 +319,14 @@ NOINLINE void token_rows_1(const struct bsrgen_call *call, const real *values, c
 NOINLINE void token_rows_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t s, int64_t end, real *sums)
 {
     enum { ldp = 2 * LANES };
-    for (; s < end; s++, sums += BLOCK_R * 2 * LANES) {
-        const int64_t first = POINTERS[s], count = POINTERS[s + 1] - first;
+    const real *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
+    const offset *at = OFFSETS + POINTERS[s], *last;
+    for (; s < end; s++, w += (last - at) * BLOCK_VALUES, at = last, sums += BLOCK_R * 2 * LANES) {
+        last = OFFSETS + POINTERS[s + 1];
         const int64_t i = s;
-        const real *w = values + first * BLOCK_VALUES;
-        const offset *at = OFFSETS + first, *last = at + count;
         for (int g = 0; g < 1; g++)
             for (int r = 0; r < 4; r += 2)
-                token_tile(call, 2, 2, 4, w + count * (0 + g * 16) + r * K_STEP, at, last, x, ldp,
+                token_tile(call, 2, 2, 4, w + (last - at) * (0 + g * 16) + r * K_STEP, at, last, x, ldp,
                            i * BLOCK_R + 0 + g * 4 + r, n, sums + (0 + g * 4 + r) * 2 * LANES);
     }
 }

@@ -55,7 +55,6 @@ INLINE int64_t cut(int64_t total, int64_t parts, int64_t p) { return parts ? tot
 INLINE int64_t pieces(int64_t total, int64_t most) { return (total + most - 1) / most; }
 
 enum { T_VECTORS = 2, T_ROWS = 3 };
-enum { T_BATCH = 8 / sizeof(offset) }; /* blocks whose offsets are read at once */
 
 /* With few accumulators, several partial sums hide the latency of the multiply-add. */
 #define T_SUMS(r, v) ((r) * (v) >= 8 ? 1 : (r) * (v) >= 4 ? 2 : (r) * (v) >= 2 ? 4 : 8)
@@ -105,12 +104,9 @@ INLINE void token_sum(const int rows, const int V, const int slots, vec *sum, co
                       const offset *end, const real *x, int64_t ldp)
 {
     const int S = T_ALONG(T_SUMS(rows, V)) ? 1 : T_SUMS(rows, V), size = BLOCK_C * slots;
-    for (; at + T_BATCH <= end; at += T_BATCH, w += T_BATCH * size) {
-        offset k[T_BATCH]; /* in one load */
-        memcpy(k, at, sizeof k);
+    for (; S > 1 && at + S <= end; at += S, w += S * size) {
         UNROLL
-        for (int s = 0; s < T_BATCH; s++)
-            token_block(rows, V, slots, sum + s % S * rows * V, w + s * size, x + k[s] * ldp, ldp);
+        for (int s = 0; s < S; s++) token_block(rows, V, slots, sum + s * rows * V, w + s * size, x + at[s] * ldp, ldp);
     }
     for (; at < end; at++, w += size) token_block(rows, V, slots, sum, w, x + *at * ldp, ldp);
 }
@@ -151,11 +147,11 @@ INLINE void token_tile(const struct bsrgen_call *call, const int rows, const int
 NOINLINE void token_rows_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t s, int64_t end, real *sums)
 {
     enum { ldp = 1 * LANES };
-    for (; s < end; s++) {
-        const int64_t first = POINTERS[s], count = POINTERS[s + 1] - first;
+    const real *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
+    const offset *at = OFFSETS + POINTERS[s], *last;
+    for (; s < end; s++, w += (last - at) * BLOCK_VALUES, at = last) {
+        last = OFFSETS + POINTERS[s + 1];
         const int64_t i = s;
-        const real *w = values + first * BLOCK_VALUES;
-        const offset *at = OFFSETS + first, *last = at + count;
         token_tile(call, 3, 1, 3, w, at, last, x, ldp,
                    i * BLOCK_R, n, sums);
     }
@@ -164,11 +160,11 @@ NOINLINE void token_rows_1(const struct bsrgen_call *call, const real *values, c
 /* Segments [s, end), 1 vector of tokens, X as it lies; sums: those of block row i. */
 NOINLINE void token_rows_1x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, int64_t s, int64_t end, real *sums)
 {
-    for (; s < end; s++) {
-        const int64_t first = POINTERS[s], count = POINTERS[s + 1] - first;
+    const real *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
+    const offset *at = OFFSETS + POINTERS[s], *last;
+    for (; s < end; s++, w += (last - at) * BLOCK_VALUES, at = last) {
+        last = OFFSETS + POINTERS[s + 1];
         const int64_t i = s;
-        const real *w = values + first * BLOCK_VALUES;
-        const offset *at = OFFSETS + first, *last = at + count;
         token_tile(call, 3, 1, 3, w, at, last, x, ldp,
                    i * BLOCK_R, n, sums);
     }
@@ -178,11 +174,11 @@ NOINLINE void token_rows_1x(const struct bsrgen_call *call, const real *values, 
 NOINLINE void token_rows_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t s, int64_t end, real *sums)
 {
     enum { ldp = 2 * LANES };
-    for (; s < end; s++) {
-        const int64_t first = POINTERS[s], count = POINTERS[s + 1] - first;
+    const real *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
+    const offset *at = OFFSETS + POINTERS[s], *last;
+    for (; s < end; s++, w += (last - at) * BLOCK_VALUES, at = last) {
+        last = OFFSETS + POINTERS[s + 1];
         const int64_t i = s;
-        const real *w = values + first * BLOCK_VALUES;
-        const offset *at = OFFSETS + first, *last = at + count;
         token_tile(call, 3, 2, 3, w, at, last, x, ldp,
                    i * BLOCK_R, n, sums);
     }
@@ -191,11 +187,11 @@ NOINLINE void token_rows_2(const struct bsrgen_call *call, const real *values, c
 /* Segments [s, end), 2 vectors of tokens, X as it lies; sums: those of block row i. */
 NOINLINE void token_rows_2x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, int64_t s, int64_t end, real *sums)
 {
-    for (; s < end; s++) {
-        const int64_t first = POINTERS[s], count = POINTERS[s + 1] - first;
+    const real *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
+    const offset *at = OFFSETS + POINTERS[s], *last;
+    for (; s < end; s++, w += (last - at) * BLOCK_VALUES, at = last) {
+        last = OFFSETS + POINTERS[s + 1];
         const int64_t i = s;
-        const real *w = values + first * BLOCK_VALUES;
-        const offset *at = OFFSETS + first, *last = at + count;
         token_tile(call, 3, 2, 3, w, at, last, x, ldp,
                    i * BLOCK_R, n, sums);
     }

@@ -2,7 +2,7 @@
  *   problem   Y[N,M] = X[N,K] @ W[M,K].T, float32
  *   pattern   b6d78794  12x24, blocks 2x2, 15 stored (20.8 %)
  *   plan      x86-64-v3: lanes along tokens, 2 rows x 2 vectors, panels of 8 features; pattern as table
- *   cost      120 flop a token, 240 bytes of values, 106 of tables
+ *   cost      120 flop a token, 240 bytes of values, 170 of tables
  *   rebuild   bsrgen compile FILE --operator linear --dtype float32 --target x86-64-v3
  *   #...#...#...
  *   ............
@@ -61,7 +61,6 @@ INLINE int64_t cut(int64_t total, int64_t parts, int64_t p) { return parts ? tot
 INLINE int64_t pieces(int64_t total, int64_t most) { return (total + most - 1) / most; }
 
 enum { T_VECTORS = 2, T_ROWS = 2 };
-enum { T_BATCH = 8 / sizeof(offset) }; /* blocks whose offsets are read at once */
 
 /* With few accumulators, several partial sums hide the latency of the multiply-add. */
 #define T_SUMS(r, v) ((r) * (v) >= 8 ? 1 : (r) * (v) >= 4 ? 2 : (r) * (v) >= 2 ? 4 : 8)
@@ -111,12 +110,9 @@ INLINE void token_sum(const int rows, const int V, const int slots, vec *sum, co
                       const offset *end, const real *x, int64_t ldp)
 {
     const int S = T_ALONG(T_SUMS(rows, V)) ? 1 : T_SUMS(rows, V), size = BLOCK_C * slots;
-    for (; at + T_BATCH <= end; at += T_BATCH, w += T_BATCH * size) {
-        offset k[T_BATCH]; /* in one load */
-        memcpy(k, at, sizeof k);
+    for (; S > 1 && at + S <= end; at += S, w += S * size) {
         UNROLL
-        for (int s = 0; s < T_BATCH; s++)
-            token_block(rows, V, slots, sum + s % S * rows * V, w + s * size, x + k[s] * ldp, ldp);
+        for (int s = 0; s < S; s++) token_block(rows, V, slots, sum + s * rows * V, w + s * size, x + at[s] * ldp, ldp);
     }
     for (; at < end; at++, w += size) token_block(rows, V, slots, sum, w, x + *at * ldp, ldp);
 }
@@ -155,12 +151,12 @@ INLINE void token_tile(const struct bsrgen_call *call, const int rows, const int
 NOINLINE void token_rows_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t s, int64_t end, int64_t base, real *base_sums)
 {
     enum { ldp = 1 * LANES };
-    for (; s < end; s++) {
-        const int64_t first = POINTERS[s], count = POINTERS[s + 1] - first;
+    const real *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
+    const offset *at = OFFSETS + POINTERS[s], *last;
+    for (; s < end; s++, w += (last - at) * BLOCK_VALUES, at = last) {
+        last = OFFSETS + POINTERS[s + 1];
         const int64_t i = SEGMENT_ROWS[s];
         real *sums = base_sums + (i - base) * BLOCK_R * 1 * LANES;
-        const real *w = values + first * BLOCK_VALUES;
-        const offset *at = OFFSETS + first, *last = at + count;
         token_tile(call, 2, 1, 2, w, at, last, x, ldp,
                    i * BLOCK_R, n, sums);
     }
@@ -170,12 +166,12 @@ NOINLINE void token_rows_1(const struct bsrgen_call *call, const real *values, c
 NOINLINE void token_rows_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t s, int64_t end, int64_t base, real *base_sums)
 {
     enum { ldp = 2 * LANES };
-    for (; s < end; s++) {
-        const int64_t first = POINTERS[s], count = POINTERS[s + 1] - first;
+    const real *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
+    const offset *at = OFFSETS + POINTERS[s], *last;
+    for (; s < end; s++, w += (last - at) * BLOCK_VALUES, at = last) {
+        last = OFFSETS + POINTERS[s + 1];
         const int64_t i = SEGMENT_ROWS[s];
         real *sums = base_sums + (i - base) * BLOCK_R * 2 * LANES;
-        const real *w = values + first * BLOCK_VALUES;
-        const offset *at = OFFSETS + first, *last = at + count;
         token_tile(call, 2, 2, 2, w, at, last, x, ldp,
                    i * BLOCK_R, n, sums);
     }

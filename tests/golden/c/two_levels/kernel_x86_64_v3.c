@@ -43,7 +43,7 @@ INLINE int64_t cut(int64_t total, int64_t parts, int64_t p) { return parts ? tot
 INLINE int64_t pieces(int64_t total, int64_t most) { return (total + most - 1) / most; }
 
 enum { T_VECTORS = 2, T_ROWS = 4 };
-enum { T_BATCH = 8 / sizeof(offset) }; /* blocks whose offsets are read at once */
+enum { T_BATCH = 8 / sizeof(offset) }; /* blocks whose offsets are read at once: loads are what single columns wait for */
 
 /* With few accumulators, several partial sums hide the latency of the multiply-add. */
 #define T_SUMS(r, v) ((r) * (v) >= 8 ? 1 : (r) * (v) >= 4 ? 2 : (r) * (v) >= 2 ? 4 : 8)
@@ -94,7 +94,7 @@ INLINE void token_sum(const int rows, const int V, const int slots, vec *sum, co
 {
     const int S = T_ALONG(T_SUMS(rows, V)) ? 1 : T_SUMS(rows, V), size = BLOCK_C * slots;
     for (; at + T_BATCH <= end; at += T_BATCH, w += T_BATCH * size) {
-        offset k[T_BATCH]; /* in one load */
+        offset k[T_BATCH];
         memcpy(k, at, sizeof k);
         UNROLL
         for (int s = 0; s < T_BATCH; s++)
@@ -139,11 +139,11 @@ INLINE void token_tile(const struct bsrgen_call *call, const int rows, const int
 NOINLINE void token_rows_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t s, int64_t end, real *sums)
 {
     enum { ldp = 1 * LANES };
-    for (; s < end; s++) {
-        const int64_t first = POINTERS[s], count = POINTERS[s + 1] - first;
+    const real *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
+    const offset *at = OFFSETS + POINTERS[s], *last;
+    for (; s < end; s++, w += (last - at) * BLOCK_VALUES, at = last) {
+        last = OFFSETS + POINTERS[s + 1];
         const int64_t i = s;
-        const real *w = values + first * BLOCK_VALUES;
-        const offset *at = OFFSETS + first, *last = at + count;
         token_tile(call, 4, 1, 4, w, at, last, x, ldp,
                    i * BLOCK_R, n, sums);
     }
@@ -153,11 +153,11 @@ NOINLINE void token_rows_1(const struct bsrgen_call *call, const real *values, c
 NOINLINE void token_rows_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t s, int64_t end, real *sums)
 {
     enum { ldp = 2 * LANES };
-    for (; s < end; s++) {
-        const int64_t first = POINTERS[s], count = POINTERS[s + 1] - first;
+    const real *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
+    const offset *at = OFFSETS + POINTERS[s], *last;
+    for (; s < end; s++, w += (last - at) * BLOCK_VALUES, at = last) {
+        last = OFFSETS + POINTERS[s + 1];
         const int64_t i = s;
-        const real *w = values + first * BLOCK_VALUES;
-        const offset *at = OFFSETS + first, *last = at + count;
         token_tile(call, 4, 2, 4, w, at, last, x, ldp,
                    i * BLOCK_R, n, sums);
     }

@@ -3,7 +3,7 @@
  *   pattern   3aede5f3  32x12, blocks 16x2, 2 stored (16.7 %)
  *   plan      x86-64-v4: lanes along rows, 2 tokens x 1 vectors, panels of 4 features, chunks of 2 tiles; pattern
  *   plan      as table
- *   cost      128 flop a token, 256 bytes of values, 32 of tables
+ *   cost      128 flop a token, 256 bytes of values, 40 of tables
  *   rebuild   bsrgen compile FILE --operator linear --dtype float32 --target x86-64-v4
  *   #...#.
  *   ......

@@ -1,0 +1,135 @@
+"""Runs as text: a line while it is taken, markdown to keep."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.figures import Figure, Run
+from benchmarks.grids import Grid
+
+Column = tuple[str, Callable[[Figure], str]]
+
+POINT: dict[str, Column] = {
+    "kind": ("pattern", lambda f: f.point.kind),
+    "shape": ("M x K", lambda f: "x".join(map(str, f.point.shape))),
+    "block": ("block", lambda f: f.block),
+    "density": ("density", lambda f: f"{f.point.density:.3g}"),
+    "n": ("N", lambda f: str(f.point.n)),
+    "threads": ("threads", lambda f: str(f.point.threads)),
+}
+RESULT: list[Column] = [
+    ("us", lambda f: f"{f.ours.min_s * 1e6:.1f}"),
+    ("in C", lambda f: f"{f.in_c_s * 1e6:.1f}"),
+    ("usual us", lambda f: f"{f.ours.median_s * 1e6:.1f}"),
+    ("GFLOP/s", lambda f: f"{f.rate(f.ours) * 1e-9:.1f}"),
+    ("of FMA peak", lambda f: f"{f.peak.share_rounds:.0%}"),
+    ("best samples", lambda f: f"{f.peak.share_best:.0%}"),
+    ("of read rate", lambda f: f"{f.read.share_rounds:.0%} {f.read.name}"),
+    ("over dense", lambda f: f"{f.best('dense').over:.2f}x"),
+    ("best dense", lambda f: f.best("dense").name),
+    ("over sparse", lambda f: f"{f.best('sparse').over:.2f}x"),
+    ("best sparse", lambda f: f.best("sparse").name),
+    ("plan", lambda f: f.plan),
+]
+TEXT = {"pattern", "M x K", "block", "of read rate", "best dense", "best sparse", "plan"}  # not right-aligned
+METHOD = (
+    "All contenders of a row, the FMA peak and the read rate took turns in one run.  Time and rate are the best sample "
+    "of calls from Python (in C: of the C entry), shares are medians over the rounds (best samples: of those), ratios "
+    "the smaller of both.  Rates are on nonzeros."
+)
+BOTH = ("linear", "spmm")
+SIDE = 0.2  # density of the table that sets the operators side by side
+
+
+def line(f: Figure) -> str:
+    """One figure while a grid is taken."""
+    dense, sparse = f.best("dense"), f.best("sparse")
+    own = f"{f.ours.min_s * 1e6:.1f} us, {f.rate(f.ours) * 1e-9:.1f} GFLOP/s, {f.peak.share_rounds:.0%} of peak"
+    peers = f"{dense.over:.2f}x {dense.name}, {sparse.over:.2f}x {sparse.name}"
+    return f"{f.point}: {own}, {f.read.share_rounds:.0%} of {f.read.name}; {peers}"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A heading, column names and cells."""
+
+    heading: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """As markdown, under a heading of the second level."""
+        rule = "".join("---|" if name in TEXT else "---:|" for name in self.head)
+        rows = [f"| {' | '.join(row)} |" for row in self.rows]
+        return "\n".join([f"## {self.heading}", "", f"| {' | '.join(self.head)} |", f"|{rule}", *rows])
+
+
+def markdown(run: Run, grid: Grid) -> str:
+    """All figures of a run: a head, README's table where both operators were taken, one table a section."""
+    rates = ", ".join(f"{what} {rate * 1e-9:.0f} G/s" for what, rate in run.ceilings.items())
+    head = [f"# {grid.title}", f"Points of: {grid.source}.  {machine_line(run.machine)}", METHOD]
+    parts = [*head, f"Ceilings before the first row: {rates}", *(table.markdown() for table in tables(run, grid))]
+    return "\n\n".join(parts) + "\n"
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """The head of a file in a line."""
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    caches = ", ".join(f"{name} {size >> 10} KB" for name, size in machine["caches_bytes"].items())
+    return (
+        f"{machine['date']}, {machine['cpu']}, {machine['target']}, usable cores: {machine['cores']}, {caches}, "
+        f"{machine['compiler']}, Python {machine['python']}; {packages}.  `{machine['command']}`"
+    )
+
+
+def tables(run: Run, grid: Grid) -> list[Table]:
+    """README's, all peers', and one for each operator, type and, along blocks, density."""
+    keys = ("operator", "dtype", "density") if grid.over == "block" else ("operator", "dtype")
+    grouped: dict[tuple[object, ...], list[Figure]] = {}
+    for f in run.figures:
+        grouped.setdefault(tuple(getattr(f.point, key) for key in keys), []).append(f)
+    all_peers = everyone(run.figures) if run.grid == "shapes" else []
+    return [*side_by_side(run.figures), *all_peers, *(section(members) for members in grouped.values())]
+
+
+def section(figures: Sequence[Figure]) -> Table:
+    """Columns of the point that do not vary go into the heading."""
+    first = figures[0]
+    varies = [key for key in POINT if len({getattr(f.point, key) for f in figures}) > 1] or ["block"]
+    fixed = [f"{name} {cell(first)}" for key, (name, cell) in POINT.items() if key not in varies]
+    columns = [POINT[key] for key in varies] + RESULT
+    rows = tuple(tuple(cell(f) for _, cell in columns) for f in figures)
+    heading = f"{first.point.operator} {first.point.dtype}, {', '.join(fixed)}"
+    return Table(heading, tuple(name for name, _ in columns), rows)
+
+
+def side_by_side(figures: Sequence[Figure]) -> list[Table]:
+    """README's table: both operators at density 0.2, a row for each block; none where not both were taken."""
+    pairs: dict[str, dict[str, Figure]] = {}
+    for f in (f for f in figures if abs(f.point.density - SIDE) < 1e-9):
+        pairs.setdefault(f.block, {})[f.point.operator] = f
+    both = {block: found for block, found in pairs.items() if set(BOTH) <= set(found)}
+    rest = {replace(f.point, operator="", block=(1, 1)) for found in both.values() for f in found.values()}
+    if len(rest) != 1:
+        return []
+    head = ("block", *(name for op in BOTH for name in (f"`{op}` GFLOP/s", "over dense", "over sparse")))
+    rows = tuple((block, *(cell for op in BOTH for cell in _cells(found[op]))) for block, found in both.items())
+    return [Table(f"Both operators, density {SIDE}", head, rows)]
+
+
+def everyone(figures: Sequence[Figure]) -> list[Table]:
+    """Rates of all contenders on `linear` at density 0.2, where block shapes vary."""
+    chosen = [f for f in figures if f.point.operator == "linear" and abs(f.point.density - SIDE) < 1e-9]
+    if len(chosen) < 2:
+        return []
+    names = list(dict.fromkeys(c.name for f in chosen for c in f.contenders))
+    rates = [{c.name: f"{f.rate(c) * 1e-9:.1f}" for c in f.contenders} for f in chosen]
+    rows = tuple(
+        (f.block, *(rate.get(name, "-") for name in names), f"{f.peak.rate * 1e-9:.0f}")
+        for f, rate in zip(chosen, rates, strict=True)
+    )
+    return [Table(f"Every contender, linear, density {SIDE}: GFLOP/s", ("block", *names, "FMA peak"), rows)]
+
+
+def _cells(f: Figure) -> tuple[str, str, str]:
+    return f"{f.rate(f.ours) * 1e-9:.0f}", f"{f.best('dense').over:.2f}x", f"{f.best('sparse').over:.2f}x"
