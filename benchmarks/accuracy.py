@@ -70,7 +70,7 @@ def build_plan(plan: Plan, weight: Weight, folder: Path) -> Kernel:
     compiler = build.find_compiler(plan.target)
     source = BACKENDS["c"].emit((plan,), weight)
     build.build(source, folder, compiler)
-    return Kernel(write_manifest(folder, package.describe(source, weight, compiler, None, (), folder, {})), threads=1)
+    return Kernel(write_manifest(folder, package.describe(source, weight, compiler, (), folder, {})), threads=1)
 
 
 def contenders(case: Case, top: int, others: int, seed: int) -> tuple[int, list[tuple[int, Plan]]]:

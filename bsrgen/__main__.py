@@ -11,6 +11,7 @@ from bsrgen.cli.common import EXIT_CODES
 from bsrgen.cli.compile import compile_
 from bsrgen.cli.doctor import doctor
 from bsrgen.cli.inspect import inspect
+from bsrgen.cli.tune import tune
 from bsrgen.cli.verify import verify
 
 HELP = f"""Turn one fixed block-sparse weight into one fast kernel.
@@ -41,7 +42,7 @@ def main() -> None:
     """Group of the verbs."""
 
 
-for _verb in (compile_, bench, inspect, verify, doctor, cache):
+for _verb in (compile_, tune, bench, inspect, verify, doctor, cache):
     main.add_command(_verb)
 
 

@@ -4,9 +4,11 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +17,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from bsrgen import __version__, advice, build, package
-from bsrgen import tune as tuning
 from bsrgen._paths import RUNTIME, TEMPLATES
 from bsrgen.arguments import bind, default_threads
 from bsrgen.artifact import Artifact, write_manifest
 from bsrgen.backends import BACKENDS, Backend
+from bsrgen.choose import Tuning, as_tuning, choose
 from bsrgen.dtypes import as_dtype
 from bsrgen.epilogues import as_epilogues
 from bsrgen.errors import (
@@ -34,12 +36,11 @@ from bsrgen.kernel import Kernel
 from bsrgen.manifest import ABI, CheckRecord, parse_manifest
 from bsrgen.operators import as_operator
 from bsrgen.pattern import Weight, as_weight
-from bsrgen.plan import Plan
 from bsrgen.problem import Problem
 from bsrgen.store import Store
 from bsrgen.targets import Target, as_targets, native
 from bsrgen.trampoline import trampoline
-from bsrgen.verify import error_share
+from bsrgen.verify import Exam
 
 CHECK_N = (3, 35)  # tokens of the check: fewer than a vector, and two vectors with a rest
 CHECK_ELEMENTS = 1 << 26  # most of X or Y in the check: a matrix of millions of columns is checked with fewer tokens
@@ -61,6 +62,9 @@ def compile(
     strict: bool = False,
     *,
     shape: tuple[int, int] | None = None,
+    tune_seconds: float | None = None,
+    executor: Executor | None = None,
+    progress: Callable[[float], object] | None = None,
     **operands: Any,
 ) -> Kernel:
     """The kernel of one fixed block-sparse weight W [M, K].
@@ -74,6 +78,9 @@ def compile(
     target: "native", an ISA level or microarchitecture, or several for one library that picks at run time.
     n, threads: hints.  n is the number of tokens to plan for (128); threads the default of calls, None all cores.
     tune: "off" takes the first legal plan, "model" the one the cost model likes best, "measure" times the best few.
+    tune_seconds, executor, progress: of tune="measure".  When tune_seconds have passed, no further plan is compiled and
+        timing ends; the model's best two are measured in any case.  Any concurrent.futures.Executor compiles the plans,
+        None means threads on all cores.  `progress` is told the share done, 0 to 1, unless the store has the result.
     strict: an absent block contributes nothing even where X holds Inf or NaN.  False allows plans that multiply absent
         blocks as zeros where that is faster: in finite X the results are the same but for the order of sums.
 
@@ -88,8 +95,7 @@ def compile(
         raise UnsupportedError(
             f"out_dtype={out_dtype!r} with dtype={element.name!r}: {element.name} kernels write {element.name}"
         )
-    if tune not in ("off", "model", "measure"):
-        raise ArgumentError(f"tune={tune!r}: one of 'off', 'model', 'measure'")
+    tuning = as_tuning(tune, tune_seconds, executor, progress, strict)
     if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
         raise ArgumentError(f"n={n!r}: a number of tokens from 1 up, or None")
     default_threads(threads)
@@ -99,7 +105,7 @@ def compile(
     weight = as_weight(W, blocksize=blocksize, shape=shape, dtype=element.numpy)
     problem = Problem(row, weight.pattern, element, steps, None if n is None else int(n))
     bound = bind(problem, operands)
-    artifact = _artifact(chosen, problem, weight, targets, tune, bool(strict), bound)
+    artifact = _artifact(chosen, problem, weight, targets, tuning, bound)
     return Kernel(artifact, threads=threads, may_be_foreign=True)
 
 
@@ -112,21 +118,24 @@ def _backend(name: str, mode: str) -> Backend:
 
 
 def _artifact(
-    backend: Backend, problem: Problem, weight: Weight, targets: tuple[Target, ...], tune: str, strict: bool,
+    backend: Backend, problem: Problem, weight: Weight, targets: tuple[Target, ...], tuning: Tuning,
     bound: dict[str, Any],
 ) -> Artifact:  # fmt: skip
     """From the store, or built into it."""
     compiler = build.find_compiler(targets[0])
-    key = _key(problem, weight, targets, tune, strict, compiler, bound)
+    keys = [_key(problem, weight, targets, tune, tuning.strict, compiler, bound) for tune in tuning.keys]
     store = Store.default()
-    folder = store.get(key)
+    found = [store.get(key) for key in keys]
     _prepare_calls()
-    if folder is not None:
+    for folder in filter(None, found):
         with suppress(FileNotFoundError):  # evicted by another process since it was checked: build it again
             return _parsed(folder)
-    return _parsed(
-        store.publish(key, lambda temp: _make(temp, backend, problem, weight, targets, tune, strict, compiler, bound))
-    )
+    make = functools.partial(_make, backend, problem, weight, targets, tuning, compiler, bound)
+    artifact = _parsed(store.publish(keys[-1], make))
+    if len(keys) > 1 and not artifact.manifest.cut_short:
+        copy = functools.partial(shutil.copytree, artifact.folder, dirs_exist_ok=True)
+        return _parsed(store.publish(keys[0], copy))
+    return artifact
 
 
 def _parsed(folder: Path) -> Artifact:
@@ -177,61 +186,35 @@ def _own_digest() -> str:
 
 
 def _make(
-    folder: Path, backend: Backend, problem: Problem, weight: Weight, targets: tuple[Target, ...], tune: str,
-    strict: bool, compiler: build.Compiler, bound: dict[str, Any],
+    backend: Backend, problem: Problem, weight: Weight, targets: tuple[Target, ...], tuning: Tuning,
+    compiler: build.Compiler, bound: dict[str, Any], folder: Path,
 ) -> None:  # fmt: skip
     """Build, check and describe one artifact in `folder`."""
-    plans, notes, timings = [], [], []
-    for target in targets:
-        plan, figures, times = _choose(backend, problem, weight, target, tune, strict, compiler)
-        plans.append(plan)
-        notes += figures
-        timings.append(times)
-    measured = next((times[0].seconds for times in timings if times), None)
-    source = backend.emit(tuple(plans), weight)
+    most = max(CHECK_ELEMENTS // max(*problem.pattern.shape, 1), 1)
+    exam = Exam(problem, weight, tuple(dict.fromkeys(min(n, most) for n in CHECK_N)))
+    choices = []
+    for number, target in enumerate(targets):
+        step = replace(tuning, progress=functools.partial(_part, tuning.progress, number, len(targets)))
+        choices.append(choose(backend, problem, weight, target, step, compiler, exam, folder / "tune"))
+    plans = tuple(choice.plan for choice in choices)
+    source = backend.emit(plans, weight)
     build.build(source, folder, compiler)
-    manifest = package.describe(source, weight, compiler, measured, tuple(notes), folder, bound)
-    clock = [min((t.seconds for t in timings[0] if t.plan.dense == dense), default=None) for dense in (False, True)]
-    verdict = advice.judge(backend, plans[0], weight, *clock)
-    manifest = msgspec.structs.replace(manifest, verdict=verdict, strict=strict)
-    check = _check(write_manifest(folder, manifest), problem, weight)
+    records = tuple(record for choice in choices for record in choice.records)
+    manifest = package.describe(source, weight, compiler, records, folder, bound)
+    times = [(r.dense, r.measured_seconds) for r in choices[0].records if r.measured_seconds is not None]
+    sparse_s, dense_s = (min((s for d, s in times if d == dense), default=None) for dense in (False, True))
+    verdict = advice.judge(backend, plans[0], weight, sparse_s, dense_s)
+    manifest = msgspec.structs.replace(manifest, verdict=verdict, strict=tuning.strict)
+    check = _check(write_manifest(folder, manifest), exam)
     if check is not None:
         write_manifest(folder, msgspec.structs.replace(manifest, check=check))
 
 
-def _choose(
-    backend: Backend, problem: Problem, weight: Weight, target: Target, tune: str, strict: bool,
-    compiler: build.Compiler,
-) -> tuple[Plan, list[str], list[tuning.Timing]]:  # fmt: skip
-    """The plan for one target, the figures of the tuning, and what the clock said, the winner first."""
-    plans = [plan for plan in backend.candidates(problem, target) if not (strict and plan.zero_filled)]
-    if not plans:
-        raise UnsupportedError(f"{problem}: no plan of backend 'c' for {target.name}")
-    if tune == "off":
-        return plans[0], [], []
-    ranked = [plan for _, plan in tuning.rank(plans, problem.n)]
-    runs_here = target.family == native().family and set(target.requires) <= set(native().requires)
-    if tune == "model" or not runs_here:
-        return ranked[0], [], []
-
-    rng = np.random.default_rng(0)
-    n = problem.n or tuning.PLANNED_N
-    x, given = problem.sample(rng, n)
-
-    def make(plan: Plan, folder: Path) -> Any:
-        source = backend.emit((plan,), weight)
-        build.build(source, folder, compiler)
-        artifact = write_manifest(folder, package.describe(source, weight, compiler, None, (), folder, {}))
-        kernel = Kernel(artifact, threads=1)
-        out = np.zeros(problem.operator.shape(n, problem.pattern.M), problem.dtype.numpy)
-        return functools.partial(kernel, x, out=out, **given)
-
-    timings = tuning.measure(ranked[: tuning.TOP], make)
-    figures = [f"n={n} {timing.seconds * 1e6:.2f} us  {timing.plan}" for timing in timings]
-    return timings[0].plan, figures, timings
+def _part(progress: Callable[[float], object], number: int, parts: int, share: float) -> None:
+    progress((number + share) / parts)
 
 
-def _check(artifact: Artifact, problem: Problem, weight: Weight) -> CheckRecord | None:
+def _check(artifact: Artifact, exam: Exam) -> CheckRecord | None:
     """Run the new kernel on random data against the float64 reference.  None where this CPU cannot run it."""
     if artifact.manifest.family != native().family:
         return None
@@ -239,18 +222,10 @@ def _check(artifact: Artifact, problem: Problem, weight: Weight) -> CheckRecord 
         kernel = Kernel(artifact, threads=1)
     except IncompatibleCPUError:
         return None
-    rng, worst = np.random.default_rng(0), 0.0
-    most = max(CHECK_ELEMENTS // max(*problem.pattern.shape, 1), 1)
-    tokens = tuple(dict.fromkeys(min(n, most) for n in CHECK_N))
-    for n in tokens:
-        x, given = problem.sample(rng, n)
-        old = rng.standard_normal(problem.operator.shape(n, problem.pattern.M)).astype(problem.dtype.numpy)
-        expected, bound = problem.reference(weight, x, given, old)
-        share = error_share(kernel(x, out=old, **given), expected, bound)
-        if share > 1:
-            raise BuildError(
-                f"{kernel.name}: the kernel differs from float64 by {share:.3g} times its bound at n = {n}: "
-                f"the compiler or bsrgen is at fault ({artifact.manifest.compiler}); please report it"
-            )
-        worst = max(worst, share)
-    return CheckRecord(tokens, worst)
+    share, n = exam.worst(kernel)
+    if share > 1:
+        raise BuildError(
+            f"{kernel.name}: the kernel differs from float64 by {share:.3g} times its bound at n = {n}: "
+            f"the compiler or bsrgen is at fault ({artifact.manifest.compiler}); please report it"
+        )
+    return CheckRecord(exam.tokens, share)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from bsrgen.dtypes import DTYPES
 from bsrgen.errors import ArgumentError, ArgumentTypeError
+from bsrgen.machine import parallel_cores
 from bsrgen.manifest import Manifest, OperandRecord
 from bsrgen.operators import OPERATORS
 from bsrgen.problem import Problem
@@ -206,7 +207,7 @@ def check_threads(threads: Any) -> int:
 
 
 def default_threads(threads: int | None) -> int:
-    """`threads`, else $BSRGEN_NUM_THREADS, else all cores this process may use."""
+    """`threads`, else $BSRGEN_NUM_THREADS, else all cores this process may use, within its quota of time."""
     if threads is not None:
         return check_threads(threads)
     text = os.environ.get("BSRGEN_NUM_THREADS", "")
@@ -214,7 +215,7 @@ def default_threads(threads: int | None) -> int:
         if not text.isdecimal() or not 1 <= int(text[:9]) <= MAX_THREADS or len(text) > 9:
             raise ArgumentError(f"BSRGEN_NUM_THREADS={text!r}: a number from 1 to {MAX_THREADS}")
         return int(text)
-    return len(os.sched_getaffinity(0))
+    return parallel_cores()
 
 
 def _leading(a: Array) -> int:

@@ -16,10 +16,16 @@ from bsrgen._paths import RUNTIME
 from bsrgen.artifact import seal
 from bsrgen.emit import Source
 from bsrgen.errors import BuildError, CompilerNotFoundError
+from bsrgen.machine import parallel_cores
 from bsrgen.targets import Target, native
 
 TIMEOUT_S = 60  # one compiler process; the plans' budgets keep real ones below two seconds
 MEMORY_BYTES = 4 << 30
+
+_LIMITS = (  # ulimit's letter and unit
+    ("v", resource.RLIMIT_AS, MEMORY_BYTES, 1024), ("t", resource.RLIMIT_CPU, TIMEOUT_S, 1),
+    ("c", resource.RLIMIT_CORE, 0, 1),
+)  # fmt: skip
 
 COMPILE_FLAGS = (
     "-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-pthread",
@@ -89,7 +95,7 @@ def build(source: Source, folder: Path, compiler: Compiler) -> Path:
     ]
     library = f"lib{source.name}.so"
     run: Callable[[list[str]], str] = functools.partial(_run, folder=folder)
-    with ThreadPoolExecutor(max_workers=max(1, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(max_workers=parallel_cores()) as pool:
         logs = list(pool.map(run, compiles))
     logs.append(run([compiler.path, *LINK_FLAGS, f"-Wl,-soname,{library}", *objects, "-o", library]))
     for name in objects:
@@ -137,8 +143,8 @@ def _run(command: list[str], folder: Path) -> str:
     """Run one compiler process in `folder`; its command and words as log text, without the compiler's own path."""
     try:
         process = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            errors="replace", env=_environment(), preexec_fn=_limit, start_new_session=True,
+            _limited(command), cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True, errors="replace", env=_environment(), start_new_session=True,
         )  # fmt: skip
     except OSError as e:
         raise BuildError(f"{command[0]}: cannot run: {e}") from e
@@ -158,15 +164,19 @@ def _run(command: list[str], folder: Path) -> str:
     return f"{Path(command[0]).name} {' '.join(command[1:])}\n{said}"
 
 
-def _limit() -> None:
-    for which, most in (
-        (resource.RLIMIT_AS, MEMORY_BYTES),
-        (resource.RLIMIT_CPU, TIMEOUT_S),
-        (resource.RLIMIT_CORE, 0),
-    ):
+def _limited(command: list[str]) -> list[str]:
+    """`command` with our environment under limits of memory, time and core files.
+
+    The shell sets them: Python code between fork and exec (preexec_fn) may deadlock in a process of several threads.
+    The shell also adds variables of its own, hence env -i.
+    """
+    limits = []
+    for flag, which, most, unit in _LIMITS:
         hard = resource.getrlimit(which)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(which, (most, most))
+        limits.append(f"ulimit -{flag} {most // unit}")
+    clean = ["/usr/bin/env", "-i", *(f"{name}={value}" for name, value in _environment().items())]
+    return ["/bin/sh", "-c", f'{" && ".join(limits)} && exec "$@"', "sh", *clean, *command]
 
 
 def _environment() -> dict[str, str]:

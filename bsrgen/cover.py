@@ -64,7 +64,8 @@ class Cover:
         out = np.zeros((blocks.nnzb * high * wide, r, c), data.dtype)
         kept = self.moves != OUTSIDE
         out[self.moves[kept]] = pieces[kept]
-        return out.reshape(blocks.nnzb, high, wide, r, c).transpose(0, 1, 3, 2, 4).reshape(blocks.nnzb, *blocks.blocksize)
+        moved = out.reshape(blocks.nnzb, high, wide, r, c).transpose(0, 1, 3, 2, 4)
+        return moved.reshape(blocks.nnzb, *blocks.blocksize)
 
 
 def cover(own: Pattern, blocksize: tuple[int, int]) -> Cover:

@@ -42,6 +42,9 @@ class Epilogue:
     gain: Callable[..., Any] = lambda *operands: 1.0  # by how much the step can grow an error in v: its Lipschitz bound
     roundings: int = 1  # of the step itself, in units of |v| + |result| + |operands|
 
+    def __reduce__(self) -> Any:
+        return _with_operands, (self.name, self.operands)  # from the row: its functions cannot be pickled
+
 
 def _erf(v: Array) -> Array:
     from scipy.special import erf
@@ -128,6 +131,10 @@ def _numbered(step: Epilogue, number: int) -> Epilogue:
         for operand in step.operands
     )
     return replace(step, operands=operands)
+
+
+def _with_operands(name: str, operands: tuple[Operand, ...]) -> Epilogue:
+    return replace(EPILOGUES[name], operands=operands)
 
 
 def operands_of(steps: Sequence[Epilogue]) -> tuple[Operand, ...]:

@@ -40,6 +40,23 @@ def read_weight(
         raise PatternError(f"{path}: damaged or not a {path.suffix} file: {e}") from e
 
 
+def matrix_names(path: str | Path) -> list[str | None]:
+    """The keys of all matrices in a file, for read_weight one by one; [None] for the one of a file without names.
+
+    A .safetensors file gives its block-sparse matrices, or where it has none every 2-D tensor; an .npz file of plain
+    arrays gives every 2-D array.
+    """
+    path = Path(path)
+    if path.suffix not in _READERS:
+        raise ArgumentError(f"{path}: a weight is one of {', '.join(_READERS)}")
+    try:
+        return _NAMES[path.suffix](path) if path.suffix in _NAMES else [None]
+    except OSError as e:
+        raise ArgumentError(f"{path}: cannot be read: {e.strerror or e}") from e
+    except Exception as e:  # as in read_weight
+        raise PatternError(f"{path}: damaged or not a {path.suffix} file: {e}") from e
+
+
 def write_weight(path: str | Path, weight: Weight, key: str = "weight") -> None:
     """Write `weight` for read_weight, the same bytes every time; `key` names it in a .safetensors file."""
     path = Path(path)
@@ -76,6 +93,14 @@ def _read_npz(path: Path, key: str | None) -> tuple[Any, Any]:
         return arrays[_only(arrays.files, key)], None
 
 
+def _npz_names(path: Path) -> list[str | None]:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        names = set(arrays.files)
+        if "format" in names or {"data", "indices", "indptr"} <= names:
+            return [None]
+        return [name for name in arrays.files if arrays[name].ndim == 2]
+
+
 def _read_npy(path: Path, key: str | None) -> tuple[Any, Any]:
     if key is not None:
         raise ArgumentError(f"a .npy file holds one array without a name; leave key={key!r} out")
@@ -90,11 +115,7 @@ def _read_safetensors(path: Path, key: str | None) -> tuple[Any, Any]:
     with path.open("rb"):  # OSError as the system says it
         pass
     with safe_open(path, "np") as file:
-        names, notes = set(file.keys()), file.metadata() or {}
-        sparse = {name.removesuffix(".values") for name in names if name.endswith(".values")}
-        sparse = {name for name in sparse if all(f"{name}.{part}" in names for part in _PARTS)}
-        parts = {f"{name}.{part}" for name in sparse for part in _PARTS}
-        dense = {name for name in names - parts if len(file.get_slice(name).get_shape()) == 2}
+        notes, (sparse, dense) = file.metadata() or {}, _matrices(file)
         name = _only(sorted(sparse or dense) if key is None else sorted(sparse | dense), key)
         if name not in sparse:
             return file.get_tensor(name), None
@@ -102,6 +123,25 @@ def _read_safetensors(path: Path, key: str | None) -> tuple[Any, Any]:
             raise PatternError(f"metadata bsr.{name}.shape is missing; it holds [M, K]")
         values, indptr, indices = (file.get_tensor(f"{name}.{part}") for part in _PARTS)
         return (values, indices, indptr), json.loads(notes[f"bsr.{name}.shape"])
+
+
+def _safetensors_names(path: Path) -> list[str | None]:
+    from safetensors import safe_open
+
+    with path.open("rb"):
+        pass
+    with safe_open(path, "np") as file:
+        sparse, dense = _matrices(file)
+        return [*sorted(sparse or dense)]
+
+
+def _matrices(file: Any) -> tuple[set[str], set[str]]:
+    """Names of the block-sparse matrices and of the other 2-D tensors in an open .safetensors file."""
+    names = set(file.keys())
+    sparse = {name.removesuffix(".values") for name in names if name.endswith(".values")}
+    sparse = {name for name in sparse if all(f"{name}.{part}" in names for part in _PARTS)}
+    parts = {f"{name}.{part}" for name in sparse for part in _PARTS}
+    return sparse, {name for name in names - parts if len(file.get_slice(name).get_shape()) == 2}
 
 
 def _write_npz(path: Path, weight: Weight, key: str) -> None:
@@ -125,4 +165,6 @@ _READERS: dict[str, Callable[[Path, str | None], tuple[Any, Any]]] = {
     ".npy": _read_npy,
     ".safetensors": _read_safetensors,
 }
+_NAMES: dict[str, Callable[[Path], list[str | None]]] = {".npz": _npz_names, ".safetensors": _safetensors_names}
+SUFFIXES = tuple(_READERS)
 _WRITERS: dict[str, Callable[[Path, Weight, str], None]] = {".npz": _write_npz, ".safetensors": _write_safetensors}

@@ -1,14 +1,16 @@
 """What this machine is: for the head of a benchmark and for `bsrgen doctor`."""
 
+import functools
 import os
 import platform
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 
+_CGROUP, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 FALLBACK = {"L1": 32 << 10, "L2": 1 << 20, "L3": 16 << 20}
 
 
+@functools.cache
 def cpu_model() -> str:
     """The CPU's name as the system has it."""
     try:
@@ -38,16 +40,43 @@ def usable_cores() -> int:
 
 
 def core_quota() -> float | None:
-    """Cores' worth of time that the control group allows; None for no limit."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
+    """Cores' worth of time that the control groups allow, the strictest counting; None for no limit."""
+    allowed = []
+    for folder in _groups():
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+            allowed += [int(quota) / int(period)] if quota != "max" else []
+        except (OSError, ValueError):
+            continue
+    try:  # version 1 writes -1 for no limit
+        quota, period = ((_CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        allowed += [int(quota) / int(period)] if int(quota) > 0 else []
     except (OSError, ValueError):
-        return None
+        pass
+    return min(allowed, default=None)
+
+
+def _groups() -> list[Path]:
+    """Folders of this process's control group (version 2) and of those around it."""
+    try:
+        lines = _OWN_GROUP.read_text().splitlines()
+    except OSError:
+        lines = []
+    own = next((line[4:] for line in lines if line.startswith("0::/")), "")
+    folder = _CGROUP / own
+    return [_CGROUP] if ".." in own else [folder, *(f for f in folder.parents if f.is_relative_to(_CGROUP))]
+
+
+def parallel_cores() -> int:
+    """Threads that can run at once: the usable cores, or fewer where a control group's quota would make them wait."""
+    cores, quota = usable_cores(), core_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def versions(names: Iterable[str]) -> dict[str, str | None]:
     """Installed versions of distributions, None for those that are not, without importing them."""
+    from importlib import metadata
+
     found: dict[str, str | None] = {}
     for name in names:
         try:

@@ -16,6 +16,7 @@ from bsrgen.verdict import Verdict
 
 PATTERN_FILE = "pattern.npz"  # indptr, indices
 OPERANDS_FILE = "operands.npz"  # operands bound when the kernel was compiled
+TIME_UP = "the time was up"  # begins a TuningRecord's note
 SCHEMA = 2
 ABI = 1  # BSRGEN_ABI in runtime/bsrgen.h
 
@@ -57,6 +58,8 @@ class LevelRecord(_Record, frozen=True):
     plan: str
     knobs: dict[str, Any]
     values: ValuesRecord
+    predicted_seconds: float  # of a call as in CostRecord; measured where this level was tuned
+    measured_seconds: float | None = None
 
     def __str__(self) -> str:
         return self.plan
@@ -71,11 +74,30 @@ class CostRecord(_Record, frozen=True):
     seconds: float
     dense_seconds: float
     measured_seconds: float | None = None
+    measured_dense_seconds: float | None = None  # the best plan that multiplies the whole matrix, in the same race
 
     @property
     def speedup(self) -> float:
         """Gain over the predicted dense product, measured where it was."""
         return self.dense_seconds / (self.measured_seconds or self.seconds)
+
+
+class TuningRecord(_Record, frozen=True):
+    """A plan in a race at n tokens on one core.  `note` says why it was not measured, or what disturbed that."""
+
+    n: int
+    target: str
+    plan: str
+    knobs: dict[str, Any]
+    dense: bool
+    predicted_seconds: float
+    measured_seconds: float | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        predicted = f"predicted {self.predicted_seconds * 1e6:.2f} us"
+        time = predicted if self.measured_seconds is None else f"{self.measured_seconds * 1e6:.2f} us, {predicted}"
+        return f"n={self.n} {time}  {self.plan}{self.note and f'  ({self.note})'}"
 
 
 class CheckRecord(_Record, frozen=True):
@@ -112,7 +134,7 @@ class Manifest(_Record, frozen=True):
     verdict: Verdict
     strict: bool  # an absent block contributes nothing, even where X holds Inf or NaN
     check: CheckRecord | None
-    tuning: tuple[str, ...]
+    tuning: tuple[TuningRecord, ...]  # for each level the fastest first, then those that were not measured
     notes: tuple[str, ...]
     files: dict[str, str]
 
@@ -136,6 +158,11 @@ class Manifest(_Record, frozen=True):
             raise ValueError(f"name {self.name!r:.80} is not that of the kernel described, {says!r:.80}")
         if min(*self.shape, self.nnzb) < 0 or min(self.blocksize) < 1 or self.nnzb > 2**31:
             raise ValueError("a size is out of range")
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether the time for tuning was up before all plans were measured as often as they should be."""
+        return any(record.note.startswith(TIME_UP) for record in self.tuning)
 
     @property
     def library(self) -> str:

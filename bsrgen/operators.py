@@ -26,6 +26,9 @@ class Operator:
     token_axis: int
     product: Callable[[Any, Array], Array]  # (W, X) -> Y; W is anything with `@`, dense or scipy
 
+    def __reduce__(self) -> Any:
+        return as_operator, (self.name,)  # the row itself: `product` cannot be pickled
+
     def shape(self, n: int, features: int) -> tuple[int, int]:
         """The shape of an operand that holds `features` features of `n` tokens."""
         return (n, features) if self.token_axis == 0 else (features, n)

@@ -18,6 +18,7 @@ from bsrgen.manifest import (
     CostRecord,
     LevelRecord,
     Manifest,
+    TuningRecord,
     ValuesRecord,
     operand_records,
 )
@@ -31,8 +32,7 @@ def describe(
     source: Source,
     weight: Weight,
     compiler: Compiler,
-    measured_s: float | None,
-    tuning: tuple[str, ...],
+    tuning: tuple[TuningRecord, ...],
     folder: Path,
     bound: dict[str, np.ndarray[Any, Any]],
 ) -> Manifest:
@@ -48,9 +48,14 @@ def describe(
     library = (folder / f"lib{source.name}.so").read_bytes()
     places = _places(source, library, compiler)
     levels = tuple(
-        LevelRecord(plan.target.name, plan.target.requires, str(plan), plan.knobs(), places[file])
+        LevelRecord(
+            plan.target.name, plan.target.requires, str(plan), plan.knobs(), places[file],
+            estimate(plan, cost.n).seconds, _measured(tuning, plan.target.name),
+        )
         for plan, file in zip(source.plans, source.values, strict=True)
-    )
+    )  # fmt: skip
+    measured_s = levels[0].measured_seconds
+    measured_dense_s = _measured(tuning, levels[0].target, dense=True)
     return Manifest(
         schema=SCHEMA, abi=ABI, bsrgen=__version__, name=source.name, operator=problem.operator.name,
         shape=p.shape, blocksize=p.blocksize, nnzb=p.nnzb, dtype=problem.dtype.name, out_dtype=problem.dtype.name,
@@ -58,7 +63,7 @@ def describe(
         operands=operand_records(problem.epilogue),
         pattern=p.digest, weight=weight.digest, family=source.plans[0].target.family, levels=levels,
         prototype=source.prototype, compiler=compiler.identity, flags=COMPILE_FLAGS,
-        cost=CostRecord(cost.n, cost.flop, cost.bytes, cost.seconds, cost.dense_seconds, measured_s),
+        cost=CostRecord(cost.n, cost.flop, cost.bytes, cost.seconds, cost.dense_seconds, measured_s, measured_dense_s),
         verdict=_verdict(source.plans[0], cost, measured_s), strict=False, check=None,
         tuning=tuning, notes=weight.notes, bound=tuple(sorted(bound)),
         files={path.name: "" for path in folder.iterdir()},
@@ -71,6 +76,12 @@ def _verdict(plan: Plan, cost: Cost, measured_s: float | None) -> Verdict:
     if plan.dense:
         return Verdict(cost.n, density, "dense", cost.seconds, measured_s, sparse_s, None, dense_s, measured_s)
     return Verdict(cost.n, density, "sparse", cost.seconds, measured_s, sparse_s, measured_s, dense_s, None)
+
+
+def _measured(tuning: tuple[TuningRecord, ...], level: str, *, dense: bool = False) -> float | None:
+    """The best time of a race: the winner's, or that of the best plan for the whole matrix."""
+    times = [r.measured_seconds for r in tuning if r.target == level and (r.dense or not dense)]
+    return min((seconds for seconds in times if seconds is not None), default=None)
 
 
 def _places(source: Source, library: bytes, compiler: Compiler) -> dict[str, ValuesRecord]:

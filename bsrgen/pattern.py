@@ -45,6 +45,9 @@ class Pattern:
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    def __reduce__(self) -> Any:
+        return Pattern, (self.shape, self.blocksize, self.indptr, self.indices)  # read-only again, and checked
+
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "shape", pair("shape", self.shape, 0))
@@ -171,6 +174,9 @@ class Weight:
     pattern: Pattern
     data: Array = field(repr=False)
     notes: tuple[str, ...] = ()
+
+    def __reduce__(self) -> Any:
+        return Weight, (self.pattern, self.data, self.notes)
 
     def __post_init__(self) -> None:
         want = (self.pattern.nnzb, *self.pattern.blocksize)

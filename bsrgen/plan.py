@@ -46,6 +46,10 @@ class Plan:
         """The decisions alone, as plain data: what the manifest keeps and `inspect` prints."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("problem", "target")}
 
+    def family(self, n: int) -> tuple[Any, ...]:
+        """What plans share that do much the same at n tokens; the tuner takes few of one family.  Here: all of it."""
+        return (str(self),)
+
     def counts(self, n: int) -> Counts:
         """Countable cost of one call of n tokens."""
         raise NotImplementedError

@@ -4,6 +4,7 @@ root/v1/<key[:2]>/<key>/   one artifact; complete from the moment the name exist
 root/tmp/                  builds in progress, and what is on its way out
 root/failed/               sources of builds that failed, for an hour
 root/locks/<key>.lock      one per key; only saves work, everything is right without it
+root/calibration.json      rates of this CPU (calibration.py); no artifact, and nothing evicts it
 root/usage                 ledger: one number a line, whose sum is an upper bound of the bytes kept
 """
 
@@ -21,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from bsrgen._paths import store_root
 from bsrgen.errors import ArgumentError, ArtifactCorruptError, BsrgenError, BuildError, StoreError
 from bsrgen.integrity import (
     ELSEWHERE,
@@ -67,16 +69,7 @@ class Store:
     @classmethod
     def default(cls) -> Store:
         """The store of this user, created 0700: $BSRGEN_CACHE_DIR, else the cache folder of the platform."""
-        import platformdirs
-
-        try:
-            named = os.environ.get("BSRGEN_CACHE_DIR")
-            root = Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("bsrgen", appauthor=False))
-            if not named and not root.is_absolute():
-                raise RuntimeError
-        except RuntimeError as error:
-            raise StoreError("this user has no home folder for the store; set HOME or BSRGEN_CACHE_DIR") from error
-        store = cls(root)
+        store = cls(store_root())
         with typed(store.root):
             _own_folder(store.root)
         return store

@@ -2,14 +2,16 @@
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
+from bsrgen import calibration
 from bsrgen.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from bsrgen.machine import cache_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What the compiler and the planner must know of a CPU.  Rates are defaults per core; `bench` measures its own.
+    """What the compiler and the planner must know of a CPU.  Rates are per core; native() has measured ones.
 
     `requires` are the features a CPU must have, by their names in __builtin_cpu_supports; tuning needs none.
     """
@@ -89,14 +91,24 @@ def _as_target(name: str) -> Target:
     return _level(archspec.cpu.TARGETS[name], name)
 
 
-@functools.cache
 def native() -> Target:
-    """The best level that this machine's CPU has in full, with this machine's caches."""
+    """The best level that this machine's CPU has in full, with this machine's caches and, where `bsrgen doctor
+    --calibrate` has measured them, its rates."""
+    row, (record, _) = host(), calibration.read()
+    if record is None or record.level != row.name:
+        return row
+    rates: dict[str, Any] = record.rates.known()
+    return replace(row, **rates)
+
+
+@functools.cache
+def host() -> Target:
+    """native() with the default rates."""
     import archspec.cpu
 
     row = _level(archspec.cpu.host(), "native")
     caches = cache_bytes()
-    return replace(row, l1_bytes=caches["L1"], l2_bytes=caches["L2"])
+    return replace(row, l1_bytes=caches["L1"], l2_bytes=caches["L2"], l3_bytes=caches["L3"])
 
 
 def _level(cpu: "archspec.cpu.Microarchitecture", asked: str) -> Target:  # type: ignore[name-defined]  # noqa: F821

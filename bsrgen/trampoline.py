@@ -77,6 +77,19 @@ class Trampoline:
             raise ArtifactError(f"{path}: cannot be loaded: {self.ffi.string(self.error()).decode(errors='replace')}")
         return handle
 
+    def unload(self, folder: Path) -> None:
+        """Close the libraries in `folder`, of which no kernel will be called again: those of plans that were tried."""
+        import cffi
+
+        ffi = cffi.FFI()
+        ffi.cdef("void *dlopen(const char *path, int flags); int dlclose(void *handle);")
+        libc = ffi.dlopen(None)
+        for path in [path for path in _loaded if path.parent == folder]:
+            del _loaded[path]
+            handle = libc.dlopen(os.fsencode(path), os.RTLD_NOW | os.RTLD_NOLOAD)  # the same one, counted once more
+            for _ in range(2 if handle != ffi.NULL else 0):
+                libc.dlclose(handle)
+
     def function(self, library: Any, name: str) -> Any:
         """Address of an exported function."""
         address = self.symbol(library, name.encode())

@@ -1,5 +1,6 @@
 """Verify: is this artifact what its manifest says, and does it compute that here?"""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,34 @@ def recover(kernel: Kernel, level: int) -> Weight:
     data = np.zeros(p.nnz, real)
     data[place[place != 0].astype(np.int64) - 1] = stored[place != 0]
     return Weight(p, data.reshape(p.nnzb, *p.blocksize))
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Random inputs of a problem and their float64 answers, computed once and put to many kernels."""
+
+    problem: Problem
+    weight: Weight
+    tokens: tuple[int, ...]
+
+    @functools.cached_property
+    def questions(self) -> list[tuple[Array, dict[str, Any], Array, Array, Array]]:
+        """(x, operands, old content of out, right result, bound) for each number of tokens."""
+        rng, found = np.random.default_rng(0), []
+        for n in self.tokens:
+            x, given = self.problem.sample(rng, n)
+            shape = self.problem.operator.shape(n, self.problem.pattern.M)
+            old = rng.standard_normal(shape).astype(self.problem.dtype.numpy)
+            found.append((x, given, old, *self.problem.reference(self.weight, x, given, old)))
+        return found
+
+    def worst(self, kernel: Kernel) -> tuple[float, int]:
+        """The kernel's largest error as a share of its bound, and the number of tokens where that was."""
+        shares = [
+            error_share(kernel(x, out=old.copy(), threads=1, **given), expected, bound)
+            for x, given, old, expected, bound in self.questions
+        ]
+        return max(zip(shares, self.tokens, strict=True))
 
 
 def error_share(y: Array, expected: Array, bound: Array) -> float:

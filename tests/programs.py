@@ -63,7 +63,7 @@ def build_artifact(plans: Sequence[Plan], weight: Weight, folder: Path) -> Artif
     cc = build.find_compiler(plans[0].target)
     source = BACKENDS["c"].emit(tuple(plans), weight)
     build.build(source, folder, cc)
-    manifest = package.describe(source, weight, cc, None, (), folder, {})
+    manifest = package.describe(source, weight, cc, (), folder, {})
     write_manifest(folder, manifest)
     return Artifact(folder, manifest)
 

@@ -94,7 +94,7 @@ def build_plan(plan: Plan, weight: Weight, folder: Path) -> Kernel:
     compiler = build.find_compiler(plan.target)
     source = BACKENDS["c"].emit((plan,), weight)
     build.build(source, folder, compiler)
-    write_manifest(folder, package.describe(source, weight, compiler, None, (), folder, {}))
+    write_manifest(folder, package.describe(source, weight, compiler, (), folder, {}))
     return Kernel(read_artifact(folder), threads=1)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from scipy import sparse
 from support import assert_right, problem_of, run_python
 
 import bsrgen
-from bsrgen import api, build
+from bsrgen import api, build, machine
 from bsrgen.backends import BACKENDS
 from bsrgen.dtypes import DTYPES
 from bsrgen.epilogues import as_epilogues
@@ -145,7 +144,7 @@ def test_dtype_none_is_not_float64_without_a_word():
 
 
 def test_hints_and_defaults():
-    assert f" {len(os.sched_getaffinity(0))} threads" in repr(bsrgen.compile(W))
+    assert f" {machine.parallel_cores()} threads" in repr(bsrgen.compile(W))
     assert " 3 threads" in repr(bsrgen.compile(W, threads=np.int64(3)))
     assert bsrgen.compile(W, n=np.int32(5)).cost.n == 5
     assert bsrgen.compile(W).cost.n == 128
@@ -383,6 +382,7 @@ import hashlib, json, sys
 import numpy as np
 from bsrgen import api, build
 from bsrgen.backends import BACKENDS
+from bsrgen.choose import as_tuning, choose
 from bsrgen.dtypes import DTYPES
 from bsrgen.epilogues import as_epilogues
 from bsrgen.operators import OPERATORS
@@ -395,7 +395,7 @@ targets = as_targets(("x86-64", "x86-64-v3", "x86-64-v4"))
 compiler = build.Compiler("cc", "1", "x86_64")
 key = api._key(problem, w, targets, "model", False, compiler, {"hi": np.float64(1), "lo": np.float64(0)})
 plans = [[str(p) for p in BACKENDS["c"].candidates(problem, t)] for t in targets]
-chosen = tuple(api._choose(BACKENDS["c"], problem, w, t, "model", False, compiler)[0] for t in targets)
+chosen = tuple(choose(BACKENDS["c"], problem, w, t, as_tuning("model"), compiler, None, None).plan for t in targets)
 files = {name: hashlib.sha256(data).hexdigest() for name, data in BACKENDS["c"].emit(chosen, w).files.items()}
 print(json.dumps([key, plans, files]))
 """
@@ -514,11 +514,15 @@ def test_tune_measure(builds, monkeypatch):
     kernel = bsrgen.compile(weight, tune="measure", n=16)
     m = kernel.artifact.manifest
     assert 2 <= len(m.tuning) == len(builds) - 1
-    assert all(re.match(r"n=16 \d+\.\d\d us  ", line) for line in m.tuning)
-    assert str(kernel.plan) in m.tuning[0]
-    times = [float(line.split()[1]) for line in m.tuning]
+    assert all(record.n == 16 and record.target == native().name and not record.note for record in m.tuning)
+    assert all(re.match(r"n=16 \d+\.\d\d us, predicted \d+\.\d\d us  x86", str(record)) for record in m.tuning)
+    assert (m.tuning[0].plan, m.tuning[0].knobs) == (str(kernel.plan), kernel.plan.knobs)
+    times = [record.measured_seconds for record in m.tuning]
     assert times == sorted(times)
-    assert m.cost.measured_seconds == pytest.approx(times[0] * 1e-6, abs=1e-8)
+    assert m.cost.measured_seconds == m.levels[0].measured_seconds == times[0]
+    assert m.levels[0].predicted_seconds == m.cost.seconds == m.tuning[0].predicted_seconds
+    assert not (kernel.artifact.folder / "tune").exists()
+    assert not m.cut_short
     assert "measured" in str(kernel.verdict)
     assert kernel.verdict.measured_seconds == m.cost.measured_seconds
     assert_right(problem_of(weight), weight, kernel(X[:, :1].repeat(40, 1)), X[:, :1].repeat(40, 1))

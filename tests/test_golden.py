@@ -116,12 +116,13 @@ GOLDEN = (
         (Level("x86-64-v3", weight=WeightTile(row_lanes=1, k_lanes=8, vectors=1, tokens=4)),),
     ),
     Golden(
-        "weight_panels", "lanes along rows, panels of X, several tiles of tokens a window of weights", "linear", "float32",
-        (32, 12), (16, 2), (Level("x86-64-v4", weight=WeightTile(16, 1, 1, tokens=2, k_panel=4, chunk=2)),),
+        "weight_panels", "lanes along rows, panels of X, several tiles of tokens a window of weights", "linear",
+        "float32", (32, 12), (16, 2), (Level("x86-64-v4", weight=WeightTile(16, 1, 1, tokens=2, k_panel=4, chunk=2)),),
     ),
     Golden(
-        "cover", "merged blocks, absent ones filled with zeros, and how new values find their places", "spmm", "float32",
-        (9, 7), (1, 1), (Level("x86-64-v3", TokenTile(rows=3, vectors=1, k_panel=7), blocksize=(3, 2)),), entry=True,
+        "cover", "merged blocks, absent ones filled with zeros, and how new values find their places", "spmm",
+        "float32", (9, 7), (1, 1), (Level("x86-64-v3", TokenTile(rows=3, vectors=1, k_panel=4), blocksize=(3, 2)),),
+        entry=True,
     ),
     Golden(
         "token_code", "the pattern as code: one line per stored block", "spmm", "float32", (6, 12), (2, 3),

@@ -115,8 +115,8 @@ PLANS_EACH = int(os.environ.get("BSRGEN_TEST_PLANS", "3"))
 def kind_of(plan: CPlan) -> tuple:
     """What makes two plans run different code."""
     t, w = plan.tokens, plan.weight
-    tiles = (t and (t.pack, plan.panels > 1, t.rows == 1, t.chunk > t.vectors), w and (w.k_lanes, w.vectors > 1))
-    return plan.target.name, plan.encoding, len(plan.groups) > 1, *tiles
+    tiles = (t and (t.pack, t.rows == 1), w and (w.k_lanes, w.vectors > 1, w.chunk > 1))
+    return plan.target.name, plan.encoding, plan.panels > 1, len(plan.groups) > 1, plan.cover is not None, *tiles
 
 
 def sample_plans(operator: str, dtype: str, shape, blocksize, kind: str, count: int) -> list[Plan]:

@@ -17,6 +17,7 @@ FLOORS = """
     bench
     __init__
     api
+    choose
     advice  package
     backends
     backends.c
@@ -32,8 +33,9 @@ FLOORS = """
     canonical  manifest  trampoline
     store
     operators  epilogues  targets  foreign  integrity
-    dtypes  verdict
-    errors  machine  _paths
+    calibration
+    dtypes  _paths  clock  verdict
+    errors  machine
 """
 RANK = {name: -floor for floor, line in enumerate(FLOORS.split("\n")) for name in line.split()}
 ROOMS = ("cli", "bench")  # their own files may import each other, but not in a circle
@@ -41,17 +43,20 @@ ROOMS = ("cli", "bench")  # their own files may import each other, but not in a 
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
     "kernel", "arguments", "problem", "pattern", "canonical", "foreign", "artifact", "manifest", "trampoline", "store",
-    "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "_paths",
+    "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {
-    "api", "advice", "build", "emit", "package", "plan", "cost", "occupancy", "tune", "backends", "bench", "cli",
-    "jinja2",
+    "api", "advice", "build", "choose", "clock", "calibration", "cover", "emit", "package", "plan", "cost", "occupancy",
+    "tune", "backends", "bench", "cli", "jinja2",
 }  # fmt: skip
 
 ON_USE = {"torch", "jinja2", "safetensors", "scipy", "matplotlib", "click", "rich", "archspec", "threadpoolctl"}
 AT_ONCE = {"cli": {"click", "rich"}, "__main__": {"click", "rich"}, "bench": {"scipy"}}
 
 LONG = {  # more lines than the house allows, and why
+    "bsrgen/backends/c/plan.py": "one class: the knobs, and the tables that follow from them",
+    "templates/c/main.c.j2": "one file of C: levels, threads, values, their packing, the entry points",
+    "templates/c/weight_tile.c.j2": "one register tile, with the pattern as table and as code, sums kept or sent to Y",
     "bsrgen/kernel.py": "one class: bind, call, update, save, and all that can be looked at",
     "bsrgen/pattern.py": "Pattern, Weight and the two ways to make one, which share the checks",
     "bsrgen/store.py": "one protocol: rename, locks, ledger and eviction share its folders and its errors",

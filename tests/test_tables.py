@@ -14,11 +14,12 @@ from support import DTYPE_NAMES, OPERATOR_NAMES, make_weight, problem_of, single
 from bsrgen import cost, tune
 from bsrgen.backends.c import CPlan, candidates
 from bsrgen.backends.c.plan import TokenTile, WeightTile
+from bsrgen.cover import cover
 from bsrgen.dtypes import DTYPES, as_dtype, bound_factor
 from bsrgen.epilogues import EPILOGUES, as_epilogues, operands_of
 from bsrgen.errors import ArgumentError, ArgumentTypeError, BsrgenError, UnsupportedError
 from bsrgen.operators import OPERATORS, as_operator
-from bsrgen.pattern import Weight, random_weight
+from bsrgen.pattern import Pattern, Weight, random_weight
 from bsrgen.problem import Problem
 from bsrgen.targets import TARGETS, as_targets, native
 
@@ -338,6 +339,40 @@ def test_counts_of_a_weight_tile_by_hand():
     assert half.effective_flop == 40
 
 
+def test_counts_of_panels_by_hand():
+    """Blocks (0,0), (0,2), (1,2) of 2x2 in two panels of 4 features: three segments of four hold blocks."""
+    p = Pattern((4, 8), (2, 2), np.array([0, 2, 3]), np.array([0, 2, 2]))
+    problem = problem_of(Weight(p, np.ones((3, 2, 2), np.float32)))
+    tables = 4 * 4 + 3 * 2 + 4 * 3 + 4 * 3  # pointers and the end, offsets, block row of each segment, panel starts
+    tokens = CPlan(problem, V3, TokenTile(2, 2, 4), None)
+    counts = tokens.counts(32)
+    assert (len(tokens.segments), tokens.panels) == (3, 2)
+    assert counts.vector_fma == 3 * 2 * 2 * 4  # blocks x columns x rows x vectors
+    assert (counts.value_bytes, counts.table_bytes, counts.registers) == (12 * 4, tables, 7)
+    weight = CPlan(problem, V3, None, WeightTile(8, 1, 1, 4, k_panel=4, chunk=2))
+    counts = weight.counts(8)
+    assert counts.vector_fma == 3 * 2 * 8  # blocks x columns x tokens
+    assert (counts.value_bytes, counts.table_bytes, counts.registers) == (3 * 2 * 8 * 4, tables, 6)
+
+
+def test_table_bytes_are_those_of_the_tables():
+    weight = random_weight(3, (64, 60), (2, 3), 0.1, kind="powerlaw")
+    for plan in candidates(problem_of(weight), V3):
+        tables = [plan.pointers, plan.offsets]
+        tables += [plan.segment_rows, plan.panel_starts] if plan.panels > 1 else []
+        assert plan.counts(8).table_bytes == sum(table.nbytes for table in tables), plan
+
+
+def test_counts_of_a_cover_are_those_of_its_blocks():
+    """One stored element as one block of 4 x 2: eight multiply-adds a token where one would do."""
+    weight = single((4, 8), (1, 1))
+    plan = CPlan(problem_of(weight, "spmm"), V3, TokenTile(4, 1, 8), None, cover=cover(weight.pattern, (4, 2)))
+    counts = plan.counts(8)
+    assert (counts.vector_fma, counts.flop, counts.effective_flop) == (8, 128, 16)
+    assert (counts.value_bytes, plan.zero_filled, plan.dense) == (32, True, False)
+    assert plan.family(8) != replace(plan, cover=None, tokens=TokenTile(1, 1, 8)).family(8)
+
+
 @pytest.mark.parametrize("operator", OPERATOR_NAMES)
 @pytest.mark.parametrize("blocksize", [(16, 1), (4, 4), (1, 16), (3, 5)], ids=str)
 def test_counts_of_all_candidates_are_sound(operator, blocksize):
@@ -388,34 +423,10 @@ def test_more_blocks_cost_more():
         assert dense > 2 * sparse
 
 
-def test_measure_takes_turns_and_sorts(tmp_path, monkeypatch):
-    """The clock, replaced by one that every plan moves by its own time."""
-    now, folders = [0.0], []
-    problem = problem_of(make_weight("uniform", (64, 60), (4, 4), "float32"))
-    plans = list(candidates(problem, V3))[:3]
-    seconds = dict(zip(map(id, plans), (3e-4, 1e-4, 2e-4), strict=True))
-    monkeypatch.setattr(tune.time, "perf_counter", lambda: now[0])
-
-    def make(plan, folder):
-        assert folder.is_dir()
-        folders.append(folder)
-
-        def call():
-            now[0] += seconds[id(plan)]
-
-        return call
-
-    timings = tune.measure(plans, make)
-    assert [t.plan for t in timings] == [plans[1], plans[2], plans[0]]
-    assert [t.seconds for t in timings] == pytest.approx([1e-4, 2e-4, 3e-4])
-    assert len(set(folders)) == 3
-    assert not any(folder.exists() for folder in folders)
-
-
 def test_a_problem_is_plain_data():
     problem = problem_of(make_weight("uniform", (8, 8), (4, 4), "float32"))
     assert isinstance(problem, Problem)
     with pytest.raises(AttributeError):
         problem.n = 3
     knobs = next(iter(candidates(problem, V3))).knobs()
-    assert set(knobs) == {"tokens", "weight", "small_n", "encoding"}
+    assert set(knobs) == {"tokens", "weight", "small_n", "encoding", "blocksize"}

@@ -13,10 +13,11 @@ from support import problem_of
 from test_cli import run, run_json
 
 import bsrgen
-from bsrgen import advice, api, cost, tune
+from bsrgen import advice, cost, tune
 from bsrgen.artifact import read_artifact
 from bsrgen.backends import BACKENDS, Backend
 from bsrgen.backends.c.plan import CPlan
+from bsrgen.choose import as_tuning, choose
 from bsrgen.occupancy import EvenPattern
 from bsrgen.pattern import Pattern, random_weight
 from bsrgen.targets import TARGETS
@@ -27,10 +28,10 @@ SPARSE = Verdict(64, 0.2, "sparse", 2e-6, None, 2e-6, None, 6e-6, None, 0.6)
 FASTER = Advice((16, 1), 10, 0.23, 1.15, 1e-6, 1.8)
 
 
-def first_plan(weight, operator="linear", n=128):
-    """What tune="model" takes."""
+def first_plan(weight, operator="linear", n=128, *, reblock=True):
+    """What tune="model" takes; without `reblock` the best plan over the weight's own blocks."""
     problem = replace(problem_of(weight, operator), n=n)
-    return tune.rank(list(C.candidates(problem, V3)), n)[0][1]
+    return tune.rank(list(C.candidates(problem, V3, reblock=reblock)), n)[0][1]
 
 
 # ── the record ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -93,7 +94,7 @@ def test_few_blocks_are_sparse_and_most_are_dense():
     for density, choice in ((0.1, "sparse"), (0.95, "dense")):
         weight = random_weight(0, (768, 768), (1, 1), density)
         v = advice.judge(C, first_plan(weight), weight)
-        assert (v.choice, v.ran, v.density) == (choice, "sparse", weight.pattern.density)
+        assert (v.choice, v.ran, v.density) == (choice, choice, weight.pattern.density)
         assert (v.break_even > density) == (choice == "sparse")
 
 
@@ -103,11 +104,11 @@ def test_few_blocks_are_sparse_and_most_are_dense():
 def test_break_even_is_where_a_plan_of_that_density_takes_as_long(blocksize, operator, n):
     """Found again by compiling for it: the best plan of a random weight with that density costs what dense does."""
     weight = random_weight(0, (300, 400), blocksize, 0.2)
-    plan = first_plan(weight, operator, n)
+    plan = first_plan(weight, operator, n, reblock=False)
     v = advice.judge(C, plan, weight)
     assert 0 < v.break_even <= 1
     if v.break_even < 1:
-        there = first_plan(random_weight(1, (300, 400), blocksize, v.break_even), operator, n)
+        there = first_plan(random_weight(1, (300, 400), blocksize, v.break_even), operator, n, reblock=False)
         assert cost.estimate(there, n).seconds == pytest.approx(v.dense_seconds, rel=0.02)
 
 
@@ -189,8 +190,10 @@ def test_strict_takes_no_plan_that_fills_zeros():
     for kind in (Filled, Dense):
         for how in ("off", "model"):
             backend, problem = backend_with(kind), problem_of(weight)
-            loose, _, _ = api._choose(backend, problem, weight, V3, how, False, None)
-            strict, _, _ = api._choose(backend, problem, weight, V3, how, True, None)
+            loose, strict = (
+                choose(backend, problem, weight, V3, as_tuning(how, strict=s), None, None, None).plan
+                for s in (False, True)
+            )
             assert isinstance(loose, kind)
             assert type(strict) is CPlan
 
@@ -214,8 +217,9 @@ def test_kernel_and_its_artifact_have_the_same_verdict(tmp_path):
     weight = random_weight(0, (256, 320), (8, 8), 0.1, kind="banded")
     k = bsrgen.compile(weight, blocksize=(1, 1), strict=True)
     assert isinstance(k.verdict, Verdict)
-    assert k.verdict.alternative.density >= weight.pattern.density
-    assert k.verdict.alternative.seconds < k.verdict.seconds
+    assert k.plan.knobs["blocksize"] != [1, 1], "the kernel found the blocks by itself"
+    assert (8, 8) in {a.blocksize for a in k.verdict.alternatives}
+    assert k.verdict.alternative is None or k.verdict.alternative.seconds < k.verdict.seconds
     assert len(k.verdict.alternatives) <= advice.KEPT
     assert str(k.verdict) in str(k)
     assert "sparse" in str(k.verdict)
@@ -242,7 +246,7 @@ def test_cli_names_the_block_shape(hidden, tmp_path):
         pytest.skip("no C compiler")
     text = run("compile", hidden, "--blocksize", "1x1", "--strict", "-o", tmp_path / "out").stdout
     assert read_artifact(tmp_path / "out").manifest.strict
-    assert "covered density 0.1" in " ".join(text.split())
+    assert re.search(r"as \d+x\d+ blocks, ", " ".join(text.split()))
     *_, shapes, verdict = run("bench", hidden, "--blocksize", "1x1", "--n", "64", "--rounds", 3).stdout.splitlines()
     assert re.match(r"block shapes: (as .*x faster \(predicted\) at n = 64|no other .* \(predicted\))$", shapes)
     assert verdict.startswith("verdict: ")

@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 
     from bsrgen.pattern import Weight
 
-FAILED, USAGE, BUILD, ARTIFACT = 1, 2, 3, 4
+FAILED, USAGE, BUILD, ARTIFACT, INTERRUPTED = 1, 2, 3, 4, 130
 EXIT_CODES = """
 \b
 Exit codes:
   0  done
-  1  a check failed: verify, doctor
+  1  a check failed: verify, doctor; some matrices could not be tuned: tune
   2  usage, or an input that cannot be used
   3  the build failed, or the store or the output cannot be written
   4  the artifact is damaged, or not for this CPU or this bsrgen
+  130  interrupted; tune keeps what it has done
 """
 _CODES: tuple[tuple[type[Exception], int], ...] = (
     (ArtifactError, ARTIFACT),
@@ -102,6 +103,13 @@ def verb(command: Callable[..., int | None]) -> Callable[..., None]:
 
 def problem_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The weight and what is to be computed with it: passed on as `weight_file` and the names of bsrgen.compile."""
+    command = kernel_options(command)
+    command = click.option("--key", help="Name of the matrix, where the file holds several.")(command)
+    return click.argument("weight_file", metavar="WEIGHT", type=click.Path(path_type=Path))(command)
+
+
+def kernel_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What is to be computed, by the names of bsrgen.compile."""
     for option in (
         click.option("--target", callback=names, default="native", show_default=True, metavar="A,B,...",
                      help="ISA levels or microarchitectures for one library, e.g. x86-64-v3,x86-64-v4."),
@@ -109,8 +117,6 @@ def problem_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--dtype", default="float32", show_default=True, help="float32 or float64."),
         click.option("--blocksize", callback=pair, metavar="RxC", help="Needed where the file has no blocks."),
         click.option("--operator", default="linear", show_default=True, help="linear: x @ W.T, or spmm: W @ x."),
-        click.option("--key", help="Name of the matrix, where the file holds several."),
-        click.argument("weight_file", metavar="WEIGHT", type=click.Path(path_type=Path)),
     ):  # fmt: skip
         command = option(command)
     return command

@@ -7,11 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
-from bsrgen.cli.common import FAILED, console, plain, show_json, size, verb
+from bsrgen.cli.common import FAILED, console, plain, show_json, size, verb, working
 from bsrgen.errors import BsrgenError
 
 VARIABLES = ("BSRGEN_CACHE_DIR", "BSRGEN_DISABLE_JIT", "BSRGEN_CC", "BSRGEN_NUM_THREADS")
@@ -31,20 +31,33 @@ class Finding:
 
 
 @click.command()
+@click.option(
+    "--calibrate", is_flag=True, help="Measure this CPU for a few seconds, for the cost model, and keep that."
+)
 @verb
-def doctor(*, as_json: bool) -> int:
-    """Look at everything that kernels need here: versions, compiler, CPU, call path, store, variables."""
+def doctor(*, calibrate: bool, as_json: bool) -> int:
+    """Look at everything that kernels need here: versions, compiler, CPU, call path, store, variables.
+
+    With --calibrate, what this CPU does in a second (multiply-adds, reads from each cache and from memory, calls) is
+    measured first.  The cost model then plans with that for target "native"; kernels in the store are not touched, but
+    later compiles for "native" plan and build anew.
+    """
+    if calibrate:
+        _calibrate()
     findings = [finding for look in LOOKS for finding in look()]
     healthy = all(finding.status != "fail" for finding in findings)
     if as_json:
-        show_json({"ok": healthy, "findings": [asdict(finding) for finding in findings]})
+        document = {"ok": healthy, "findings": [asdict(finding) for finding in findings]}
+        show_json(document | {"calibration": _calibration_document()})
         return 0 if healthy else FAILED
+    if calibrate:
+        _calibration_table()
     marks = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
     out = console()
     for f in findings:
-        out.print(f"{marks[f.status]}  {f.what:10}  {plain(f.detail)}", soft_wrap=True)
+        out.print(f"{marks[f.status]}  {f.what:11}  {plain(f.detail)}", soft_wrap=True)
         if f.advice:
-            out.print(f"{'':18}[yellow]{plain(f.advice)}[/]", soft_wrap=True)
+            out.print(f"{'':19}[yellow]{plain(f.advice)}[/]", soft_wrap=True)
     out.print(
         "kernels can be built and run here" if healthy else "[red]kernels cannot be built here[/]: see FAIL above"
     )
@@ -90,7 +103,7 @@ def _compiler() -> Iterator[Finding]:
 
 
 def _cpu() -> Iterator[Finding]:
-    from bsrgen.machine import cache_bytes, core_quota, cpu_model, usable_cores
+    from bsrgen.machine import cache_bytes, core_quota, cpu_model, parallel_cores, usable_cores
     from bsrgen.targets import native
 
     target = native()
@@ -99,10 +112,69 @@ def _cpu() -> Iterator[Finding]:
     yield Finding("target", "ok", f"{target.name}: {', '.join(target.requires) or 'baseline'}")
     cores, quota = usable_cores(), core_quota()
     if quota is not None and quota < cores:
-        advice = f"set BSRGEN_NUM_THREADS={max(1, int(quota))}, so that threads do not wait for their share"
-        yield Finding("cores", "warn", f"{cores} usable, but the control group allows {quota:g}", advice)
+        detail = f"{cores} usable, the control group allows {quota:g}: calls take {parallel_cores()} threads by default"
+        yield Finding("cores", "ok", detail)
     else:
         yield Finding("cores", "ok", f"{cores} usable")
+
+
+def _calibrate() -> None:
+    from bsrgen.bench.calibrate import calibrate
+    from bsrgen.calibration import write
+    from bsrgen.integrity import typed
+    from bsrgen.store import Store
+
+    root = Store.default().root
+    with working("measuring this CPU") as progress:
+        record = calibrate(progress)
+    with typed(root):
+        write(record, root)
+
+
+def _calibration_document() -> dict[str, Any] | None:
+    """The calibration that counts here, and the defaults that it replaces."""
+    from bsrgen.calibration import read
+    from bsrgen.targets import host
+
+    record, _ = read()
+    if record is None:
+        return None
+    rates = record.rates.known()
+    defaults = {name: getattr(host(), name) for name in rates}
+    facts = {"date": record.date, "cpu": record.cpu, "level": record.level}
+    return {**facts, "rates": rates, "defaults": defaults}
+
+
+def _calibration_table() -> None:
+    from rich import box
+    from rich.table import Table
+
+    document = _calibration_document()
+    if document is None:
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in (f"calibrated {document['date']}", "measured", "default"):
+        table.add_column(name, justify="left" if name.startswith("cal") else "right", no_wrap=True)
+    for name, value in document["rates"].items():
+        table.add_row(name, f"{value:g}", f"{document['defaults'][name]:g}")
+    out = console()
+    out.print(table)
+    out.print()
+
+
+def _calibration() -> Iterator[Finding]:
+    from bsrgen.calibration import read
+    from bsrgen.targets import native
+
+    record, why = read()
+    advice = "`bsrgen doctor --calibrate` measures this CPU in a few seconds"
+    if record is None:
+        yield Finding("calibration", "warn" if why else "ok", why or f"none, default rates: {advice}", why and advice)
+    elif record.level != native().name:
+        yield Finding("calibration", "warn", f"taken for {record.level}, this CPU is {native().name}", advice)
+    else:
+        rates = ", ".join(f"{name} {value:g}" for name, value in record.rates.known().items())
+        yield Finding("calibration", "ok", f"{record.date}: {rates}")
 
 
 def _call_path() -> Iterator[Finding]:
@@ -161,4 +233,4 @@ def _variables() -> Iterator[Finding]:
             yield Finding("variable", "warn", setting, advice)
 
 
-LOOKS = (_versions, _compiler, _cpu, _call_path, _store, _peers, _variables)
+LOOKS = (_versions, _compiler, _cpu, _calibration, _call_path, _store, _peers, _variables)

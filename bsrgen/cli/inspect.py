@@ -93,7 +93,7 @@ def artifact_facts(folder: Path, *, short: bool = False, err: bool = False) -> N
     )  # fmt: skip
     rows.append(("check", check))
     if not short:
-        rows += [("tuning" * (not i), line) for i, line in enumerate(m.tuning)]
+        rows += [("tuning" * (not i), str(record)) for i, record in enumerate(m.tuning)]
         rows += [("C", m.prototype), ("compiler", m.compiler), ("flags", " ".join(m.flags))]
         rows += [("bsrgen", f"{m.bsrgen}, ABI {m.abi}, schema {m.schema}")]
         sizes = {name: (artifact.folder / name).stat().st_size for name in m.files}

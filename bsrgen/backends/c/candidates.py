@@ -89,7 +89,8 @@ def _token_tiles(blank: CPlan) -> Iterator[TokenTile]:
     for rows in {min(p.R, r): None for r in (8, 6, 5, 4, 3, 2)}:
         room = min(target.registers - 1, MAX_SUMS)
         most = min(room // (rows + 1) if rows > 1 else room, 8)
-        widths = {most: None, 1 << (most.bit_length() - 1): None, min(most, 4): None, min(most, 2): None} if most else {}
+        power = 1 << max(most.bit_length() - 1, 0)
+        widths = dict.fromkeys((most, power, min(most, 4), min(most, 2)) if most else ())
         for vectors in widths:
             vector_bytes = vectors * lanes * blank.problem.dtype.bytes
             caches = (3 * target.l1_bytes // 4, target.l1_bytes, target.l2_bytes // 2)

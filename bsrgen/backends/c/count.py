@@ -98,7 +98,8 @@ def _segments(p: Pattern, k_panel: int, panels: int) -> int:
         row = np.repeat(np.arange(min(rows, p.block_rows)), np.diff(p.indptr[: rows + 1]))
         held = np.unique(row * panels + p.indices[:end].astype(np.int64) * p.C // k_panel).size
         return max(round(held * p.block_rows / min(rows, p.block_rows)), 1)
-    return round(p.block_rows * panels * (1 - (1 - p.density) ** (k_panel / p.C)))
+    empty = float((1 - p.density) ** (k_panel / p.C))
+    return round(p.block_rows * panels * (1 - empty))
 
 
 def _rate(target: Target, working_set: float) -> float:

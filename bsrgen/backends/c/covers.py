@@ -4,13 +4,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bsrgen.cover import Cover, cover, full, inside
+from bsrgen.cover import OUTSIDE, Cover, cover, full, inside
 from bsrgen.pattern import Pattern
 from bsrgen.problem import Problem
 from bsrgen.targets import Target
 
 TALLEST = 64  # rows of a block made by merging or splitting
 DENSE_COLS = 256  # columns of a block of the dense plan: its panel of X stays in L1
+DENSE_ELEMENTS = 64 << 20  # of a matrix that has dense plans although few of its elements are stored
 SAMPLE = 20_000  # stored blocks by which merging is judged
 MOST = 3  # merged patterns that are worth plans
 # Share of FMA peak by rows that share X (one Zen 5 core, 768x768, N = 128, density 0.2, 2026-11-21): what merging buys.
@@ -25,9 +26,14 @@ def covers(problem: Problem, target: Target) -> Iterator[Cover]:
     if p.R > TALLEST and p.block_rows < 8:
         yield cover(p, (TALLEST, p.C))
     yield from (cover(p, blocksize) for blocksize in _merged(p))
-    if p.nnzb < p.block_rows * p.block_cols or p.R < 8 or p.C > DENSE_COLS:
+    if _may_be_dense(p) and (p.nnzb < p.block_rows * p.block_cols or p.R < 8 or p.C > DENSE_COLS):
         for rows in _dense_rows(problem, target):
             yield full(p, (rows, min(DENSE_COLS, max(p.K, 1))))
+
+
+def _may_be_dense(p: Pattern) -> bool:
+    """Whether storing all of the matrix is thinkable: places of pieces are 32 bits."""
+    return min(max(DENSE_ELEMENTS, 4 * p.nnz), OUTSIDE // 2) >= p.M * p.K
 
 
 def _merged(p: Pattern) -> list[tuple[int, int]]:
@@ -49,7 +55,7 @@ def _merged(p: Pattern) -> list[tuple[int, int]]:
     return [blocksize for _, blocksize in sorted(found)[:MOST]]
 
 
-def _rate(R: int, C: int) -> float:  # noqa: N803
+def _rate(R: int, C: int) -> float:
     """Share of peak that blocks of R rows reach; a few columns side by side help a little."""
     rows = max(r for r in RATE if r <= R)
     return RATE[rows] * (1.1 if C >= 4 else 1.0)
@@ -69,4 +75,4 @@ def _dense_rows(problem: Problem, target: Target) -> list[int]:
     M, lanes = problem.pattern.M, target.lanes(problem.dtype.bytes)
     tall = min((v * lanes for v in (2, 3, 4)), key=lambda rows: (-(-M // rows) * rows, rows))
     short = min((8, 7, 6, 5, 4), key=lambda rows: (-(-M // rows) * rows * (1 + 0.05 * (8 - rows)), -rows))
-    return [short] if problem.operator.token_axis else [tall, short]
+    return [short] if problem.operator.token_axis else list(dict.fromkeys((tall, short)))

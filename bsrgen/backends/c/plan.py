@@ -89,7 +89,7 @@ class CPlan(Plan):
     def knobs(self) -> dict[str, Any]:
         """The decisions alone, as plain data."""
         tile = {"tokens": self.tokens and asdict(self.tokens), "weight": self.weight and asdict(self.weight)}
-        return {**tile, "small_n": self.small_n, "encoding": self.encoding, "blocksize": self.pattern.blocksize}
+        return {**tile, "small_n": self.small_n, "encoding": self.encoding, "blocksize": list(self.pattern.blocksize)}
 
     @property
     def pattern(self) -> Pattern:
@@ -120,7 +120,7 @@ class CPlan(Plan):
 
     @property
     def k_panel(self) -> int:
-        """Features in one panel; the padded K where there is one panel.  The token tile's, where there are two tiles."""
+        """Features in one panel, the token tile's where there are two tiles; the padded K where there is one panel."""
         padded = self.pattern.block_cols * self.pattern.C
         tile = self.tokens or self.weight
         return min(tile.k_panel, padded) if tile and padded else padded
@@ -185,7 +185,7 @@ class CPlan(Plan):
 
     @property
     def waiting_block_rows(self) -> int:
-        """Block rows whose sums wait outside registers: for the next panel, within a quarter of L2; else to be transposed.
+        """Block rows whose sums wait outside registers: for the next panel, in a quarter of L2; else to be transposed.
 
         Transposed are whole vectors of rows where 64 rows allow it.
         """
@@ -261,7 +261,7 @@ class CPlan(Plan):
         return np.concatenate(([0], np.cumsum(p.row_counts * p.C + 16))).astype(np.uint64)
 
     def pack(self, data: Array) -> Array:
-        """(nnzb, R, C) of the problem's pattern -> packed values: per block row and group, [block][k step][slot][k lane]."""
+        """(nnzb, R, C) of the problem's pattern -> packed: per block row and group, [block][k step][slot][k lane]."""
         p, kl = self.pattern, self.k_lanes
         data = self.cover.move(data) if self.cover else data
         data = data[self.order] if self.panels > 1 else data
@@ -314,6 +314,16 @@ class CPlan(Plan):
     def uses_weight_tile(self, n: int) -> bool:
         """Whether a call of n tokens runs the weight tile."""
         return self.tokens is None or (self.weight is not None and n < self.small_n)
+
+    def family(self, n: int) -> tuple[Any, ...]:
+        """The blocks that are walked, and the axis of the lanes and the register tile that run at n tokens."""
+        blocks = (self.pattern.blocksize, self.dense)
+        if self.uses_weight_tile(n):
+            assert self.weight is not None
+            w = self.weight
+            return (*blocks, "weight", w.row_lanes, w.k_lanes, w.vectors, min(w.tokens, n))
+        assert self.tokens is not None
+        return (*blocks, "tokens", self.tokens.rows, self.tokens.vectors)
 
     def counts(self, n: int) -> Counts:
         """Countable cost of one call of n tokens (backends/c/count.py)."""

@@ -168,11 +168,11 @@ def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
         for step in problem.epilogue
     ]  # fmt: skip
     rows = _code(plan) if plan.encoding == "code" else ()
-    code, weight_code = (rows, ()) if plan.tokens else ((), rows)
     return {
         "name": level["name"], "tables": level["tables"], "real": problem.dtype.c, "real_bytes": problem.dtype.bytes,
         "lanes": plan.lanes, "M": p.M, "K": p.K, "R": p.R, "C": p.C, "block_rows": p.block_rows,
-        "panels": plan.panels, "panel_starts": plan.panel_starts if plan.panels > 1 else (), "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
+        "panels": plan.panels, "panel_starts": plan.panel_starts if plan.panels > 1 else (),
+        "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
         "block_values": plan.block_values, "k_lanes": plan.k_lanes, "offset_type": _offset_type(plan),
         "weight": plan.weight, "tokens": plan.tokens, "small_n": plan.small_n, "linear": linear, "direct": direct,
         "math": _needs_math(problem), "epilogue": epilogue,
@@ -184,14 +184,14 @@ def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
         "folds": _folds(plan.lanes, plan.k_lanes),
         "weight_vectors": sum(g["slots"] for g in groups) // unit,
         "weight_window": plan.weight_window, "weight_rows": plan.shared_block_rows,
-        "weight_direct": plan.k_lanes == plan.panels == 1 and not _needs_math(problem), "M_padded": p.block_rows * p.R != p.M,
-        "weight_token_counts": _variants(plan.weight.tokens, bool(weight_code)) if plan.weight else (),
-        "token_vector_counts": _variants(plan.tokens.vectors, bool(code)) if plan.tokens else (),
-        "code": code, "weight_code": weight_code,
+        "weight_direct": plan.k_lanes == plan.panels == 1 and not _needs_math(problem),
+        "M_padded": p.block_rows * p.R != p.M,
+        "weight_token_counts": _variants(plan.weight.tokens, bool(rows) and not plan.tokens) if plan.weight else (),
+        "token_vector_counts": _variants(plan.tokens.vectors, bool(rows)) if plan.tokens else (),
+        "code": rows if plan.tokens else (), "weight_code": () if plan.tokens else rows,
         "token_groups": _token_groups(plan, groups, full) if plan.tokens else (),
         "panel_forms": ("", "x") if plan.tokens and not plan.tokens.pack and direct else ("",),
-        "finish_block_rows": plan.waiting_block_rows,
-        "packs_whole": plan.tokens is not None and plan.packs_whole,
+        "finish_block_rows": plan.waiting_block_rows, "packs_whole": plan.tokens is not None and plan.packs_whole,
     }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ enum { BLOCK_R = 1, BLOCK_C = 16, BLOCK_VALUES = 16, K_STEP = 8 };
 typedef uint16_t offset; /* first feature of a block, from the start of its panel */
 extern const uint32_t linear_f32_5x64_b1x16_373905d5_u16_pointers[] __attribute__((visibility("hidden")));
 extern const offset linear_f32_5x64_b1x16_373905d5_u16_offsets[] __attribute__((visibility("hidden")));
-#define POINTERS linear_f32_5x64_b1x16_373905d5_u16_pointers /* first block of each panel and block row */
+#define POINTERS linear_f32_5x64_b1x16_373905d5_u16_pointers /* first block of each segment: a block row */
 #define OFFSETS linear_f32_5x64_b1x16_373905d5_u16_offsets
 
 /* Y[n, m:m+count] = epilogue(v), lanes along rows. */
@@ -42,9 +42,9 @@ INLINE int64_t cut(int64_t total, int64_t parts, int64_t p) { return parts ? tot
 /* Fewest pieces of at most `most`. */
 INLINE int64_t pieces(int64_t total, int64_t most) { return (total + most - 1) / most; }
 
-enum { W_TOKENS = 4, W_CHUNK = 4, W_LDX = 64, K_STEPS = BLOCK_C / K_STEP };
-/* Vectors of sums of one block row; block rows whose sums are finished together; vectors of a token in a tile. */
-enum { W_VECTORS = 1, W_WINDOW = 8, W_TILE = W_VECTORS * W_WINDOW };
+enum { W_TOKENS = 4, W_LDX = 64, K_STEPS = BLOCK_C / K_STEP };
+/* Reals that the sums of one block row take; block rows whose sums are finished together. */
+enum { W_SUM = 1 * W_TOKENS * LANES, W_WINDOW = 8 };
 
 /* Sums kept per tile: with few accumulators, several partial sums hide the latency of the multiply-add. */
 #define W_SUMS(t, v) ((t) * (v) >= 8 ? 1 : (t) * (v) >= 4 ? 2 : (t) * (v) >= 2 ? 4 : 8)
@@ -76,30 +76,27 @@ INLINE void weight_block(const int T, const int V, const int S, vec *sum, const 
         for (; c < K_STEPS; c++) weight_step(T, V, sum, w + c * V * LANES, x + c * K_STEP);
 }
 
-/* sum[S][T][V] over the blocks of block row i; `before`: values of the groups of rows ahead of this one. */
+/* sum[S][T][V] over the blocks of segment i; `before`: values of the groups of rows ahead of this one. */
 INLINE void weight_sum(const int T, const int V, vec *sum, const int before, const real *values, const real *x, int64_t i)
 {
     enum { BY_BLOCK = K_STEPS < 8 };
     const int S = W_SUMS(T, V);
-    for (int64_t p = 0; p < PANELS; p++) {
-        const int64_t first = POINTERS[p * BLOCK_ROWS + i], last = POINTERS[p * BLOCK_ROWS + i + 1];
-        const real *w = values + first * BLOCK_VALUES + (last - first) * before;
-        const offset *at = OFFSETS + first, *end = OFFSETS + last;
-        const real *xp = x + p * K_PANEL;
-        if (!BY_BLOCK || S == 1) {
-            for (; at < end; at++, w += K_STEPS * V * LANES) weight_block(T, V, S, sum, w, xp + *at);
-        } else {
-            for (; at + S <= end; at += S, w += S * K_STEPS * V * LANES) {
-                UNROLL
-                for (int s = 0; s < S; s++)
-                    weight_block(T, V, 1, sum + s * T * V, w + s * K_STEPS * V * LANES, xp + at[s]);
-            }
-            for (; at < end; at++, w += K_STEPS * V * LANES) weight_block(T, V, 1, sum, w, xp + *at);
+    const int64_t first = POINTERS[i], last = POINTERS[i + 1];
+    const real *w = values + first * BLOCK_VALUES + (last - first) * before;
+    const offset *at = OFFSETS + first, *end = OFFSETS + last;
+    if (!BY_BLOCK || S == 1) {
+        for (; at < end; at++, w += K_STEPS * V * LANES) weight_block(T, V, S, sum, w, x + *at);
+    } else {
+        for (; at + S <= end; at += S, w += S * K_STEPS * V * LANES) {
+            UNROLL
+            for (int s = 0; s < S; s++)
+                weight_block(T, V, 1, sum + s * T * V, w + s * K_STEPS * V * LANES, x + at[s]);
         }
+        for (; at < end; at++, w += K_STEPS * V * LANES) weight_block(T, V, 1, sum, w, x + *at);
     }
 }
 
-/* tile[T][V] = X[T tokens, K] @ W[one group of block row i, K].T, partial sums of a row side by side. */
+/* tile[V][W_TOKENS] = X[T tokens, K] @ W[one group of segment i].T, partial sums of a row side by side. */
 INLINE void weight_tile(const int T, const int V, const int before, const real *values, const real *x, int64_t i, real *tile)
 {
     const int S = W_SUMS(T, V);
@@ -113,7 +110,7 @@ INLINE void weight_tile(const int T, const int V, const int before, const real *
         for (int q = 0; q < s * T * V; q++) sum[q] += sum[s * T * V + q];
     }
     UNROLL
-    for (int q = 0; q < T * V; q++) store(tile + (q / V * W_TILE + q % V) * LANES, sum[q]);
+    for (int q = 0; q < T * V; q++) store(tile + (q % V * W_TOKENS + q / V) * LANES, sum[q]);
 }
 
 /* 1 token x block row i. */
@@ -157,10 +154,10 @@ static void weight_finish(const struct bsrgen_call *call, int64_t n, int64_t cou
     if (rows > M - m) rows = M - m;
     for (int64_t t = 0; t < count; t++)
         for (int64_t r = 0; r < rows; r += LANES) {
-            const real *part = tile + (t * W_TILE + r / 1) * LANES;
+            const real *part = tile + (r / 1 * W_TOKENS + t) * LANES;
             vec v[K_STEP];
             UNROLL
-            for (int q = 0; q < K_STEP; q++) v[q] = r + q * 1 < rows ? load(part + q * LANES) : zero();
+            for (int q = 0; q < K_STEP; q++) v[q] = r + q * 1 < rows ? load(part + q * W_TOKENS * LANES) : zero();
             UNROLL /* groups of 8 partial sums to 4 */
             for (int q = 0; q < 4; q++)
                 v[q] = __builtin_shufflevector(v[2 * q], v[2 * q + 1], 0, 1, 2, 3, 8, 9, 10, 11)
@@ -190,25 +187,31 @@ static void weight_copy(const struct bsrgen_call *call, int64_t n0, int64_t n1, 
 
 INLINE int64_t weight_units(int64_t n) { return pieces(n, W_TOKENS); }
 
-/* Token units [u0, u1) x block rows [i0, i1): within a chunk of tokens each window of W is read once from beyond L1. */
+/* Token units [u0, u1) x block rows [i0, i1).  X of a unit stays in L1; the weights of W_ROWS block rows stay
+ * in L2 for the units of a chunk. */
 static int weight_run(const struct bsrgen_call *call, const real *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
 {
-    const int64_t units = weight_units(call->n), step = W_CHUNK / W_TOKENS;
+    enum { W_CHUNK = 1, W_ROWS = 5 };
+    const int64_t units = weight_units(call->n), tokens = call->n < W_CHUNK * W_TOKENS ? call->n : W_CHUNK * W_TOKENS;
     const int copy = (call->ldx != W_LDX && call->n > 1) || (uintptr_t)call->x % sizeof(vec) /* split loads cost twice */;
-    real *tile = bsrgen_scratch_take(sizeof(real) * (W_TOKENS * W_TILE * LANES + (copy ? (size_t)W_LDX * W_CHUNK : 0)));
+    const int64_t sums = W_WINDOW * W_SUM; /* of one unit */
+    real *tile = bsrgen_scratch_take(sizeof(real) * (size_t)(sums + (copy ? W_LDX * tokens : 0) + 1));
+    real *copied = tile + sums;
     if (!tile) return BSRGEN_NO_MEMORY;
-    real *copied = tile + W_TOKENS * W_TILE * LANES;
-    for (int64_t u = u0; u < u1; u += step) {
-        const int64_t stop = u + step < u1 ? u + step : u1, n0 = cut(call->n, units, u), n1 = cut(call->n, units, stop);
-        if (copy) weight_copy(call, n0, n1, copied);
+    for (int64_t u = u0; u < u1; u += W_CHUNK) {
+        const int64_t stop = u + W_CHUNK < u1 ? u + W_CHUNK : u1, n0 = cut(call->n, units, u);
+        if (copy) weight_copy(call, n0, cut(call->n, units, stop), copied);
         const real *x = copy ? copied : (const real *)call->x + n0 * W_LDX;
-        for (int64_t i = i0; i < i1; i += W_WINDOW) {
-            const int64_t end = i + W_WINDOW < i1 ? i + W_WINDOW : i1;
+        for (int64_t i = i0; i < i1; i += W_ROWS) {
+            const int64_t end = i + W_ROWS < i1 ? i + W_ROWS : i1;
             for (int64_t v = u; v < stop; v++) {
                 const int64_t n = cut(call->n, units, v), count = cut(call->n, units, v + 1) - n;
-                for (int64_t j = i; j < end; j++)
-                    weight_row(values, x + (n - n0) * W_LDX, count, j, tile + (j - i) * W_VECTORS * LANES);
-                weight_finish(call, n, count, i * BLOCK_R, (end - i) * BLOCK_R, tile);
+                const real *xv = x + (n - n0) * W_LDX;
+                for (int64_t j = i; j < end; j += W_WINDOW) {
+                    const int64_t till = j + W_WINDOW < end ? j + W_WINDOW : end;
+                    for (int64_t q = j; q < till; q++) weight_row(values, xv, count, q, tile + (q - j) * W_SUM);
+                    weight_finish(call, n, count, j * BLOCK_R, (till - j) * BLOCK_R, tile);
+                }
             }
         }
     }

@@ -1,0 +1,241 @@
+"""Choose: the plan for a problem on a target, the first, the model's best, or the winner of a race of the best few."""
+
+import functools
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bsrgen import build, clock, package, tune
+from bsrgen.artifact import read_artifact, write_manifest
+from bsrgen.backends import BACKENDS, Backend
+from bsrgen.cost import Cost
+from bsrgen.errors import ArgumentError, ArgumentTypeError, BsrgenError, BuildError, UnsupportedError
+from bsrgen.kernel import Kernel
+from bsrgen.machine import parallel_cores
+from bsrgen.manifest import TIME_UP, TuningRecord
+from bsrgen.pattern import Weight
+from bsrgen.plan import Plan
+from bsrgen.problem import Problem
+from bsrgen.targets import Target, native
+from bsrgen.trampoline import trampoline
+from bsrgen.verify import Exam
+
+ROUNDS = 30
+TIMING_S = 20.0  # of timing for one race, whatever the budget: plans of a second a call are told apart by fewer rounds
+NOTE_CHARACTERS = 300
+
+Progress = Callable[[float], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How to choose: compile's tune, tune_seconds, executor, progress and strict."""
+
+    mode: str
+    seconds: float | None = None
+    executor: Executor | None = None
+    progress: Progress = lambda share: None
+    strict: bool = False  # no plan that multiplies absent elements as zeros
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What it adds to the store's keys, the better result first: a race that had all the time it wanted serves
+        every budget, one that was cut short only requests of the same budget."""
+        return (self.mode,) if self.seconds is None else (self.mode, f"{self.mode} within {self.seconds!r} s")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A plan, and the race that it won: the fastest first, then those that were not measured."""
+
+    plan: Plan
+    records: tuple[TuningRecord, ...] = ()
+
+
+def as_tuning(
+    mode: Any, seconds: Any = None, executor: Any = None, progress: Any = None, strict: Any = False
+) -> Tuning:  # fmt: skip
+    """The arguments of compile, checked.  ArgumentError, ArgumentTypeError."""
+    if mode not in ("off", "model", "measure"):
+        raise ArgumentError(f"tune={mode!r}: one of 'off', 'model', 'measure'")
+    if seconds is not None:
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float, np.integer, np.floating)):
+            raise ArgumentTypeError(f"tune_seconds={seconds!r}: a number of seconds, or None for all it takes")
+        if not (math.isfinite(seconds) and seconds > 0):
+            raise ArgumentError(f"tune_seconds={seconds!r}: more than 0, or None for all it takes")
+        if mode != "measure":
+            raise ArgumentError(f"tune_seconds={seconds!r} with tune={mode!r}: only tune='measure' takes time")
+    if executor is not None and not isinstance(executor, Executor):
+        raise ArgumentTypeError(f"executor={executor!r}: a concurrent.futures.Executor, or None for threads")
+    if progress is not None and not callable(progress):
+        raise ArgumentTypeError(f"progress={progress!r}: a function that takes the share done, from 0 to 1")
+    return Tuning(mode, seconds and float(seconds), executor, progress or (lambda share: None), bool(strict))
+
+
+def choose(
+    backend: Backend, problem: Problem, weight: Weight, target: Target, tuning: Tuning, compiler: build.Compiler,
+    exam: Exam, folder: Path,
+) -> Choice:  # fmt: skip
+    """The plan for one target.  A race uses `folder`, which must not exist and is gone afterwards, except that a
+    BuildError leaves it as it is.  Targets that do not run here are left to the model."""
+    plans = [plan for plan in backend.candidates(problem, target) if not (tuning.strict and plan.zero_filled)]
+    if not plans:
+        raise UnsupportedError(f"{problem}: no plan of backend {backend.name!r} for {target.name}")
+    if tuning.mode == "off":
+        return Choice(plans[0])
+    ranked = tune.rank(plans, problem.n)
+    runs_here = target.family == native().family and set(target.requires) <= set(native().requires)
+    if tuning.mode == "model" or not runs_here:
+        return Choice(ranked[0][1])
+    race = _Race(backend, weight, tune.shortlist(ranked, problem.n or tune.PLANNED_N), tuning, compiler, exam, folder)
+    try:
+        choice = race.run()
+    except BuildError:
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder)
+    return choice
+
+
+def build_candidate(backend: str, plan: Plan, weight: Weight, compiler: build.Compiler, folder: Path) -> None:
+    """Print, compile and describe one plan in `folder`.  Plain data in, files out: another process may do it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    source = BACKENDS[backend].emit((plan,), weight)
+    build.build(source, folder, compiler)
+    write_manifest(folder, package.describe(source, weight, compiler, (), folder, {}))
+
+
+class _Race:
+    """The steps of one race: compile all, check each against float64, time what is left in alternation."""
+
+    def __init__(
+        self, backend: Backend, weight: Weight, entries: Sequence[tuple[Cost, Plan]], tuning: Tuning,
+        compiler: build.Compiler, exam: Exam, folder: Path,
+    ) -> None:  # fmt: skip
+        self.backend, self.weight, self.entries, self.tuning = backend, weight, entries, tuning
+        self.compiler, self.exam = compiler, exam
+        self.folders = [folder / str(number) for number in range(len(entries))]
+        self.deadline = time.monotonic() + (tuning.seconds or math.inf)
+        self.notes = [""] * len(entries)
+        self.failures: list[BaseException] = []
+
+    def run(self) -> Choice:
+        """The winner.  Where no plan is left, the first failure is raised."""
+        self._compile()
+        try:
+            kernels = self._examined()
+            if not kernels:
+                raise self.failures[0]
+            seconds = self._timed(kernels)
+        finally:
+            for folder in self.folders:
+                trampoline().unload(folder)
+        records = [
+            TuningRecord(
+                cost.n, plan.target.name, str(plan), plan.knobs(), plan.dense, cost.seconds, seconds.get(number), note
+            )
+            for number, ((cost, plan), note) in enumerate(zip(self.entries, self.notes, strict=True))
+        ]
+        records.sort(key=lambda record: math.inf if record.measured_seconds is None else record.measured_seconds)
+        return Choice(self.entries[min(seconds, key=seconds.__getitem__)][1], tuple(records))
+
+    def _compile(self) -> None:
+        """All plans, or those that are begun in time; SURE of them in any case."""
+        jobs = [
+            (self.backend.name, plan, self.weight, self.compiler, folder)
+            for (_, plan), folder in zip(self.entries, self.folders, strict=True)
+        ]
+        futures: list[Future[None]] = []
+        with _workers(self.tuning.executor) as executor:
+            try:
+                for job in jobs:
+                    futures.append(_submitted(executor, job))
+                self._wait(futures)
+            finally:
+                for future in futures:
+                    future.cancel()
+                wait(futures)  # nobody may write into a folder that goes
+        for number, future in enumerate(futures):
+            if future.cancelled():
+                self.notes[number] = TIME_UP
+            elif (failure := future.exception()) is not None:
+                self._drop(number, failure)
+
+    def _wait(self, futures: list[Future[None]]) -> None:
+        while pending := [future for future in futures if not future.done()]:
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                for future in futures[tune.SURE :]:
+                    future.cancel()
+            wait(pending, timeout=left if 0 < left < math.inf else None, return_when=FIRST_COMPLETED)
+            self.tuning.progress(0.5 * sum(future.done() for future in futures) / len(futures))
+
+    def _drop(self, number: int, failure: BaseException) -> None:
+        """Out of the race, with a note; what is neither the compiler's nor the machine's fault is ours, and raised."""
+        if not isinstance(failure, (BsrgenError, OSError, BrokenExecutor)):
+            raise failure
+        self.failures.append(failure)
+        text = " ".join(str(failure).partition("; sources kept in")[0].split())
+        self.notes[number] = f"dropped: {text}"[:NOTE_CHARACTERS]
+
+    def _examined(self) -> dict[int, Kernel]:
+        """Those that load and give right results."""
+        kernels = {}
+        for number, folder in enumerate(self.folders):
+            if self.notes[number]:
+                continue
+            try:
+                kernel = Kernel(read_artifact(folder), threads=1)
+                share, n = self.exam.worst(kernel)
+                if share > 1:
+                    raise BuildError(f"differs from float64 by {share:.3g} times its bound at n = {n}")
+                kernels[number] = kernel
+            except (BsrgenError, OSError) as failure:
+                self._drop(number, failure)
+        return kernels
+
+    def _timed(self, kernels: dict[int, Kernel]) -> dict[int, float]:
+        """Seconds of a call at the planned n, pinned to one core: the minimum of up to ROUNDS samples."""
+        problem, n = self.exam.problem, self.entries[0][0].n
+        x, given = problem.sample(np.random.default_rng(0), n)
+        shape = problem.operator.shape(n, problem.pattern.M)
+        calls: dict[str, clock.Call] = {}
+        for number, kernel in kernels.items():
+            calls[str(number)] = functools.partial(kernel, x, out=np.zeros(shape, problem.dtype.numpy), **given)
+        left = max(self.deadline - time.monotonic(), 1e-3)
+        times = clock.measure(
+            calls, rounds=ROUNDS, seconds=min(left, TIMING_S),
+            progress=lambda share: self.tuning.progress(0.5 + 0.5 * share),
+        )  # fmt: skip
+        for number in kernels:
+            rounds = len(times[str(number)].samples)
+            if left < TIMING_S and rounds < ROUNDS:
+                self.notes[number] = f"{TIME_UP} after {rounds} of {ROUNDS} rounds"
+        return {number: times[str(number)].min_s for number in kernels}
+
+
+def _submitted(executor: Executor, job: tuple[Any, ...]) -> "Future[None]":
+    try:
+        return executor.submit(build_candidate, *job)
+    except RuntimeError as e:  # broken, or shut down
+        raise BuildError(f"executor={executor!r} takes no work: {e}") from e
+
+
+@contextmanager
+def _workers(executor: Executor | None) -> Iterator[Executor]:
+    """The caller's executor, left open; else threads, each of which waits for a compiler."""
+    if executor is not None:
+        yield executor
+        return
+    with ThreadPoolExecutor(parallel_cores()) as pool:
+        yield pool
