@@ -36,12 +36,12 @@ def _tables(problem: Problem, target: Target, cover: Cover | None) -> Iterator[C
     if p.R * max(p.C, 8 * lanes) > INT_MAX:
         return
     weights = list(_weight_tiles(blank))
-    small = _small(weights)
+    small = _small(weights) or _narrow(blank)
     alone = [replace(blank, weight=w) for w in weights] if problem.operator.token_axis == 0 else []
     tall = lanes <= p.R
     yield from alone if tall else ()
     for t in _token_tiles(blank):
-        yield replace(blank, tokens=t, weight=small, small_n=lanes if small else 0)
+        yield replace(blank, tokens=t, weight=small, small_n=small.row_lanes * small.k_lanes if small else 0)
     yield from alone if not tall else ()
 
 
@@ -51,6 +51,17 @@ def _small(weights: list[WeightTile]) -> WeightTile | None:
         return None
     best = max(weights, key=lambda w: (w.vectors * w.row_lanes, -w.tokens))
     return replace(best, tokens=min(best.tokens, SMALL_TOKENS), k_panel=ALL, chunk=1)
+
+
+def _narrow(blank: CPlan) -> WeightTile | None:
+    """The same with shorter vectors, 16 bytes or more, for blocks that do not fill the longest."""
+    p, lanes = blank.pattern, blank.lanes // 2
+    while lanes * blank.problem.dtype.bytes >= 16:
+        for row_lanes in (lanes >> b for b in range(lanes.bit_length())):
+            if p.R % row_lanes == 0 and p.C % (lanes // row_lanes) == 0:
+                return WeightTile(row_lanes, lanes // row_lanes, min(p.R // row_lanes, 4), SMALL_TOKENS // 2)
+        lanes //= 2
+    return None
 
 
 def _weight_tiles(blank: CPlan) -> Iterator[WeightTile]:

@@ -71,7 +71,7 @@ def counts(plan: "CPlan", n: int) -> Counts:
     x_beyond = 0.0 if resident else work.x_bytes
     stream = w_bytes / _rate(target, value_bytes) + x_beyond / _rate(target, work.x_live_bytes)
     return Counts(
-        flop=round(work.fma * 2 * plan.lanes),
+        flop=round(work.fma * 2 * (plan.weight_lanes if few else plan.lanes)),
         effective_flop=problem.flop(n),
         vector_fma=round(work.fma),
         vector_loads=round(work.loads),
@@ -168,7 +168,7 @@ def _weight_work(plan: "CPlan", n: int, segments: int) -> _Work:
     sums = walks * t * vectors
     direct = w.k_lanes == plan.panels == 1
     control = f.unit * units + walks * f.weight_segment + sums * (f.weight_sum if direct else f.tile_sum)
-    control += n * p.M / plan.lanes * (w.k_lanes - 1) * f.fold
+    control += n * p.M / plan.weight_lanes * (w.k_lanes - 1) * f.fold
     if plan.problem.operator.token_axis or plan.copies_x:
         control += n * p.K / plan.lanes * (f.pack_transposed if plan.problem.operator.token_axis else f.pack)
     touched = min(1.0, p.density * max(line / real / p.C, 1.0))  # of the lines of X, by one block row

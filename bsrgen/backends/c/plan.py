@@ -76,7 +76,9 @@ class CPlan(Plan):
                 f"panels of {self.k_panel} features{'' if t.pack else ', X unpacked'}"
             )
         if (w := self.weight) is not None:
-            lanes = {1: "rows", self.lanes: "k"}.get(w.k_lanes, f"{w.row_lanes} rows x {w.k_lanes} k")
+            lanes = {1: "rows", self.weight_lanes: "k"}.get(w.k_lanes, f"{w.row_lanes} rows x {w.k_lanes} k")
+            if self.weight_lanes < self.lanes:
+                lanes = f"{w.row_lanes} rows x {w.k_lanes} k"
             when = f"n < {self.small_n}: " if self.tokens else ""
             panels = f", panels of {self.k_panel} features" if self.panels > 1 and not self.tokens else ""
             panels += f", chunks of {w.chunk} tiles" if w.chunk > 1 else ""
@@ -119,6 +121,11 @@ class CPlan(Plan):
         return self.weight.k_lanes if self.weight else 1
 
     @property
+    def weight_lanes(self) -> int:
+        """Elements in one vector of the weight tile: fewer where blocks have few rows."""
+        return self.weight.row_lanes * self.weight.k_lanes if self.weight else self.lanes
+
+    @property
     def k_panel(self) -> int:
         """Features in one panel, the token tile's where there are two tiles; the padded K where there is one panel."""
         padded = self.pattern.block_cols * self.pattern.C
@@ -150,14 +157,15 @@ class CPlan(Plan):
         w, R = self.weight, self.pattern.R
         if w is None or w.k_lanes == 1 or R % w.row_lanes:
             return 1
-        room = (32 << 10) // (w.tokens * self.target.vector_bytes * max(R // w.row_lanes, 1))
-        whole = [count for count in range(1, room + 1) if count * R % self.lanes == 0]
-        return whole[0] if whole else max(min(room, self.lanes // R), 1)
+        lanes = self.weight_lanes
+        room = (32 << 10) // (w.tokens * lanes * self.problem.dtype.bytes * max(R // w.row_lanes, 1))
+        whole = [count for count in range(1, room + 1) if count * R % lanes == 0]
+        return whole[0] if whole else max(min(room, lanes // R), 1)
 
     @property
     def leading_dimension(self) -> int:
         """Of X in the weight tile: K, or more where rows would share an L1 set or vectors along k must be aligned."""
-        lanes, features = self.lanes, self.pattern.block_cols * self.pattern.C
+        lanes, features = self.weight_lanes, self.pattern.block_cols * self.pattern.C
         if self.k_lanes > 1:
             features = -(-features // lanes) * lanes
         return features + lanes if features and features * self.problem.dtype.bytes % 4096 == 0 else features

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from bsrgen.backends.c.plan import CPlan, Group, TokenTile
+from bsrgen.backends.c.plan import CPlan, Group, TokenTile, WeightTile
 from bsrgen.cover import Cover
 from bsrgen.emit import Source, Unit, banner, render, runtime_file
 from bsrgen.pattern import Weight
@@ -37,9 +38,12 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
     levels = [_level(plan, weight, files, blobs, packings) for plan in plans]
     artifact = _artifact(plans, levels, blobs, packings)
     head = banner(problem, plans)
+    units = [Unit(f"{name}.c", baseline(plans[0].target).flags)]  # runs before the check of the CPU
     for plan, level in zip(plans, levels, strict=True):
-        text = render("c/kernel.c.j2", k=_kernel(plan, level), banner=head)
-        files[f"{level['name']}.c"] = text.encode()
+        for part in _parts(plan, level["name"]):
+            text = render("c/kernel.c.j2", k=_kernel(part, level), banner=head)
+            files[f"{part.name}.c"] = text.encode()
+            units.append(Unit(f"{part.name}.c", plan.target.flags))
     manifest = {"name": name, "problem": str(problem), "pattern": problem.pattern.digest}
     artifact["manifest_lines"] = [_c_string(line) for line in json.dumps(manifest, indent=1).splitlines()]
     files[f"{name}.c"] = render("c/main.c.j2", a=artifact, banner=head).encode()
@@ -47,10 +51,31 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
     math = ("bsrgen_math.h",) if _needs_math(problem) else ()
     for runtime in ("bsrgen.h", "bsrgen_simd.h", "bsrgen_scratch.h", "bsrgen_parallel.h", *math):
         files[runtime] = runtime_file(runtime)
-    units = [Unit(f"{name}.c", baseline(plans[0].target).flags)]  # runs before the check of the CPU
-    units += [Unit(f"{level['name']}.c", plan.target.flags) for plan, level in zip(plans, levels, strict=True)]
     values = tuple(f"{level['data']}.bin" for level in levels)
     return Source(name, plans, files, tuple(units), artifact["prototype"], values, artifact)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One micro-kernel of a plan: a file of its own, because vectors may differ in length."""
+
+    name: str
+    plan: CPlan
+    tokens: TokenTile | None
+    weight: WeightTile | None
+
+    @property
+    def lanes(self) -> int:
+        """Elements in one vector."""
+        return self.weight.row_lanes * self.weight.k_lanes if self.weight else self.plan.lanes
+
+
+def _parts(plan: CPlan, name: str) -> list[_Part]:
+    """The micro-kernel for many tokens, then the one for few."""
+    if plan.tokens is None:
+        return [_Part(name, plan, None, plan.weight)]
+    few = [_Part(f"{name}_few", plan, None, plan.weight)] if plan.weight else []
+    return [_Part(name, plan, plan.tokens, None), *few]
 
 
 def _needs_math(problem: Problem) -> bool:
@@ -125,7 +150,7 @@ def _level(
     return {
         "name": f"{name}_{plan.target.name.replace('-', '_')}", "target": plan.target.name,
         "family": plan.target.family, "requires": plan.target.requires, "tables": tables, "work": f"{blocks}_work",
-        "block_rows": p.block_rows, "data": packing["symbol"], "packing": keys.index(key),
+        "block_rows": p.block_rows, "few": plan.small_n if plan.tokens and plan.weight else 0, "data": packing["symbol"], "packing": keys.index(key),
         "values_count": packing["count"],
     }  # fmt: skip
 
@@ -152,8 +177,9 @@ def _c_string(text: str) -> str:
     return json.dumps(text + "\n")
 
 
-def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
+def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
     """What kernel.c.j2 and its parts see."""
+    plan, tokens, weight = part.plan, part.tokens, part.weight
     problem, p = plan.problem, plan.pattern
     linear = problem.operator.token_axis == 0
     direct = not linear and plan.panels == 1
@@ -167,31 +193,31 @@ def _kernel(plan: CPlan, level: dict[str, Any]) -> dict[str, Any]:
             for o in step.operands]}
         for step in problem.epilogue
     ]  # fmt: skip
-    rows = _code(plan) if plan.encoding == "code" else ()
+    rows = _code(plan) if plan.encoding == "code" and (tokens or not plan.tokens) else ()
     return {
-        "name": level["name"], "tables": level["tables"], "real": problem.dtype.c, "real_bytes": problem.dtype.bytes,
-        "lanes": plan.lanes, "M": p.M, "K": p.K, "R": p.R, "C": p.C, "block_rows": p.block_rows,
+        "name": part.name, "tables": level["tables"], "real": problem.dtype.c, "real_bytes": problem.dtype.bytes,
+        "lanes": part.lanes, "M": p.M, "K": p.K, "R": p.R, "C": p.C, "block_rows": p.block_rows,
         "panels": plan.panels, "panel_starts": plan.panel_starts if plan.panels > 1 else (),
         "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
         "block_values": plan.block_values, "k_lanes": plan.k_lanes, "offset_type": _offset_type(plan),
-        "weight": plan.weight, "tokens": plan.tokens, "small_n": plan.small_n, "linear": linear, "direct": direct,
+        "weight": weight, "tokens": tokens, "linear": linear, "direct": direct,
         "math": _needs_math(problem), "epilogue": epilogue,
-        "finish_rows": plan.weight is not None or (not direct and linear),
-        "finish_tokens": not linear and plan.tokens is not None,
+        "finish_rows": weight is not None or linear,
+        "finish_tokens": not linear and tokens is not None,
         "groups": groups, "groups_full": full if full > 1 else 0,
         "groups_single": groups[full:] if full > 1 else groups,
         "ldx": plan.leading_dimension, "copy_x": plan.copies_x,
-        "folds": _folds(plan.lanes, plan.k_lanes),
+        "folds": _folds(part.lanes, plan.k_lanes),
         "weight_vectors": sum(g["slots"] for g in groups) // unit,
         "weight_window": plan.weight_window, "weight_rows": plan.shared_block_rows,
         "weight_direct": plan.k_lanes == plan.panels == 1 and not _needs_math(problem),
         "M_padded": p.block_rows * p.R != p.M,
-        "weight_token_counts": _variants(plan.weight.tokens, bool(rows) and not plan.tokens) if plan.weight else (),
-        "token_vector_counts": _variants(plan.tokens.vectors, bool(rows)) if plan.tokens else (),
-        "code": rows if plan.tokens else (), "weight_code": () if plan.tokens else rows,
-        "token_groups": _token_groups(plan, groups, full) if plan.tokens else (),
-        "panel_forms": ("", "x") if plan.tokens and not plan.tokens.pack and direct else ("",),
-        "finish_block_rows": plan.waiting_block_rows, "packs_whole": plan.tokens is not None and plan.packs_whole,
+        "weight_token_counts": _variants(weight.tokens, bool(rows)) if weight else (),
+        "token_vector_counts": _variants(tokens.vectors, bool(rows)) if tokens else (),
+        "code": rows,
+        "token_groups": _token_groups(plan, groups, full) if tokens else (),
+        "panel_forms": ("", "x") if tokens and not tokens.pack and direct else ("",),
+        "finish_block_rows": plan.waiting_block_rows, "packs_whole": tokens is not None and plan.packs_whole,
     }  # fmt: skip
 
 
