@@ -37,12 +37,5 @@ def dense_seconds(plan: Plan, n: int) -> float:
     lanes = target.lanes(dtype.bytes)
     peak = target.flop_per_cycle(dtype.bytes) * DENSE_SHARE * min(1.0, (n + lanes // 2) / (2 * lanes))
     weight_bytes = p.M * p.K * dtype.bytes
-    cycles = max(2 * p.M * p.K * n / peak, weight_bytes / read_rate(target, weight_bytes))
+    cycles = max(2 * p.M * p.K * n / peak, weight_bytes / target.bytes_per_cycle(weight_bytes))
     return cycles / (target.ghz * 1e9) + target.call_s
-
-
-def read_rate(target: Target, working_set_bytes: int) -> float:
-    """Bytes per cycle from the level that holds the working set."""
-    if working_set_bytes <= target.l1_bytes:
-        return target.vector_bytes * target.loads_per_cycle
-    return target.l2_bytes_per_cycle if working_set_bytes <= target.l2_bytes else target.l3_bytes_per_cycle

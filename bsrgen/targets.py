@@ -29,12 +29,20 @@ class Target:
     l1_bytes: int = 32 << 10
     l2_bytes: int = 1 << 20
     l3_bytes: int = 16 << 20  # of all cores that share it
-    l2_bytes_per_cycle: float = 32.0
-    l3_bytes_per_cycle: float = 8.0
-    dram_bytes_per_cycle: float = 4.0  # one core alone
+    l2_bytes_per_cycle: float = 48.0
+    l3_bytes_per_cycle: float = 12.0
+    dram_bytes_per_cycle: float = 6.0  # one core alone
     ghz: float = 3.5
     call_s: float = 3e-7  # a call of next to no work
     fork_s: float = 1.3e-5  # what a second thread, asleep, adds to a call
+
+    def bytes_per_cycle(self, working_set_bytes: float) -> float:
+        """What one core reads from the level that holds the working set: its share of a shared L3 counts as half."""
+        if working_set_bytes <= 0.75 * self.l1_bytes:
+            return self.vector_bytes * self.loads_per_cycle
+        if working_set_bytes <= 0.75 * self.l2_bytes:
+            return self.l2_bytes_per_cycle
+        return self.l3_bytes_per_cycle if working_set_bytes <= self.l3_bytes / 2 else self.dram_bytes_per_cycle
 
     def flop_per_cycle(self, real_bytes: int) -> float:
         """Peak FLOP of one core in one cycle."""
