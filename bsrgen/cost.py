@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from bsrgen.plan import Plan
-from bsrgen.targets import Target
 
 DENSE_SHARE = 0.85  # of FMA peak: what a good dense f32 product reaches once N >= 64 (MKL, oneDNN; research note)
 
