@@ -150,7 +150,8 @@ def _level(
     return {
         "name": f"{name}_{plan.target.name.replace('-', '_')}", "target": plan.target.name,
         "family": plan.target.family, "requires": plan.target.requires, "tables": tables, "work": f"{blocks}_work",
-        "block_rows": p.block_rows, "few": plan.small_n if plan.tokens and plan.weight else 0, "data": packing["symbol"], "packing": keys.index(key),
+        "block_rows": p.block_rows, "few": plan.small_n if plan.tokens and plan.weight else 0,
+        "data": packing["symbol"], "packing": keys.index(key),
         "values_count": packing["count"],
     }  # fmt: skip
 
