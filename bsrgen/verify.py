@@ -42,7 +42,7 @@ def verify(folder: str | Path, *, expect_sha256: str | None = None) -> tuple[Ker
     problem = kernel.problem  # raises where pattern.npz is not the manifest's pattern
     findings.append(Finding("pattern", True, str(problem.pattern)))
     weights = [recover(kernel, number) for number in range(len(m.levels))]
-    same = [weight.digest == m.weight for weight in weights]
+    same = [weight.digest == m.weight and fills_zeros(kernel, i) for i, weight in enumerate(weights)]
     values = f"{kernel.nnz} values in {len(same)} level{'s' * (len(same) > 1)}"
     findings.append(Finding("values", all(same), f"{values}: {'those' if all(same) else 'not those'} of the manifest"))
     return kernel, [*findings, *_results(kernel, problem, weights[m.levels.index(kernel.plan)])]
@@ -54,6 +54,20 @@ def recover(kernel: Kernel, level: int) -> Weight:
     The library's own packing, fed with the numbers 1, 2, ... as bit patterns, tells where each value went; what it has
     no place for lies outside of the matrix and is zero.
     """
+    p, (place, stored) = kernel.pattern, _places(kernel, level)
+    data = np.zeros(p.nnz, kernel.dtype)
+    data[place[place != 0].astype(np.int64) - 1] = stored[place != 0]
+    return Weight(p, data.reshape(p.nnzb, *p.blocksize))
+
+
+def fills_zeros(kernel: Kernel, level: int) -> bool:
+    """Whether zeros are all that a level of the library holds where the weight has nothing."""
+    place, stored = _places(kernel, level)
+    return not stored[place == 0].any()
+
+
+def _places(kernel: Kernel, level: int) -> tuple[Array, Array]:
+    """For each packed value: the number, from 1, of the stored element that it is, 0 for none; and the values."""
     p, record = kernel.pattern, kernel.artifact.manifest.levels[level].values
     real = kernel.dtype
     bits = np.dtype(f"u{real.itemsize}")
@@ -62,9 +76,7 @@ def recover(kernel: Kernel, level: int) -> Weight:
     stored = np.fromfile(kernel.artifact.library, real, record.bytes // real.itemsize, offset=record.offset)
     if stored.size != place.size or np.count_nonzero(place) > p.nnz:
         raise ArtifactCorruptError(f"{kernel.artifact}: the values at {record.offset} do not fit the library's packing")
-    data = np.zeros(p.nnz, real)
-    data[place[place != 0].astype(np.int64) - 1] = stored[place != 0]
-    return Weight(p, data.reshape(p.nnzb, *p.blocksize))
+    return place, stored
 
 
 @dataclass(frozen=True)

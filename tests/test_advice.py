@@ -96,7 +96,7 @@ def test_hidden_blocks_are_found(kind, operator):
     assert best.blocksize[0] % 8 == best.blocksize[1] % 8 == 0
     at = next(a for a in found if a.blocksize == (8, 8))
     assert (at.density, at.fill, at.nnzb) == (given.density, 1.0, W.nnz / 64)
-    assert at.seconds <= 1.1 * best.seconds
+    assert at.seconds <= 1.3 * best.seconds
     assert best.speedup > 1.2
     if kind == "uniform":
         assert best.blocksize == (8, 8)

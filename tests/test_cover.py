@@ -19,7 +19,7 @@ from support import (
 from test_cli import run
 
 import bsrgen
-from bsrgen.artifact import read_artifact
+from bsrgen.artifact import read_artifact, write_manifest
 from bsrgen.backends.c import CPlan, candidates
 from bsrgen.backends.c.covers import MOST, covers
 from bsrgen.backends.c.plan import TokenTile, WeightTile
@@ -234,6 +234,18 @@ def test_kernel_over_a_cover(name, rng, tmp_path):
     for threads in (2, 3, 5):
         x, _ = problem.sample(rng, 35)
         assert saved(x, threads=threads).tobytes() == saved(x, threads=1).tobytes()
+
+
+def test_verify_sees_a_filled_zero_that_is_none(tmp_path):
+    plan, weight = covered("dense")
+    artifact = read_artifact(build_artifact([plan], weight, tmp_path / "a").folder)
+    at = plan.pack(weight.data).tolist().index(0)
+    with open(artifact.library, "r+b") as file:
+        file.seek(artifact.manifest.levels[0].values.offset + 4 * at)
+        file.write(np.float32(7).tobytes())
+    write_manifest(artifact.folder, artifact.manifest)
+    seen = {finding.what: finding.ok for finding in verify(artifact.folder)[1]}
+    assert not seen["values"]
 
 
 def c_pack(kernel: Kernel):

@@ -89,7 +89,7 @@ def test_activations_at_infinity(dtype):
         "tanh": (1, -1, 0, math.tanh(1)),
     }
     for name, (top, bottom, zero, one) in expected.items():
-        y = bsrgen.compile(weight, dtype=dtype, epilogue=name)(x)
+        y = bsrgen.compile(weight, dtype=dtype, epilogue=name, strict=True)(x)
         np.testing.assert_allclose(y, [top, bottom, np.nan, zero, one], rtol=4 * np.finfo(dtype).eps)
 
 

@@ -223,15 +223,18 @@ SPECIAL = [
 
 @pytest.mark.parametrize(("operator", "dtype", "blocksize", "target"), SPECIAL)
 def test_inf_and_nan_in_X_and_behind_it(operator, dtype, blocksize, target, rng):
-    """What lies behind a row of X does not leak in, where K is no multiple of C; inside, SciPy's rule holds: an absent
-    block contributes nothing, a stored zero times NaN is NaN.  The reference follows it."""
+    """What lies behind a row of X does not leak in, where K is no multiple of C; inside, SciPy's rule holds for strict
+    kernels: an absent block contributes nothing, a stored zero times NaN is NaN.  The reference follows it."""
     (R, C), bads = blocksize, (np.nan, np.inf, -np.inf)
     weight = random_weight(2, (4 * R + 1, 5 * C - C // 2), blocksize, 0.6, dtype=dtype)
     assert (weight.pattern.indices == 4).any()
     data = weight.data.copy()
     data[::2, : R // 2 + 1] = 0
     weight = Weight(weight.pattern, data)
-    problem, kernel = problem_of(weight, operator), bsrgen.compile(weight, operator, dtype=dtype, target=target)
+    problem, kernel = (
+        problem_of(weight, operator),
+        bsrgen.compile(weight, operator, dtype=dtype, target=target, strict=True),
+    )
     for n, bad in itertools.product((1, 3, 16, 50), bads):
         x, _ = problem.sample(rng, n)
         for after in ((0, 1), (1, 16), (3, 40)):

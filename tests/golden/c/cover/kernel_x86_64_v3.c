@@ -234,10 +234,7 @@ static int token_run(const struct bsrgen_call *call, const real *values, int64_t
 
 /* Parts of the token axis that a call can be split at. */
 __attribute__((visibility("hidden"))) int64_t spmm_f32_9x7_b1x1_dfaa5c3d_x86_64_v3_units(int64_t n);
-int64_t spmm_f32_9x7_b1x1_dfaa5c3d_x86_64_v3_units(int64_t n)
-{
-    return token_units(n);
-}
+int64_t spmm_f32_9x7_b1x1_dfaa5c3d_x86_64_v3_units(int64_t n) { return token_units(n); }
 
 /* Token units [u0, u1) x block rows [i0, i1) of the result. */
 __attribute__((visibility("hidden"))) int spmm_f32_9x7_b1x1_dfaa5c3d_x86_64_v3_run(const struct bsrgen_call *call, const void *values, int64_t u0,

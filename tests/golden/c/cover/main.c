@@ -49,8 +49,11 @@ int spmm_f32_9x7_b1x1_dfaa5c3d_x86_64_v3_run(const struct bsrgen_call *, const v
 
 struct level {
     const char *target;
-    int64_t (*units)(int64_t n);
-    int (*run)(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t);
+    struct {
+        int64_t (*units)(int64_t n);
+        int (*run)(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t);
+    } many, few; /* micro-kernels, the second for calls of less than few_n tokens */
+    int few_n;
     const real *values;
     const uint64_t *work; /* running cost of the block rows */
     int64_t block_rows;
@@ -58,7 +61,7 @@ struct level {
 
 /* ISA levels, best first. */
 static const struct level levels[] = {
-    {"x86-64-v3", spmm_f32_9x7_b1x1_dfaa5c3d_x86_64_v3_units, spmm_f32_9x7_b1x1_dfaa5c3d_x86_64_v3_run, spmm_f32_9x7_b1x1_dfaa5c3d_values_0, spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_work, 3},
+    {"x86-64-v3", { spmm_f32_9x7_b1x1_dfaa5c3d_x86_64_v3_units, spmm_f32_9x7_b1x1_dfaa5c3d_x86_64_v3_run }, {0}, 0, spmm_f32_9x7_b1x1_dfaa5c3d_values_0, spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_work, 3},
 };
 
 /* The best level that this CPU has in full, NULL when it has none. */
@@ -112,6 +115,7 @@ struct region {
     const struct bsrgen_call *call;
     const struct level *level;
     const real *values;
+    int (*run)(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t);
     int64_t units;
     int token_parts, row_parts;
     int status;
@@ -139,7 +143,7 @@ static void run_part(void *context, int part, int parts)
     const int64_t i0 = row_cut(r->level, r->row_parts, m), i1 = row_cut(r->level, r->row_parts, m + 1);
     (void)parts;
     if (u0 < u1 && i0 < i1) {
-        const int status = r->level->run(r->call, r->values, u0, u1, i0, i1);
+        const int status = r->run(r->call, r->values, u0, u1, i0, i1);
         if (status) __atomic_store_n(&r->status, status, __ATOMIC_RELAXED);
     }
 }
@@ -181,7 +185,9 @@ int spmm_f32_9x7_b1x1_dfaa5c3d_call(const struct bsrgen_call *call)
     struct region r = {.call = call, .level = choose_level(), .token_parts = 1, .row_parts = 1};
     if (!r.level) return BSRGEN_NO_ISA;
     r.values = call->values ? call->values : r.level->values;
-    r.units = r.level->units(n);
+    const int few = n < r.level->few_n;
+    r.run = few ? r.level->few.run : r.level->many.run;
+    r.units = few ? r.level->few.units(n) : r.level->many.units(n);
     /* A thread must have some microseconds of work: 132 FLOP a token, 2000000 a part. */
     const double worth = (double)n * 132.0 / 2000000.0;
     int threads = call->threads == 1 || worth < 2 ? 1 : call->threads > 0 ? call->threads : usable_cores();

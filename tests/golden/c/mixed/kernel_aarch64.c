@@ -59,161 +59,6 @@ INLINE int64_t cut(int64_t total, int64_t parts, int64_t p) { return parts ? tot
 /* Fewest pieces of at most `most`. */
 INLINE int64_t pieces(int64_t total, int64_t most) { return (total + most - 1) / most; }
 
-enum { W_TOKENS = 3, W_LDX = 20, K_STEPS = BLOCK_C / K_STEP };
-/* Reals that the sums of one block row take; block rows whose sums are finished together. */
-enum { W_SUM = 2 * W_TOKENS * LANES, W_WINDOW = 1 };
-
-/* Sums kept per tile: with few accumulators, several partial sums hide the latency of the multiply-add. */
-#define W_SUMS(t, v) ((t) * (v) >= 8 ? 1 : (t) * (v) >= 4 ? 2 : (t) * (v) >= 2 ? 4 : 8)
-
-/* sum[T][V] += X[T tokens, K_STEP] x W[V vectors of 2 rows, K_STEP]: one step along k. */
-INLINE void weight_step(const int T, const int V, vec *sum, const real *w, const real *x)
-{
-    vec wv[2];
-    UNROLL
-    for (int v = 0; v < V; v++) wv[v] = load(w + v * LANES);
-    UNROLL
-    for (int t = 0; t < T; t++) {
-        const vec xt = load_group(x + t * W_LDX, K_STEP);
-        UNROLL
-        for (int v = 0; v < V; v++) sum[t * V + v] += wv[v] * xt;
-    }
-}
-
-/* One stored block: sum[S][T][V] += X[T, C] @ W[rows, C].T, S partial sums taken in turn along k. */
-INLINE void weight_block(const int T, const int V, const int S, vec *sum, const real *w, const real *x)
-{
-    int c = 0;
-    for (; c + S <= K_STEPS; c += S) {
-        UNROLL
-        for (int s = 0; s < S; s++)
-            weight_step(T, V, sum + s * T * V, w + (c + s) * V * LANES, x + (c + s) * K_STEP);
-    }
-    if (S > 1)
-        for (; c < K_STEPS; c++) weight_step(T, V, sum, w + c * V * LANES, x + c * K_STEP);
-}
-
-/* sum[S][T][V] over the blocks of segment i; `before`: values of the groups of rows ahead of this one. */
-INLINE void weight_sum(const int T, const int V, vec *sum, const int before, const real *values, const real *x, int64_t i)
-{
-    enum { BY_BLOCK = K_STEPS < 8 };
-    const int S = W_SUMS(T, V);
-    const int64_t first = POINTERS[i], last = POINTERS[i + 1];
-    const real *w = values + first * BLOCK_VALUES + (last - first) * before;
-    const offset *at = OFFSETS + first, *end = OFFSETS + last;
-    if (!BY_BLOCK || S == 1) {
-        for (; at < end; at++, w += K_STEPS * V * LANES) weight_block(T, V, S, sum, w, x + *at);
-    } else {
-        for (; at + S <= end; at += S, w += S * K_STEPS * V * LANES) {
-            UNROLL
-            for (int s = 0; s < S; s++)
-                weight_block(T, V, 1, sum + s * T * V, w + s * K_STEPS * V * LANES, x + at[s]);
-        }
-        for (; at < end; at++, w += K_STEPS * V * LANES) weight_block(T, V, 1, sum, w, x + *at);
-    }
-}
-
-/* tile[V][W_TOKENS] = X[T tokens, K] @ W[one group of segment i].T, partial sums of a row side by side. */
-INLINE void weight_tile(const int T, const int V, const int before, const real *values, const real *x, int64_t i, real *tile)
-{
-    const int S = W_SUMS(T, V);
-    vec sum[16];
-    UNROLL
-    for (int s = 0; s < S * T * V; s++) sum[s] = zero();
-    weight_sum(T, V, sum, before, values, x, i);
-    UNROLL
-    for (int s = S / 2; s > 0; s /= 2) {
-        UNROLL
-        for (int q = 0; q < s * T * V; q++) sum[q] += sum[s * T * V + q];
-    }
-    UNROLL
-    for (int q = 0; q < T * V; q++) store(tile + (q % V * W_TOKENS + q / V) * LANES, sum[q]);
-}
-
-/* 1 token x block row i. */
-NOINLINE void weight_row_1(const real *values, const real *x, int64_t i, real *tile)
-{
-    weight_tile(1, 2, 0, values, x, i, tile);
-}
-
-/* 2 tokens x block row i. */
-NOINLINE void weight_row_2(const real *values, const real *x, int64_t i, real *tile)
-{
-    weight_tile(2, 2, 0, values, x, i, tile);
-}
-
-/* 3 tokens x block row i. */
-NOINLINE void weight_row_3(const real *values, const real *x, int64_t i, real *tile)
-{
-    weight_tile(3, 2, 0, values, x, i, tile);
-}
-
-/* `count` tokens x block row i. */
-INLINE void weight_row(const real *values, const real *x, int64_t count, int64_t i, real *tile)
-{
-    switch (count) {
-    case 1: weight_row_1(values, x, i, tile); break;
-    case 2: weight_row_2(values, x, i, tile); break;
-    case 3: weight_row_3(values, x, i, tile); break;
-    }
-}
-
-/* Y of `count` tokens from n on and rows [m, m + rows): K_STEP vectors of partial sums become one of LANES rows. */
-static void weight_finish(const struct bsrgen_call *call, int64_t n, int64_t count, int64_t m, int64_t rows, const real *tile)
-{
-    if (rows > M - m) rows = M - m;
-    for (int64_t t = 0; t < count; t++)
-        for (int64_t r = 0; r < rows; r += LANES) {
-            const real *part = tile + (r / 2 * W_TOKENS + t) * LANES;
-            const vec sum = load(part);
-            put_rows(call, m + r, n + t, sum, rows - r < LANES ? (int)(rows - r) : LANES);
-        }
-}
-
-/* X of tokens [n0, n1) with the constant leading dimension and zeros behind feature K. */
-static void weight_copy(const struct bsrgen_call *call, int64_t n0, int64_t n1, real *to)
-{
-    const real *x = call->x;
-    for (int64_t n = n0; n < n1; n++, to += W_LDX) {
-        memcpy(to, x + n * call->ldx, sizeof(real) * K);
-        for (int64_t c = K; c < W_LDX; c++) to[c] = 0;
-    }
-}
-
-INLINE int64_t weight_units(int64_t n) { return pieces(n, W_TOKENS); }
-
-/* Token units [u0, u1) x block rows [i0, i1).  X of a unit stays in L1; the weights of W_ROWS block rows stay
- * in L2 for the units of a chunk. */
-static int weight_run(const struct bsrgen_call *call, const real *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
-{
-    enum { W_CHUNK = 1, W_ROWS = 4 };
-    const int64_t units = weight_units(call->n), tokens = call->n < W_CHUNK * W_TOKENS ? call->n : W_CHUNK * W_TOKENS;
-    const int copy = 1;
-    const int64_t sums = W_WINDOW * W_SUM; /* of one unit */
-    real *tile = bsrgen_scratch_take(sizeof(real) * (size_t)(sums + (copy ? W_LDX * tokens : 0) + 1));
-    real *copied = tile + sums;
-    if (!tile) return BSRGEN_NO_MEMORY;
-    for (int64_t u = u0; u < u1; u += W_CHUNK) {
-        const int64_t stop = u + W_CHUNK < u1 ? u + W_CHUNK : u1, n0 = cut(call->n, units, u);
-        if (copy) weight_copy(call, n0, cut(call->n, units, stop), copied);
-        const real *x = copy ? copied : (const real *)call->x + n0 * W_LDX;
-        for (int64_t i = i0; i < i1; i += W_ROWS) {
-            const int64_t end = i + W_ROWS < i1 ? i + W_ROWS : i1;
-            for (int64_t v = u; v < stop; v++) {
-                const int64_t n = cut(call->n, units, v), count = cut(call->n, units, v + 1) - n;
-                const real *xv = x + (n - n0) * W_LDX;
-                for (int64_t j = i; j < end; j += W_WINDOW) {
-                    const int64_t till = j + W_WINDOW < end ? j + W_WINDOW : end;
-                    for (int64_t q = j; q < till; q++) weight_row(values, xv, count, q, tile + (q - j) * W_SUM);
-                    weight_finish(call, n, count, j * BLOCK_R, (till - j) * BLOCK_R, tile);
-                }
-            }
-        }
-    }
-    bsrgen_scratch_give(tile);
-    return BSRGEN_OK;
-}
-
 enum { T_VECTORS = 2, T_ROWS = 2 };
 
 /* With few accumulators, several partial sums hide the latency of the multiply-add. */
@@ -420,15 +265,12 @@ static int token_run(const struct bsrgen_call *call, const real *values, int64_t
 
 /* Parts of the token axis that a call can be split at. */
 __attribute__((visibility("hidden"))) int64_t linear_f64_16x18_b4x4_77bea486_aarch64_units(int64_t n);
-int64_t linear_f64_16x18_b4x4_77bea486_aarch64_units(int64_t n)
-{
-    return n < 4 ? weight_units(n) : token_units(n);
-}
+int64_t linear_f64_16x18_b4x4_77bea486_aarch64_units(int64_t n) { return token_units(n); }
 
 /* Token units [u0, u1) x block rows [i0, i1) of the result. */
 __attribute__((visibility("hidden"))) int linear_f64_16x18_b4x4_77bea486_aarch64_run(const struct bsrgen_call *call, const void *values, int64_t u0,
                                                            int64_t u1, int64_t i0, int64_t i1);
 int linear_f64_16x18_b4x4_77bea486_aarch64_run(const struct bsrgen_call *call, const void *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
 {
-    return call->n < 4 ? weight_run(call, values, u0, u1, i0, i1) : token_run(call, values, u0, u1, i0, i1);
+    return token_run(call, values, u0, u1, i0, i1);
 }

@@ -35,11 +35,16 @@ extern const double linear_f64_16x18_b4x4_77bea486_values_0[] __attribute__((vis
 
 int64_t linear_f64_16x18_b4x4_77bea486_aarch64_units(int64_t n) __attribute__((visibility("hidden")));
 int linear_f64_16x18_b4x4_77bea486_aarch64_run(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t) __attribute__((visibility("hidden")));
+int64_t linear_f64_16x18_b4x4_77bea486_aarch64_few_units(int64_t n) __attribute__((visibility("hidden")));
+int linear_f64_16x18_b4x4_77bea486_aarch64_few_run(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t) __attribute__((visibility("hidden")));
 
 struct level {
     const char *target;
-    int64_t (*units)(int64_t n);
-    int (*run)(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t);
+    struct {
+        int64_t (*units)(int64_t n);
+        int (*run)(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t);
+    } many, few; /* micro-kernels, the second for calls of less than few_n tokens */
+    int few_n;
     const real *values;
     const uint64_t *work; /* running cost of the block rows */
     int64_t block_rows;
@@ -47,7 +52,7 @@ struct level {
 
 /* ISA levels, best first. */
 static const struct level levels[] = {
-    {"aarch64", linear_f64_16x18_b4x4_77bea486_aarch64_units, linear_f64_16x18_b4x4_77bea486_aarch64_run, linear_f64_16x18_b4x4_77bea486_values_0, linear_f64_16x18_b4x4_77bea486_work, 4},
+    {"aarch64", { linear_f64_16x18_b4x4_77bea486_aarch64_units, linear_f64_16x18_b4x4_77bea486_aarch64_run }, { linear_f64_16x18_b4x4_77bea486_aarch64_few_units, linear_f64_16x18_b4x4_77bea486_aarch64_few_run }, 4, linear_f64_16x18_b4x4_77bea486_values_0, linear_f64_16x18_b4x4_77bea486_work, 4},
 };
 
 /* The best level that this CPU has in full, NULL when it has none. */
@@ -76,6 +81,7 @@ struct region {
     const struct bsrgen_call *call;
     const struct level *level;
     const real *values;
+    int (*run)(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t);
     int64_t units;
     int token_parts, row_parts;
     int status;
@@ -103,7 +109,7 @@ static void run_part(void *context, int part, int parts)
     const int64_t i0 = row_cut(r->level, r->row_parts, m), i1 = row_cut(r->level, r->row_parts, m + 1);
     (void)parts;
     if (u0 < u1 && i0 < i1) {
-        const int status = r->level->run(r->call, r->values, u0, u1, i0, i1);
+        const int status = r->run(r->call, r->values, u0, u1, i0, i1);
         if (status) __atomic_store_n(&r->status, status, __ATOMIC_RELAXED);
     }
 }
@@ -148,7 +154,9 @@ int linear_f64_16x18_b4x4_77bea486_call(const struct bsrgen_call *call)
     struct region r = {.call = call, .level = choose_level(), .token_parts = 1, .row_parts = 1};
     if (!r.level) return BSRGEN_NO_ISA;
     r.values = call->values ? call->values : r.level->values;
-    r.units = r.level->units(n);
+    const int few = n < r.level->few_n;
+    r.run = few ? r.level->few.run : r.level->many.run;
+    r.units = few ? r.level->few.units(n) : r.level->many.units(n);
     /* A thread must have some microseconds of work: 128 FLOP a token, 2000000 a part. */
     const double worth = (double)n * 128.0 / 2000000.0;
     int threads = call->threads == 1 || worth < 2 ? 1 : call->threads > 0 ? call->threads : usable_cores();

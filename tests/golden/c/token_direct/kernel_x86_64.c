@@ -242,12 +242,14 @@ static int token_run(const struct bsrgen_call *call, const real *values, int64_t
     const int64_t panel_size = most * 15, sums_size = most * 0;
     real *panel = bsrgen_scratch_take(sizeof(real) * (size_t)(panel_size + sums_size + LANES)), *sums = panel + panel_size;
     if (!panel) return BSRGEN_NO_MEMORY;
+    /* Rows that lie multiples of 2 KiB apart share a few sets of the caches: packed after all. */
+    const int as_it_lies = 0;
     for (int64_t u = u0; u < u1; u++) {
         const int64_t n0 = token_start(call->n, u), end = token_start(call->n, u + 1), width = end - n0;
         const int64_t n1 = end < call->n ? end : call->n;
         const real *x = panel;
         int64_t ldp = width;
-        if (end <= call->n && 0) x = (const real *)call->x + n0, ldp = call->ldx; /* whole vectors: X as it lies */
+        if (end <= call->n && as_it_lies) x = (const real *)call->x + n0, ldp = call->ldx; /* whole vectors: X as it lies */
         else
         token_pack(call, n0, n1, 0, 15, panel, width);
         token_rows(call, values, x, ldp, n0, width, i0, i1, sums);
@@ -258,10 +260,7 @@ static int token_run(const struct bsrgen_call *call, const real *values, int64_t
 
 /* Parts of the token axis that a call can be split at. */
 __attribute__((visibility("hidden"))) int64_t spmm_f64_10x12_b3x5_5fb770f1_x86_64_units(int64_t n);
-int64_t spmm_f64_10x12_b3x5_5fb770f1_x86_64_units(int64_t n)
-{
-    return token_units(n);
-}
+int64_t spmm_f64_10x12_b3x5_5fb770f1_x86_64_units(int64_t n) { return token_units(n); }
 
 /* Token units [u0, u1) x block rows [i0, i1) of the result. */
 __attribute__((visibility("hidden"))) int spmm_f64_10x12_b3x5_5fb770f1_x86_64_run(const struct bsrgen_call *call, const void *values, int64_t u0,

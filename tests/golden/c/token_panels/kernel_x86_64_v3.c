@@ -269,10 +269,7 @@ static int token_run(const struct bsrgen_call *call, const real *values, int64_t
 
 /* Parts of the token axis that a call can be split at. */
 __attribute__((visibility("hidden"))) int64_t linear_f32_12x24_b2x2_892b39a4_x86_64_v3_units(int64_t n);
-int64_t linear_f32_12x24_b2x2_892b39a4_x86_64_v3_units(int64_t n)
-{
-    return token_units(n);
-}
+int64_t linear_f32_12x24_b2x2_892b39a4_x86_64_v3_units(int64_t n) { return token_units(n); }
 
 /* Token units [u0, u1) x block rows [i0, i1) of the result. */
 __attribute__((visibility("hidden"))) int linear_f32_12x24_b2x2_892b39a4_x86_64_v3_run(const struct bsrgen_call *call, const void *values, int64_t u0,

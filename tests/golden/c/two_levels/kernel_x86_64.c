@@ -189,10 +189,7 @@ static int weight_run(const struct bsrgen_call *call, const real *values, int64_
 
 /* Parts of the token axis that a call can be split at. */
 __attribute__((visibility("hidden"))) int64_t spmm_f32_12x16_b4x1_6d89d2d2_x86_64_units(int64_t n);
-int64_t spmm_f32_12x16_b4x1_6d89d2d2_x86_64_units(int64_t n)
-{
-    return weight_units(n);
-}
+int64_t spmm_f32_12x16_b4x1_6d89d2d2_x86_64_units(int64_t n) { return weight_units(n); }
 
 /* Token units [u0, u1) x block rows [i0, i1) of the result. */
 __attribute__((visibility("hidden"))) int spmm_f32_12x16_b4x1_6d89d2d2_x86_64_run(const struct bsrgen_call *call, const void *values, int64_t u0,

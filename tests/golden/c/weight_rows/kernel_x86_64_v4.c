@@ -204,10 +204,7 @@ static int weight_run(const struct bsrgen_call *call, const real *values, int64_
 
 /* Parts of the token axis that a call can be split at. */
 __attribute__((visibility("hidden"))) int64_t linear_f32_64x6_b32x1_417a40e2_x86_64_v4_units(int64_t n);
-int64_t linear_f32_64x6_b32x1_417a40e2_x86_64_v4_units(int64_t n)
-{
-    return weight_units(n);
-}
+int64_t linear_f32_64x6_b32x1_417a40e2_x86_64_v4_units(int64_t n) { return weight_units(n); }
 
 /* Token units [u0, u1) x block rows [i0, i1) of the result. */
 __attribute__((visibility("hidden"))) int linear_f32_64x6_b32x1_417a40e2_x86_64_v4_run(const struct bsrgen_call *call, const void *values, int64_t u0,
