@@ -341,7 +341,7 @@ def test_pack_from_c_is_pack_of_the_plan(
     pack.argtypes, pack.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int], ctypes.c_int64
     data = rng.standard_normal(case.weight.data.shape).astype(case.dtype)
     for level, plan in enumerate(case.plans):
-        expected = plan.pack(data)
+        expected = plan.packing.pack(data)
         assert pack(None, None, level) == expected.size
         packed = np.full(expected.size + 16, 7, case.dtype)  # what lies behind must stay
         assert pack(data.ctypes.data, packed.ctypes.data, level) == expected.size

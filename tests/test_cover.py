@@ -239,7 +239,7 @@ def test_kernel_over_a_cover(name, rng, tmp_path):
 def test_verify_sees_a_filled_zero_that_is_none(tmp_path):
     plan, weight = covered("dense")
     artifact = read_artifact(build_artifact([plan], weight, tmp_path / "a").folder)
-    at = plan.pack(weight.data).tolist().index(0)
+    at = plan.packing.pack(weight.data).tolist().index(0)
     with open(artifact.library, "r+b") as file:
         file.seek(artifact.manifest.levels[0].values.offset + 4 * at)
         file.write(np.float32(7).tobytes())
@@ -270,7 +270,7 @@ def test_pack_in_c_is_pack_of_the_plan(name, rng, tmp_path):
     plan, weight = covered(name)
     pack = c_pack(build_plan(plan, weight, tmp_path))
     for w in (weight, another(weight, rng)):
-        np.testing.assert_array_equal(pack(w.data, 0), plan.pack(w.data))
+        np.testing.assert_array_equal(pack(w.data, 0), plan.packing.pack(w.data))
 
 
 LEVELS = [TARGETS[name] for name in ("x86-64-v4", "x86-64-v3", "x86-64")]
@@ -294,7 +294,7 @@ def test_levels_with_covers_of_their_own(sizes, rng, tmp_path):
     assert {recover(kernel, level).digest for level in (0, 1)} == {weight.digest}
     pack, other = c_pack(kernel), another(weight, rng)
     for level, plan in enumerate(plans):
-        np.testing.assert_array_equal(pack(other.data, level), plan.pack(other.data))
+        np.testing.assert_array_equal(pack(other.data, level), plan.packing.pack(other.data))
     kernel.update(other)
     x, _ = problem.sample(rng, 700)
     assert kernel(x, threads=4).tobytes() == kernel(x, threads=1).tobytes()
@@ -341,8 +341,8 @@ def test_panels_and_chunks(name, rng, tmp_path):
     weight = gaps(blocksize)
     plan = CPlan(problem_of(weight, operator), HERE, **({"tokens": None, "weight": None} | knobs))
     if plan.panels > 1:
-        assert len(plan.segments) < plan.panels * plan.pattern.block_rows, "some segments are empty"
-        assert (np.diff(plan.panel_starts.astype(int)) == 0).any(), "a whole panel is empty"
+        assert len(plan.packing.segments) < plan.panels * plan.pattern.block_rows, "some segments are empty"
+        assert (np.diff(plan.packing.panel_starts.astype(int)) == 0).any(), "a whole panel is empty"
     kernel = build_plan(plan, weight, tmp_path)
     check_calls(kernel, plan.problem, weight, rng, (0, 1, 2, 5, 7, 16, 17, 33, 130))
     other = another(weight, rng)

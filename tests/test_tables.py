@@ -346,7 +346,7 @@ def test_counts_of_panels_by_hand():
     tables = 4 * 4 + 3 * 2 + 4 * 3 + 4 * 3  # pointers and the end, offsets, block row of each segment, panel starts
     tokens = CPlan(problem, V3, TokenTile(2, 2, 4), None)
     counts = tokens.counts(32)
-    assert (len(tokens.segments), tokens.panels) == (3, 2)
+    assert (len(tokens.packing.segments), tokens.panels) == (3, 2)
     assert counts.vector_fma == 3 * 2 * 2 * 4  # blocks x columns x rows x vectors
     assert (counts.value_bytes, counts.table_bytes, counts.registers) == (12 * 4, tables, 7)
     weight = CPlan(problem, V3, None, WeightTile(8, 1, 1, 4, k_panel=4, chunk=2))
@@ -358,8 +358,8 @@ def test_counts_of_panels_by_hand():
 def test_table_bytes_are_those_of_the_tables():
     weight = random_weight(3, (64, 60), (2, 3), 0.1, kind="powerlaw")
     for plan in candidates(problem_of(weight), V3):
-        tables = [plan.pointers, plan.offsets]
-        tables += [plan.segment_rows, plan.panel_starts] if plan.panels > 1 else []
+        tables = [plan.packing.pointers, plan.packing.offsets]
+        tables += [plan.packing.segment_rows, plan.packing.panel_starts] if plan.panels > 1 else []
         assert plan.counts(8).table_bytes == sum(table.nbytes for table in tables), plan
 
 

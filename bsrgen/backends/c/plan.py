@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from bsrgen.backends.c.packing import Group, Packing
 from bsrgen.cover import Cover
 from bsrgen.pattern import Pattern
 from bsrgen.plan import Counts, Plan
@@ -47,15 +48,6 @@ class TokenTile:
     vectors: int
     k_panel: int  # features of X in one panel: it stays in L1; all of them: sums never leave the registers
     pack: bool = True  # False (spmm): full vectors are read straight from X
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Rows of a block row that are packed together; `slots` >= rows counts the zero fill of the last vector."""
-
-    row: int
-    rows: int
-    slots: int
 
 
 @dataclass(frozen=True)
@@ -210,52 +202,9 @@ class CPlan(Plan):
         return sum(group.slots for group in self.groups) * self.pattern.C
 
     @cached_property
-    def _segment(self) -> Array:
-        """(panel, block row) of each stored block, as one number, in pattern order."""
-        p = self.pattern
-        panel = p.indices.astype(np.int64) * p.C // self.k_panel if p.nnzb else p.rows
-        return panel * p.block_rows + p.rows
-
-    @cached_property
-    def order(self) -> Array:
-        """Stored blocks in packed order: by panel, block row, block column."""
-        if self.panels == 1:
-            return np.arange(self.pattern.nnzb, dtype=np.uint32)
-        return np.argsort(self._segment, kind="stable").astype(np.uint32)
-
-    @cached_property
-    def _segment_counts(self) -> Array:
-        """Stored blocks of each (panel, block row)."""
-        return np.bincount(self._segment, minlength=self.panels * self.pattern.block_rows)
-
-    @cached_property
-    def segments(self) -> Array:
-        """The (panel, block row) pairs that the kernel walks: all of them, or with panels those that hold blocks."""
-        every = np.arange(self.panels * self.pattern.block_rows)
-        return every if self.panels == 1 else every[self._segment_counts > 0]
-
-    @cached_property
-    def pointers(self) -> Array:
-        """First packed block of each segment, and the end."""
-        return np.concatenate(([0], np.cumsum(self._segment_counts[self.segments]))).astype(np.uint32)
-
-    @cached_property
-    def segment_rows(self) -> Array:
-        """Block row of each segment."""
-        return (self.segments % max(self.pattern.block_rows, 1)).astype(np.uint32)
-
-    @cached_property
-    def panel_starts(self) -> Array:
-        """First segment of each panel, and the end."""
-        firsts = np.arange(self.panels + 1) * self.pattern.block_rows
-        return np.searchsorted(self.segments, firsts).astype(np.uint32)
-
-    @cached_property
-    def offsets(self) -> Array:
-        """First feature of each packed block, relative to its panel: 16 bits where that is enough."""
-        p = self.pattern
-        k = p.indices[self.order].astype(np.int64) * p.C % max(self.k_panel, 1)
-        return k.astype(np.uint16 if self.offset_bytes == 2 else np.uint32)
+    def packing(self) -> Packing:
+        """The order of the values, and the tables that the kernel walks them by."""
+        return Packing(self.pattern, self.cover, self.groups, self.k_lanes, self.k_panel, self.panels)
 
     @property
     def offset_bytes(self) -> int:
@@ -267,28 +216,6 @@ class CPlan(Plan):
         """Running cost of the block rows, for the partition over threads: nonzeros plus what a stored row costs."""
         p = self.pattern
         return np.concatenate(([0], np.cumsum(p.row_counts * p.C + 16))).astype(np.uint64)
-
-    def pack(self, data: Array) -> Array:
-        """(nnzb, R, C) of the problem's pattern -> packed: per block row and group, [block][k step][slot][k lane]."""
-        p, kl = self.pattern, self.k_lanes
-        data = self.cover.move(data) if self.cover else data
-        data = data[self.order] if self.panels > 1 else data
-        starts = self.pointers.astype(np.int64)
-        counts = np.diff(starts)
-        packed = np.zeros(p.nnzb * self.block_values, self.problem.dtype.numpy)
-        before = 0
-        for group in self.groups:
-            size = group.slots * p.C
-            part = np.zeros((p.nnzb, p.C // kl, group.slots, kl), packed.dtype)
-            rows = data[:, group.row : group.row + group.rows].reshape(p.nnzb, group.rows, p.C // kl, kl)
-            part[:, :, : group.rows] = rows.transpose(0, 2, 1, 3)
-            first = starts[:-1] * self.block_values + counts * before
-            at = np.repeat(first - starts[:-1] * size, counts) + np.arange(p.nnzb) * size
-            if len(self.groups) == 1:
-                return part.reshape(-1)
-            packed[at[:, None] + np.arange(size)] = part.reshape(p.nnzb, size)
-            before += size
-        return packed
 
     # ── counting ─────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bsrgen.backends.c.plan import CPlan, Group, TokenTile, WeightTile
+from bsrgen.backends.c.packing import Group
+from bsrgen.backends.c.plan import CPlan, TokenTile, WeightTile
 from bsrgen.cover import Cover
 from bsrgen.emit import Source, Unit, banner, render, runtime_file
 from bsrgen.pattern import Weight
@@ -127,20 +128,20 @@ def _level(
         if plan.cover:
             _blob(files, blobs, f"{blocks}_moves", plan.cover.moves, "uint32_t")
     if f"{tables}_pointers.bin" not in files:
-        _blob(files, blobs, f"{tables}_pointers", plan.pointers, "uint32_t")
-        _blob(files, blobs, f"{tables}_offsets", plan.offsets, _offset_type(plan))
+        _blob(files, blobs, f"{tables}_pointers", plan.packing.pointers, "uint32_t")
+        _blob(files, blobs, f"{tables}_offsets", plan.packing.offsets, _offset_type(plan))
         if plan.panels > 1:
-            _blob(files, blobs, f"{tables}_order", plan.order, "uint32_t")
-            _blob(files, blobs, f"{tables}_rows", plan.segment_rows, "uint32_t")
+            _blob(files, blobs, f"{tables}_order", plan.packing.order, "uint32_t")
+            _blob(files, blobs, f"{tables}_rows", plan.packing.segment_rows, "uint32_t")
     key = (plan.groups, plan.k_lanes, tables)
     keys = [packing["key"] for packing in packings]
     if key not in keys:
         symbol = f"{name}_values_{len(packings)}"
-        _blob(files, blobs, symbol, plan.pack(weight.data), problem.dtype.c)
+        _blob(files, blobs, symbol, plan.packing.pack(weight.data), problem.dtype.c)
         packings.append(
             {
                 "key": key, "symbol": symbol, "R": p.R, "C": p.C, "k_lanes": plan.k_lanes, "tables": tables,
-                "segments": len(plan.pointers) - 1, "groups": plan.groups, "ordered": plan.panels > 1,
+                "segments": len(plan.packing.pointers) - 1, "groups": plan.groups, "ordered": plan.panels > 1,
                 "cover": _cover(plan.cover, f"{blocks}_moves") if plan.cover else None,
                 "count": p.nnzb * plan.block_values,
             }
@@ -171,7 +172,7 @@ def _blob(files: dict[str, bytes], blobs: list[dict[str, str]], symbol: str, arr
 
 
 def _offset_type(plan: CPlan) -> str:
-    return "uint16_t" if plan.offsets.dtype == np.uint16 else "uint32_t"
+    return "uint16_t" if plan.packing.offsets.dtype == np.uint16 else "uint32_t"
 
 
 def _c_string(text: str) -> str:
@@ -198,7 +199,7 @@ def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": part.name, "tables": level["tables"], "real": problem.dtype.c, "real_bytes": problem.dtype.bytes,
         "lanes": part.lanes, "M": p.M, "K": p.K, "R": p.R, "C": p.C, "block_rows": p.block_rows,
-        "panels": plan.panels, "panel_starts": plan.panel_starts if plan.panels > 1 else (),
+        "panels": plan.panels, "panel_starts": plan.packing.panel_starts if plan.panels > 1 else (),
         "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
         "block_values": plan.block_values, "k_lanes": plan.k_lanes, "offset_type": _offset_type(plan),
         "weight": weight, "tokens": tokens, "linear": linear, "direct": direct,
