@@ -37,12 +37,15 @@ int spmm_f32_12x16_b4x1_6d89d2d2_x86_64_v3_run(const struct bsrgen_call *, const
 int64_t spmm_f32_12x16_b4x1_6d89d2d2_x86_64_units(int64_t n) __attribute__((visibility("hidden")));
 int spmm_f32_12x16_b4x1_6d89d2d2_x86_64_run(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t) __attribute__((visibility("hidden")));
 
+struct kernel {
+    int64_t (*units)(int64_t n);
+    int (*run)(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t);
+    int by_rows; /* threads share the rows, not the tokens */
+};
+
 struct level {
     const char *target;
-    struct {
-        int64_t (*units)(int64_t n);
-        int (*run)(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t);
-    } many, few; /* micro-kernels, the second for calls of less than few_n tokens */
+    struct kernel many, few; /* the second for calls of less than few_n tokens */
     int few_n;
     const real *values;
     const uint64_t *work; /* running cost of the block rows */
@@ -51,8 +54,8 @@ struct level {
 
 /* ISA levels, best first. */
 static const struct level levels[] = {
-    {"x86-64-v3", { spmm_f32_12x16_b4x1_6d89d2d2_x86_64_v3_units, spmm_f32_12x16_b4x1_6d89d2d2_x86_64_v3_run }, {0}, 0, spmm_f32_12x16_b4x1_6d89d2d2_values_0, spmm_f32_12x16_b4x1_6d89d2d2_work, 3},
-    {"x86-64", { spmm_f32_12x16_b4x1_6d89d2d2_x86_64_units, spmm_f32_12x16_b4x1_6d89d2d2_x86_64_run }, {0}, 0, spmm_f32_12x16_b4x1_6d89d2d2_values_0, spmm_f32_12x16_b4x1_6d89d2d2_work, 3},
+    {"x86-64-v3", { spmm_f32_12x16_b4x1_6d89d2d2_x86_64_v3_units, spmm_f32_12x16_b4x1_6d89d2d2_x86_64_v3_run, 0 }, {0}, 0, spmm_f32_12x16_b4x1_6d89d2d2_values_0, spmm_f32_12x16_b4x1_6d89d2d2_work, 3},
+    {"x86-64", { spmm_f32_12x16_b4x1_6d89d2d2_x86_64_units, spmm_f32_12x16_b4x1_6d89d2d2_x86_64_run, 1 }, {0}, 0, spmm_f32_12x16_b4x1_6d89d2d2_values_0, spmm_f32_12x16_b4x1_6d89d2d2_work, 3},
 };
 
 /* The best level that this CPU has in full, NULL when it has none. */
@@ -89,61 +92,74 @@ const char *spmm_f32_12x16_b4x1_6d89d2d2_info(int what)
     return missing;
 }
 
-/* The partition over threads: units of tokens x ranges of block rows with equal work, chosen from the counts alone. */
+/* The partition over threads.  The work of a call is a line: unit after unit, or row after row, whichever shares more of
+ * what a micro-kernel prepares; part p takes the p-th of `parts` equal pieces, so at most two parts meet in one unit. */
 struct region {
     const struct bsrgen_call *call;
     const struct level *level;
+    const struct kernel *kernel;
     const real *values;
-    int (*run)(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t);
     int64_t units;
-    int token_parts, row_parts;
     int status;
 };
 
-/* First block row of part p of `parts`: where the work before it is nearest to p / parts of the whole. */
-static int64_t row_cut(const struct level *level, int parts, int p)
+struct point { int64_t unit, row; }; /* work before it: all units before `unit` and, of that one, the rows before `row` */
+
+/* The block row before which the work is nearest to `want`. */
+static int64_t row_at(const struct level *level, double want)
 {
-    const uint64_t *work = level->work, want = work[level->block_rows] * (uint64_t)p / (uint64_t)parts;
-    if (p == parts) return level->block_rows;
+    const uint64_t *work = level->work;
     int64_t low = 0, high = level->block_rows;
     while (low < high) {
         const int64_t mid = (low + high) / 2;
-        if (work[mid] + work[mid + 1] >= 2 * want) high = mid;
+        if ((double)work[mid] + (double)work[mid + 1] >= 2 * want) high = mid;
         else low = mid + 1;
     }
     return low;
 }
 
+/* Where part p of `parts` begins. */
+static struct point point_of(const struct region *r, int p, int parts)
+{
+    const struct level *level = r->level;
+    const double rows = (double)level->work[level->block_rows], at = (double)r->units * p / parts;
+    struct point point = {(int64_t)at, 0};
+    if (r->kernel->by_rows) { /* the row that the work before `at` ends in, and the unit in that row */
+        const double want = rows * p / parts;
+        int64_t i = row_at(level, want);
+        if (i > 0 && (double)level->work[i] > want) i--;
+        if (i >= level->block_rows) return (struct point){0, level->block_rows};
+        const double width = (double)(level->work[i + 1] - level->work[i]);
+        return (struct point){(int64_t)((double)r->units * (want - (double)level->work[i]) / width + 0.5), i};
+    }
+    const double rest = at - (double)point.unit;
+    if (rest > 0.96) point.unit++; /* too little to prepare a unit for */
+    else if (rest > 0.04) point.row = row_at(level, rest * rows);
+    return point;
+}
+
+static void run_rectangle(struct region *r, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
+{
+    if (u0 >= u1 || i0 >= i1) return;
+    const int status = r->kernel->run(r->call, r->values, u0, u1, i0, i1);
+    if (status) __atomic_store_n(&r->status, status, __ATOMIC_RELAXED);
+}
+
 static void run_part(void *context, int part, int parts)
 {
     struct region *r = context;
-    const int t = part / r->row_parts, m = part % r->row_parts;
-    const int64_t u0 = r->units * t / r->token_parts, u1 = r->units * (t + 1) / r->token_parts;
-    const int64_t i0 = row_cut(r->level, r->row_parts, m), i1 = row_cut(r->level, r->row_parts, m + 1);
-    (void)parts;
-    if (u0 < u1 && i0 < i1) {
-        const int status = r->run(r->call, r->values, u0, u1, i0, i1);
-        if (status) __atomic_store_n(&r->status, status, __ATOMIC_RELAXED);
-    }
-}
-
-/* Splits `threads` into token parts x row parts so that the largest part is smallest; packing X twice counts a little. */
-static void split(struct region *r, int threads)
-{
-    const uint64_t *total = r->level->work;
-    double best = 0;
-    for (int rows = 1;; rows = 2 * rows < threads ? 2 * rows : threads) {
-        const int tokens = threads / rows < r->units ? threads / rows : (int)r->units;
-        uint64_t largest = 0, before = 0;
-        for (int p = 1; p <= rows; p++) {
-            const uint64_t work = total[row_cut(r->level, rows, p)];
-            if (work - before > largest) largest = work - before;
-            before = work;
-        }
-        const double units = (double)((r->units + tokens - 1) / tokens) / (double)r->units;
-        const double cost = units * ((double)largest / (double)total[r->level->block_rows] + 0.03);
-        if (rows == 1 || cost < best) best = cost, r->token_parts = tokens, r->row_parts = rows;
-        if (rows == threads) return;
+    struct point a = point_of(r, part, parts), b = point_of(r, part + 1, parts);
+    const int64_t units = r->units, rows = r->level->block_rows;
+    if (r->kernel->by_rows) {
+        if (a.row == b.row) return run_rectangle(r, a.unit, b.unit, a.row, a.row + 1);
+        if (a.unit > 0) run_rectangle(r, a.unit, units, a.row, a.row + 1), a.row++;
+        run_rectangle(r, 0, units, a.row, b.row);
+        run_rectangle(r, 0, b.unit, b.row, b.row + 1);
+    } else {
+        if (a.unit == b.unit) return run_rectangle(r, a.unit, a.unit + 1, a.row, b.row);
+        if (a.row > 0) run_rectangle(r, a.unit, a.unit + 1, a.row, rows), a.unit++;
+        run_rectangle(r, a.unit, b.unit, 0, rows);
+        run_rectangle(r, b.unit, b.unit + 1, 0, b.row);
     }
 }
 
@@ -161,21 +177,18 @@ int spmm_f32_12x16_b4x1_6d89d2d2_call(const struct bsrgen_call *call)
     if (!call->x || !call->y) return BSRGEN_BAD_ARGUMENT;
     if (16 > 1 && call->ldx < xrow) return BSRGEN_BAD_ARGUMENT;
     if (12 > 1 && call->ldy < yrow) return BSRGEN_BAD_ARGUMENT;
-    struct region r = {.call = call, .level = choose_level(), .token_parts = 1, .row_parts = 1};
-    if (!r.level) return BSRGEN_NO_ISA;
-    r.values = call->values ? call->values : r.level->values;
-    const int few = n < r.level->few_n;
-    r.run = few ? r.level->few.run : r.level->many.run;
-    r.units = few ? r.level->few.units(n) : r.level->many.units(n);
+    const struct level *level = choose_level();
+    if (!level) return BSRGEN_NO_ISA;
+    struct region r = {.call = call, .level = level, .kernel = n < level->few_n ? &level->few : &level->many};
+    r.values = call->values ? call->values : level->values;
+    r.units = r.kernel->units(n);
     /* A thread must have some microseconds of work: 64 FLOP a token, 2000000 a part. */
     const double worth = (double)n * 64.0 / 2000000.0;
     int threads = call->threads == 1 || worth < 2 ? 1 : call->threads > 0 ? call->threads : usable_cores();
     if (threads > worth) threads = (int)worth;
     if (threads > BSRGEN_MAX_THREADS) threads = BSRGEN_MAX_THREADS;
-    if (threads > 1) split(&r, threads);
-    const int parts = r.token_parts * r.row_parts;
-    if (parts == 1) run_part(&r, 0, 1);
-    else (call->parallel ? call->parallel : bsrgen_parallel)(parts, run_part, &r);
+    if (threads <= 1) run_part(&r, 0, 1);
+    else (call->parallel ? call->parallel : bsrgen_parallel)(threads, run_part, &r);
     return r.status;
 }
 
