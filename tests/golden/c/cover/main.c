@@ -114,7 +114,7 @@ const char *spmm_f32_9x7_b1x1_dfaa5c3d_info(int what)
 }
 
 /* The partition over threads.  The work of a call is a line: unit after unit, or row after row, whichever shares more of
- * what a micro-kernel prepares; part p takes the p-th of `parts` equal pieces, so at most two parts meet in one unit. */
+ * what a micro-kernel prepares; part p takes the p-th of `parts` equal pieces, so that only neighbours prepare a thing twice. */
 struct region {
     const struct bsrgen_call *call;
     const struct level *level;

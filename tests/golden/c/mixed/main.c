@@ -80,7 +80,7 @@ const char *linear_f64_16x18_b4x4_77bea486_info(int what)
 }
 
 /* The partition over threads.  The work of a call is a line: unit after unit, or row after row, whichever shares more of
- * what a micro-kernel prepares; part p takes the p-th of `parts` equal pieces, so at most two parts meet in one unit. */
+ * what a micro-kernel prepares; part p takes the p-th of `parts` equal pieces, so that only neighbours prepare a thing twice. */
 struct region {
     const struct bsrgen_call *call;
     const struct level *level;

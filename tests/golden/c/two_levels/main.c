@@ -93,7 +93,7 @@ const char *spmm_f32_12x16_b4x1_6d89d2d2_info(int what)
 }
 
 /* The partition over threads.  The work of a call is a line: unit after unit, or row after row, whichever shares more of
- * what a micro-kernel prepares; part p takes the p-th of `parts` equal pieces, so at most two parts meet in one unit. */
+ * what a micro-kernel prepares; part p takes the p-th of `parts` equal pieces, so that only neighbours prepare a thing twice. */
 struct region {
     const struct bsrgen_call *call;
     const struct level *level;
