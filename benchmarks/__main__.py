@@ -1,10 +1,10 @@
-"""python -m benchmarks GRID... | accuracy | report FILE...   (--help after each)."""
+"""python -m benchmarks GRID... | accuracy | fit FILE... | report FILE...   (--help after each)."""
 
 import sys
 
-from benchmarks import accuracy, report, run
+from benchmarks import accuracy, fit, report, run
 
-VERBS = {"accuracy": accuracy.main, "report": report.main}
+VERBS = {"accuracy": accuracy.main, "fit": fit.main, "report": report.main}
 
 if __name__ == "__main__":
     verb = VERBS.get(sys.argv[1]) if len(sys.argv) > 1 else None

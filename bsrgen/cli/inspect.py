@@ -268,7 +268,11 @@ def _count_rows(c: "Counts", n: int) -> Rows:
     return [
         ("", f"n = {n}: {c.flop:.4g} FLOP, {fill:.3g} x those of the stored values; {c.vector_fma:.4g} vector FMAs"),
         ("", f"{c.vector_loads:.4g} vector loads; {size(c.l1_bytes)} from L1, {size(c.l2_bytes)} from beyond it"),
-        ("", f"{size(c.value_bytes)} of values, {size(c.table_bytes)} of tables; {c.registers} vector registers"),
+        (
+            "",
+            f"{size(c.value_bytes)} of values, {size(c.table_bytes)} of tables, {size(c.code_bytes)} of code; "
+            f"{c.registers} vector registers",
+        ),
     ]
 
 

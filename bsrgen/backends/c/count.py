@@ -19,10 +19,10 @@ SAMPLE = 20_000  # stored blocks by which empty segments are counted
 FMA_BYTES = 7  # of code for one multiply-add and its share of the loads (gcc 12, AVX-512: 6 to 8)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Fitted:
     """Cycles and shares of overlap that rank plans: least squares of log time over 1,027 plans of 76 matrices
-    (`python -m benchmarks accuracy`, seeds 60 and 61; Zen 5, 2026-11-21), good plans weighing more."""
+    (`python -m benchmarks accuracy` and `fit`; Zen 5, 2026-11-21), good plans weighing more."""
 
     overlap: float = 0.12  # of the resources that do not bound
     load_share: float = 0.93  # of the loads a core can do that it does
