@@ -60,6 +60,11 @@ class CPlan(Plan):
     encoding: Literal["table", "code"] = "table"
     cover: Cover | None = None  # other blocks that hold the stored ones; None: the problem's own
 
+    def __post_init__(self) -> None:
+        one_panel = (self.tokens is None and self.weight is None) or self.panels == 1
+        assert one_panel or self.k_panel % self.pattern.C == 0, "a block lies in two panels"
+        assert one_panel or self.tokens is None or self.tokens.pack, "X as it lies has no panels"
+
     def __str__(self) -> str:
         parts = []
         if (t := self.tokens) is not None:

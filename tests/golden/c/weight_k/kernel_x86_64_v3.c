@@ -187,33 +187,38 @@ static void weight_copy(const struct bsrgen_call *call, int64_t n0, int64_t n1, 
 
 INLINE int64_t weight_units(int64_t n) { return pieces(n, W_TOKENS); }
 
-/* Token units [u0, u1) x block rows [i0, i1).  X of a unit stays in L1; the weights of W_ROWS block rows stay
- * in L2 for the units of a chunk. */
+enum { W_CHUNK = 1, W_ROWS = 5 }; /* units that share the weights of W_ROWS block rows while they are in L2 */
+
+/* Token units [u, stop) x block rows [i, end); x: the first token's. */
+static void weight_window(const struct bsrgen_call *call, const real *values, const real *x, int64_t u, int64_t stop,
+                          int64_t i, int64_t end, real *tile)
+{
+    const int64_t units = weight_units(call->n), n0 = cut(call->n, units, u);
+    for (int64_t v = u; v < stop; v++) {
+        const int64_t n = cut(call->n, units, v), count = cut(call->n, units, v + 1) - n;
+        const real *xv = x + (n - n0) * W_LDX;
+        for (int64_t j = i; j < end; j += W_WINDOW) {
+            const int64_t till = j + W_WINDOW < end ? j + W_WINDOW : end;
+            for (int64_t q = j; q < till; q++) weight_row(values, xv, count, q, tile + (q - j) * W_SUM);
+            weight_finish(call, n, count, j * BLOCK_R, (till - j) * BLOCK_R, tile);
+        }
+    }
+}
+
+/* Token units [u0, u1) x block rows [i0, i1).  X of a unit stays in L1. */
 static int weight_run(const struct bsrgen_call *call, const real *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
 {
-    enum { W_CHUNK = 1, W_ROWS = 5 };
     const int64_t units = weight_units(call->n), tokens = call->n < W_CHUNK * W_TOKENS ? call->n : W_CHUNK * W_TOKENS;
     const int copy = (call->ldx != W_LDX && call->n > 1) || (uintptr_t)call->x % sizeof(vec) /* split loads cost twice */;
-    const int64_t sums = W_WINDOW * W_SUM; /* of one unit */
-    real *tile = bsrgen_scratch_take(sizeof(real) * (size_t)(sums + (copy ? W_LDX * tokens : 0) + 1));
-    real *copied = tile + sums;
+    const int64_t all_sums = W_WINDOW * W_SUM;
+    real *tile = bsrgen_scratch_take(sizeof(real) * (size_t)(all_sums + (copy ? W_LDX * tokens : 0) + 1)), *copied = tile + all_sums;
     if (!tile) return BSRGEN_NO_MEMORY;
     for (int64_t u = u0; u < u1; u += W_CHUNK) {
         const int64_t stop = u + W_CHUNK < u1 ? u + W_CHUNK : u1, n0 = cut(call->n, units, u);
         if (copy) weight_copy(call, n0, cut(call->n, units, stop), copied);
         const real *x = copy ? copied : (const real *)call->x + n0 * W_LDX;
-        for (int64_t i = i0; i < i1; i += W_ROWS) {
-            const int64_t end = i + W_ROWS < i1 ? i + W_ROWS : i1;
-            for (int64_t v = u; v < stop; v++) {
-                const int64_t n = cut(call->n, units, v), count = cut(call->n, units, v + 1) - n;
-                const real *xv = x + (n - n0) * W_LDX;
-                for (int64_t j = i; j < end; j += W_WINDOW) {
-                    const int64_t till = j + W_WINDOW < end ? j + W_WINDOW : end;
-                    for (int64_t q = j; q < till; q++) weight_row(values, xv, count, q, tile + (q - j) * W_SUM);
-                    weight_finish(call, n, count, j * BLOCK_R, (till - j) * BLOCK_R, tile);
-                }
-            }
-        }
+        for (int64_t i = i0; i < i1; i += W_ROWS)
+            weight_window(call, values, x, u, stop, i, i + W_ROWS < i1 ? i + W_ROWS : i1, tile);
     }
     bsrgen_scratch_give(tile);
     return BSRGEN_OK;

@@ -175,16 +175,29 @@ static void weight_copy(const struct bsrgen_call *call, int64_t n0, int64_t n1, 
 
 INLINE int64_t weight_units(int64_t n) { return pieces(n, W_TOKENS); }
 
-/* Token units [u0, u1) x block rows [i0, i1).  X of a unit and panel stays in L1; the weights of W_ROWS block rows stay
- * in L2 for the units of a chunk. */
+enum { W_CHUNK = 2, W_ROWS = 6144 }; /* units that share the weights of W_ROWS block rows while they are in L2 */
+
+/* Token units [u, stop) x block rows [i, end) in panel p; x: the first token's; tile: sums of block row `base` and on, unit by unit. */
+static void weight_window(const struct bsrgen_call *call, const real *values, const real *x, int64_t u, int64_t stop,
+                          int64_t i, int64_t end, int64_t p, int64_t base, int64_t sums, real *tile)
+{
+    const int64_t units = weight_units(call->n), n0 = cut(call->n, units, u);
+    const int64_t first = segment_of(p, i), last = segment_of(p, end);
+    for (int64_t v = u; v < stop; v++) {
+        const int64_t n = cut(call->n, units, v), count = cut(call->n, units, v + 1) - n;
+        const real *xv = x + (n - n0) * W_LDX + p * K_PANEL;
+        for (int64_t s = first; s < last; s++)
+            weight_row(values, xv, count, s, tile + (v - u) * sums + (SEGMENT_ROWS[s] - base) * W_SUM);
+    }
+}
+
+/* Token units [u0, u1) x block rows [i0, i1).  X of a unit and panel stays in L1. */
 static int weight_run(const struct bsrgen_call *call, const real *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
 {
-    enum { W_CHUNK = 2, W_ROWS = 6144 };
     const int64_t units = weight_units(call->n), tokens = call->n < W_CHUNK * W_TOKENS ? call->n : W_CHUNK * W_TOKENS;
     const int copy = (call->ldx != W_LDX && call->n > 1);
-    const int64_t sums = (i1 - i0) * W_SUM; /* of one unit */
-    real *tile = bsrgen_scratch_take(sizeof(real) * (size_t)(sums * W_CHUNK + (copy ? W_LDX * tokens : 0) + 1));
-    real *copied = tile + sums * W_CHUNK;
+    const int64_t sums = (i1 - i0) * W_SUM, all_sums = sums * W_CHUNK; /* of one unit, of a chunk */
+    real *tile = bsrgen_scratch_take(sizeof(real) * (size_t)(all_sums + (copy ? W_LDX * tokens : 0) + 1)), *copied = tile + all_sums;
     if (!tile) return BSRGEN_NO_MEMORY;
     for (int64_t u = u0; u < u1; u += W_CHUNK) {
         const int64_t stop = u + W_CHUNK < u1 ? u + W_CHUNK : u1, n0 = cut(call->n, units, u);
@@ -192,16 +205,8 @@ static int weight_run(const struct bsrgen_call *call, const real *values, int64_
         const real *x = copy ? copied : (const real *)call->x + n0 * W_LDX;
         memset(tile, 0, sizeof(real) * (size_t)(sums * (stop - u)));
         for (int64_t p = 0; p < PANELS; p++)
-        for (int64_t i = i0; i < i1; i += W_ROWS) {
-            const int64_t end = i + W_ROWS < i1 ? i + W_ROWS : i1;
-            const int64_t first = segment_of(p, i), last = segment_of(p, end);
-            for (int64_t v = u; v < stop; v++) {
-                const int64_t n = cut(call->n, units, v), count = cut(call->n, units, v + 1) - n;
-                const real *xv = x + (n - n0) * W_LDX + p * K_PANEL;
-                for (int64_t s = first; s < last; s++)
-                    weight_row(values, xv, count, s, tile + (v - u) * sums + (SEGMENT_ROWS[s] - i0) * W_SUM);
-            }
-        }
+            for (int64_t i = i0; i < i1; i += W_ROWS)
+                weight_window(call, values, x, u, stop, i, i + W_ROWS < i1 ? i + W_ROWS : i1, p, i0, sums, tile);
         for (int64_t v = u; v < stop; v++) {
             const int64_t n = cut(call->n, units, v), count = cut(call->n, units, v + 1) - n;
             for (int64_t i = i0; i < i1; i += W_WINDOW) {
