@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -171,11 +172,11 @@ def in_new_process(grid: Grid, threads: int, options: list[str]) -> Run | None:
         return load(found[0]) if found else None
 
 
-def selected(grid: Grid, every: int, threads: int | None) -> dict[int, list[Point]]:
+def selected(grid: Grid, every: int, threads: int | None, only: str = "") -> dict[int, list[Point]]:
     """The points to take, by their number of threads; those that need more cores than there are go with a word."""
     chosen: dict[int, list[Point]] = {}
     for point in grid.thinned(every):
-        if threads in (None, point.threads):
+        if threads in (None, point.threads) and re.search(only, str(point)):
             chosen.setdefault(point.threads, []).append(point)
     for count in [count for count in chosen if count > usable_cores()]:
         lost = len(chosen.pop(count))
@@ -188,13 +189,14 @@ def selected(grid: Grid, every: int, threads: int | None) -> dict[int, list[Poin
 @click.option("--tune", type=click.Choice(["off", "model", "measure"]), default="measure", show_default=True)
 @click.option("--rounds", type=click.IntRange(3), default=30, show_default=True, help="Samples of each contender.")
 @click.option("--thin", type=click.IntRange(1), default=1, show_default=True, help="One point of so many.")
+@click.option("--only", default="", help="Only points whose line this regular expression finds: ' 4x4 .*n=128'.")
 @click.option("--minutes", type=float, default=math.inf, help="Start no point after so many.")
 @click.option("--threads", type=click.IntRange(1), help="Only the points of so many threads.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for <date>-<grid>.json and .md.")
 @click.option("--list", "listed", is_flag=True, help="Show the grids and take none.")
 def main(
-    *, grids: tuple[str, ...], tune: str, rounds: int, thin: int, minutes: float, threads: int | None,
-    out: Path | None, listed: bool,
+    *, grids: tuple[str, ...], tune: str, rounds: int, thin: int, only: str, minutes: float,
+    threads: int | None, out: Path | None, listed: bool,
 ) -> None:  # fmt: skip
     """Time grids (README's where none is named): bsrgen beside every installed peer and the ceilings of the core."""
     rows = [GRIDS[name] for name in grids or DEFAULT]
@@ -207,13 +209,14 @@ def main(
     for grid in rows:
         click.echo(f"\n{grid.title}: {grid.source}")
         parts: list[Run] = []
-        for count, points in selected(grid, thin, threads).items():
+        for count, points in selected(grid, thin, threads, only).items():
             if count == (threads or 1):
                 keep = functools.partial(write, grid=grid, folder=out, before=tuple(parts))
                 parts.append(take(grid, points, settings, stop_s, keep))
             else:
                 left = max(0.0, stop_s - time.monotonic()) / 60
-                options = ["--tune", tune, "--rounds", str(rounds), "--thin", str(thin), "--minutes", str(left)]
+                options = ["--tune", tune, "--rounds", str(rounds), "--thin", str(thin), "--only", only]
+                options += ["--minutes", str(left)]
                 if (part := in_new_process(grid, count, options)) is not None:
                     write(part, grid, out, tuple(parts))
                     parts.append(part)

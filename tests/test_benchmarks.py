@@ -47,10 +47,17 @@ def test_thinning_takes_the_same_points_each_time_and_keeps_their_order() -> Non
     grid = GRIDS["shapes"]
     points, thin = list(grid.points()), list(grid.thinned(10))
     assert thin == list(grid.thinned(10))
-    assert len(thin) == 13
+    assert len(thin) == 16
     assert thin == sorted(thin, key=points.index)
     assert list(grid.thinned()) == points
     assert set(DEFAULT) <= set(GRIDS)
+
+
+def test_points_are_chosen_by_their_line() -> None:
+    chosen = selected(GRIDS["shapes"], 1, None, r"^linear .* 4x4 d=0\.[12] ")
+    assert [str(point).split()[:5] for point in chosen[1]] == [
+        ["linear", "float32", "768x768", "4x4", "d=0.2"], ["linear", "float32", "768x768", "4x4", "d=0.1"]
+    ]  # fmt: skip
 
 
 def test_shapes_hold_the_readme_table() -> None:

@@ -24,7 +24,7 @@ from bsrgen.verify import error_share
 Array = NDArray[Any]
 SAME = "the same as"  # how the reason begins where nothing is lost
 SLACK = 2.0  # of the bound that bsrgen keeps: what a peer may use, since no library promises one
-SHAPES = "1x1 1x16 1x32 4x1 16x1 32x1 3x5 4x4 8x8 16x16 32x32 64x64 48x48"
+SHAPES = "1x1 1x4 1x16 1x32 2x2 4x1 8x1 16x1 32x1 3x5 4x4 8x8 16x16 32x32 64x64 48x48"
 
 
 @dataclass(frozen=True, slots=True)
