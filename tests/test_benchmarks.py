@@ -54,7 +54,7 @@ def test_thinning_takes_the_same_points_each_time_and_keeps_their_order() -> Non
 
 
 def test_points_are_chosen_by_their_line() -> None:
-    chosen = selected(GRIDS["shapes"], 1, None, r"^linear .* 4x4 d=0\.[12] ")
+    chosen = run.selected(GRIDS["shapes"], 1, None, r"^linear .* 4x4 d=0\.[12] ")
     assert [str(point).split()[:5] for point in chosen[1]] == [
         ["linear", "float32", "768x768", "4x4", "d=0.2"], ["linear", "float32", "768x768", "4x4", "d=0.1"]
     ]  # fmt: skip
