@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from benchmarks.accuracy import again_loss, replay, sentence, summary
+from benchmarks.accuracy import Loss, replay, sentence, summary
 from bsrgen.backends.c import count
-from bsrgen.cost import estimate
 from bsrgen.plan import Plan
 from bsrgen.targets import native
 
@@ -41,14 +40,17 @@ def read(paths: Sequence[Path]) -> Measured:
 
 
 def predict(measured: Measured, constants: Array) -> list[Array]:
-    """Seconds of every plan under other constants; leaves them in place."""
+    """Seconds of every plan under other constants: `cost.estimate` with them."""
     names = [field.name for field in fields(count.Fitted)]
-    count.FITTED = count.Fitted(*(float(c) for c in constants[: len(names)]))
+    fitted = count.Fitted(*(float(c) for c in constants[: len(names)]))
     rates = dict(zip(RATES, map(float, constants[len(names) :]), strict=True))
-    return [
-        np.array([estimate(replace(plan, target=replace(plan.target, **rates)), n).seconds for plan, _ in pairs])
-        for n, pairs in measured
-    ]
+
+    def seconds(plan: Plan, n: int) -> float:
+        target = replace(plan.target, **rates)
+        cycles = count.counts(replace(plan, target=target), n, fitted).cycles
+        return cycles / (target.ghz * 1e9) + target.call_s
+
+    return [np.array([seconds(plan, n) for plan, _ in pairs]) for n, pairs in measured]
 
 
 def residuals(measured: Measured, logs: Array, start: Array) -> Array:
@@ -77,5 +79,11 @@ def main(files: tuple[Path, ...]) -> None:
     )  # fmt: skip
     for name, before, after in zip(names, np.exp(start), np.exp(fit.x), strict=True):
         click.echo(f"{name:20} {before:10.3g} {after:10.3g}")
-    predict(measured, np.exp(fit.x))
-    click.echo(sentence(summary([again_loss(n, pairs) for n, pairs in measured])))
+    losses = [
+        Loss(
+            pairs[int(p.argmin())][1] / min(s for _, s in pairs),
+            tuple(s / t for (_, s), t in zip(pairs, p, strict=True)),
+        )
+        for (_, pairs), p in zip(measured, predict(measured, np.exp(fit.x)), strict=True)
+    ]
+    click.echo(sentence(summary(losses)))

@@ -12,6 +12,9 @@ enum bsrgen_status {
     BSRGEN_NO_MEMORY = 3,
 };
 
+/* NAME_pack returns the number of packed values, or one of these. */
+enum bsrgen_pack_status { BSRGEN_PACK_NO_LEVEL = -1, BSRGEN_PACK_NO_MEMORY = -2 };
+
 /* An input of an epilogue: an array (with its leading dimension, for one value per output) or a scalar. */
 struct bsrgen_operand {
     const void *data;

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -277,16 +278,17 @@ LEVELS = [TARGETS[name] for name in ("x86-64-v4", "x86-64-v3", "x86-64")]
 
 
 @pytest.mark.isa("avx2")
+@pytest.mark.parametrize("makes", [(cover, cover), (full, cover)], ids=["merged", "dense and merged"])
 @pytest.mark.parametrize("sizes", [((16, 2), None), (None, (16, 2)), ((16, 2), (8, 1)), ((16, 2), (16, 2))], ids=str)
-def test_levels_with_covers_of_their_own(sizes, rng, tmp_path):
+def test_levels_with_covers_of_their_own(sizes, makes, rng, tmp_path):
     """Blocks differ from level to level, and so do tables, partitions over threads and packings."""
-    weight = random_weight(0, (100, 90), (1, 1), 0.4)
+    weight = random_weight(0, (100, 90), (1, 1), 0.02)
     problem = problem_of(weight)
     targets = LEVELS[:2] if set(LEVELS[0].requires) <= set(HERE.requires) else LEVELS[1:]
     plans = []
-    for target, size in zip(targets, sizes, strict=True):
+    for target, size, make in zip(targets, sizes, makes, strict=True):
         knobs = {"tokens": TokenTile(1, 2, 90) if size is None else TokenTile(4, 2, 90), "weight": None}
-        plans.append(CPlan(problem, target, **knobs, cover=size and cover(weight.pattern, size)))
+        plans.append(CPlan(problem, target, **knobs, cover=size and make(weight.pattern, size)))
     artifact = build_artifact(plans, weight, tmp_path / "a")
     kernel = Kernel(read_artifact(artifact.folder), threads=1)
     assert kernel.plan.target == HERE.name
@@ -373,6 +375,25 @@ def test_x_that_is_packed_a_panel_at_a_time(operator, rng, tmp_path, monkeypatch
     monkeypatch.setattr("bsrgen.backends.c.plan.PANEL_BYTES", 66 * 2 * HERE.vector_bytes)
     assert not plan.packs_whole
     check_calls(build_plan(plan, weight, tmp_path), plan.problem, weight, rng, (0, 1, 7, 33, 130))
+
+
+@pytest.mark.parametrize("operator", OPERATOR_NAMES)
+def test_one_block_wider_than_the_scratch_for_x(operator, rng, monkeypatch):
+    monkeypatch.setattr("bsrgen.backends.c.plan.PANEL_BYTES", 1 << 12)
+    monkeypatch.setattr("bsrgen.backends.c.candidates.PANEL_BYTES", 1 << 12)
+    weight = make_weight("uniform", (3, 2000), (1, 2000), "float32")
+    plans = [p for p in candidates(problem_of(weight, operator), HERE, reblock=False) if p.tokens]
+    assert plans
+    assert all(p.panels == 1 and p.packs_whole for p in plans)
+
+
+def test_tables_do_not_grow_with_empty_segments():
+    weight = random_weight(0, (20_000, 1_000_000), (1, 1), 1e-7)
+    plan = CPlan(problem_of(weight), HERE, TokenTile(1, 4, 128), None)
+    tracemalloc.start()
+    assert plan.packing.pointers.size <= weight.pattern.nnzb + 1
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22, f"{plan.panels} panels of {weight.pattern.block_rows} rows"
+    tracemalloc.stop()
 
 
 # ── strict, and what users see ───────────────────────────────────────────────────────────────────────────────────────

@@ -429,4 +429,4 @@ def test_a_problem_is_plain_data():
     with pytest.raises(AttributeError):
         problem.n = 3
     knobs = next(iter(candidates(problem, V3))).knobs()
-    assert set(knobs) == {"tokens", "weight", "small_n", "encoding", "blocksize"}
+    assert set(knobs) == {"tokens", "weight", "small_n", "encoding", "blocksize", "dense"}

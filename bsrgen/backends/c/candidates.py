@@ -59,7 +59,8 @@ def _narrow(blank: CPlan) -> WeightTile | None:
     while lanes * blank.problem.dtype.bytes >= 16:
         for row_lanes in (lanes >> b for b in range(lanes.bit_length())):
             if p.R % row_lanes == 0 and p.C % (lanes // row_lanes) == 0:
-                return WeightTile(row_lanes, lanes // row_lanes, min(p.R // row_lanes, 4), SMALL_TOKENS // 2)
+                tile = WeightTile(row_lanes, lanes // row_lanes, min(p.R // row_lanes, 4), SMALL_TOKENS // 2)
+                return tile if _addressable(blank, tile) else None
         lanes //= 2
     return None
 
@@ -75,10 +76,16 @@ def _weight_tiles(blank: CPlan) -> Iterator[WeightTile]:
         for vectors in {min(whole, v): None for v in (2, 1, 3, 4)}:
             most = min(target.registers - 1 - vectors, MAX_SUMS) // vectors
             for tokens in {min(most, t): None for t in (24 // vectors, most, 8)}:
-                if tokens * (p.block_cols * p.C + p.R + 2 * lanes) <= INT_MAX:  # W_LDX and the sums, for all tokens
-                    tile = WeightTile(row_lanes, k_lanes, vectors, tokens)
+                tile = WeightTile(row_lanes, k_lanes, vectors, tokens)
+                if _addressable(blank, tile):
                     yield tile
                     yield from _blocked(blank, tile)
+
+
+def _addressable(blank: CPlan, tile: WeightTile) -> bool:
+    """Whether W_LDX and the sums, for all tokens of a tile, are C ints."""
+    p = blank.pattern
+    return tile.tokens * (p.block_cols * p.C + p.R + 2 * blank.lanes) <= INT_MAX
 
 
 def _blocked(blank: CPlan, tile: WeightTile) -> Iterator[WeightTile]:
@@ -110,5 +117,5 @@ def _token_tiles(blank: CPlan) -> Iterator[TokenTile]:
             for panel in dict.fromkeys([*whole, *(min(fit, features) for fit in fits)]):
                 if panel * vector_bytes <= max(PANEL_BYTES, p.C * vector_bytes):
                     yield TokenTile(rows, vectors, panel)
-            if blank.problem.operator.token_axis == 1 and whole:
+            if blank.problem.operator.token_axis == 1:
                 yield TokenTile(rows, vectors, features, pack=False)

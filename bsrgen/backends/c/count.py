@@ -1,6 +1,7 @@
 """Counting what a C plan does: multiply-adds, loads, bytes per level, and the cycles they need on a target.
 
-The counts are exact for evenly spread blocks; FITTED are cycles that no manual gives, fitted to measured plans.
+The counts are exact where there is one panel; how many (panel, block row) pairs hold blocks is judged by the first.
+Fitted are cycles that no manual gives, fitted to measured plans.
 """
 
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class _Work:
     control: float  # cycles between the segments and around the product
 
 
-def counts(plan: "CPlan", n: int) -> Counts:
+def counts(plan: "CPlan", n: int, fitted: Fitted = FITTED) -> Counts:
     """What one call of n tokens does on one core."""
     problem, target, p = plan.problem, plan.target, plan.pattern
     real = problem.dtype.bytes
@@ -66,7 +67,7 @@ def counts(plan: "CPlan", n: int) -> Counts:
     if plan.panels > 1:
         table_bytes += 4 * segments + 4 * (plan.panels + 1)
     few = plan.uses_weight_tile(n)
-    work = _weight_work(plan, n, segments) if few else _token_work(plan, n, segments)
+    work = (_weight_work if few else _token_work)(plan, n, segments, fitted)
     resident = work.x_live_bytes <= target.l1_bytes
     w_bytes = (value_bytes + table_bytes) * work.w_passes
     x_beyond = 0.0 if resident else work.x_bytes
@@ -83,7 +84,7 @@ def counts(plan: "CPlan", n: int) -> Counts:
         code_bytes=_code_bytes(plan),
         table_bytes=table_bytes,
         value_bytes=value_bytes,
-        cycles=_cycles(target, work, stream),
+        cycles=_cycles(target, work, stream, fitted),
     )
 
 
@@ -103,11 +104,11 @@ def _segments(p: Pattern, k_panel: int, panels: int) -> int:
     return round(p.block_rows * panels * (1 - empty))
 
 
-def _cycles(target: Target, w: _Work, stream: float) -> float:
+def _cycles(target: Target, w: _Work, stream: float, f: Fitted) -> float:
     fma = w.fma / target.fma_per_cycle
-    loads = w.loads / (target.loads_per_cycle * FITTED.load_share)
+    loads = w.loads / (target.loads_per_cycle * f.load_share)
     bound = max(fma, loads, w.latency, stream)
-    return bound + FITTED.overlap * (fma + loads + stream - min(bound, fma + loads + stream)) + w.control
+    return bound + f.overlap * (fma + loads + stream - min(bound, fma + loads + stream)) + w.control
 
 
 def _chains(sums: float) -> int:
@@ -115,8 +116,8 @@ def _chains(sums: float) -> int:
     return 1 if sums >= 8 else 2 if sums >= 4 else 4 if sums >= 2 else 8
 
 
-def _token_work(plan: "CPlan", n: int, segments: int) -> _Work:
-    t, p, f = plan.tokens, plan.pattern, FITTED
+def _token_work(plan: "CPlan", n: int, segments: int, f: Fitted) -> _Work:
+    t, p = plan.tokens, plan.pattern
     assert t is not None
     linear = plan.problem.operator.token_axis == 0
     vectors = -(-n // plan.lanes)
@@ -128,7 +129,7 @@ def _token_work(plan: "CPlan", n: int, segments: int) -> _Work:
     walks = segments * row_tiles * units
     sums = walks * rows * v
     offsets = p.nnzb * row_tiles * units * plan.offset_bytes / 8
-    code = plan.encoding == "code"
+    code, chains = plan.encoding == "code", _chains(rows * v)
     control = f.unit * units + walks * (f.code_row if code else f.token_segment) + sums * f.token_sum
     if plan.panels > 1:
         control += (sums + p.M * vectors) * f.spill
@@ -140,7 +141,7 @@ def _token_work(plan: "CPlan", n: int, segments: int) -> _Work:
     return _Work(
         fma=steps * rows * v,
         loads=steps * (v + rows) + (0 if code else offsets),
-        latency=steps * plan.target.fma_latency / _chains(rows * v),
+        latency=steps * plan.target.fma_latency / (min(chains, 8 // plan.offset_bytes) if p.C == 1 else chains),
         x_bytes=steps * v * plan.target.vector_bytes,
         x_live_bytes=min(plan.k_panel, p.K) * v * plan.target.vector_bytes,
         w_passes=units,
@@ -148,8 +149,8 @@ def _token_work(plan: "CPlan", n: int, segments: int) -> _Work:
     )
 
 
-def _weight_work(plan: "CPlan", n: int, segments: int) -> _Work:
-    w, p, f = plan.weight, plan.pattern, FITTED
+def _weight_work(plan: "CPlan", n: int, segments: int, f: Fitted) -> _Work:
+    w, p = plan.weight, plan.pattern
     assert w is not None
     real, line = plan.problem.dtype.bytes, 64
     units = max(1, -(-n // w.tokens))

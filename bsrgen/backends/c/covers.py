@@ -38,7 +38,7 @@ def _may_be_dense(p: Pattern) -> bool:
 
 def _merged(p: Pattern) -> list[tuple[int, int]]:
     """Block sizes that this pattern fills well enough to be faster, the best first."""
-    sample = _head(p)
+    sample = _sample(p)
     stored = inside(sample)
     if not stored:
         return []
@@ -61,13 +61,16 @@ def _rate(R: int, C: int) -> float:
     return RATE[rows] * (1.1 if C >= 4 else 1.0)
 
 
-def _head(p: Pattern) -> Pattern:
-    """The first block rows of `p`, whole groups of 64 rows of the matrix, about SAMPLE blocks."""
-    group = max(TALLEST // p.R, 1)
-    rows = max(int(np.searchsorted(p.indptr, SAMPLE)) // group, 1) * group
-    rows = min(rows, p.block_rows)
-    shape = (min(rows * p.R, p.M), p.K)
-    return Pattern(shape, p.blocksize, p.indptr[: rows + 1], p.indices[: p.indptr[rows]])
+def _sample(p: Pattern) -> Pattern:
+    """About SAMPLE blocks of `p`: groups of block rows that make 64 rows, evenly drawn from the whole matrix."""
+    size = max(TALLEST // p.R, 1)
+    groups = -(-p.block_rows // size)
+    taken = np.unique(np.linspace(0, groups - 1, max(min(SAMPLE * groups // p.nnzb, groups), 1)).astype(np.int64))
+    rows = (taken[:, None] * size + np.arange(size)).reshape(-1)
+    counts = np.where(rows < p.block_rows, p.row_counts[np.minimum(rows, p.block_rows - 1)], 0)
+    indptr = np.concatenate(([0], np.cumsum(counts)))
+    at = np.repeat(p.indptr[np.minimum(rows, p.block_rows)] - indptr[:-1], counts) + np.arange(indptr[-1])
+    return Pattern((rows.size * p.R, p.K), p.blocksize, indptr, p.indices[at])
 
 
 def _dense_rows(problem: Problem, target: Target) -> list[int]:

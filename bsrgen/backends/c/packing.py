@@ -42,7 +42,7 @@ class Packing:
     def _segment(self) -> Array:
         """(panel, block row) of each stored block, as one number, in pattern order."""
         p = self.blocks
-        panel = p.indices.astype(np.int64) * p.C // self.k_panel if p.nnzb else p.rows
+        panel = p.indices.astype(np.int64) * p.C // max(self.k_panel, 1)
         return panel * p.block_rows + p.rows
 
     @cached_property
@@ -53,20 +53,21 @@ class Packing:
         return np.argsort(self._segment, kind="stable").astype(np.uint32)
 
     @cached_property
-    def _segment_counts(self) -> Array:
-        """Stored blocks of each (panel, block row)."""
-        return np.bincount(self._segment, minlength=self.panels * self.blocks.block_rows)
+    def _held(self) -> tuple[Array, Array]:
+        """The (panel, block row) pairs that the kernel walks, and their stored blocks."""
+        if self.panels == 1:
+            return np.arange(self.blocks.block_rows), self.blocks.row_counts
+        return np.unique(self._segment, return_counts=True)
 
-    @cached_property
+    @property
     def segments(self) -> Array:
         """The (panel, block row) pairs that the kernel walks: all of them, or with panels those that hold blocks."""
-        every = np.arange(self.panels * self.blocks.block_rows)
-        return every if self.panels == 1 else every[self._segment_counts > 0]
+        return self._held[0]
 
     @cached_property
     def pointers(self) -> Array:
         """First packed block of each segment, and the end."""
-        return np.concatenate(([0], np.cumsum(self._segment_counts[self.segments]))).astype(np.uint32)
+        return np.concatenate(([0], np.cumsum(self._held[1]))).astype(np.uint32)
 
     @cached_property
     def segment_rows(self) -> Array:

@@ -88,7 +88,13 @@ class CPlan(Plan):
     def knobs(self) -> dict[str, Any]:
         """The decisions alone, as plain data."""
         tile = {"tokens": self.tokens and asdict(self.tokens), "weight": self.weight and asdict(self.weight)}
-        return {**tile, "small_n": self.small_n, "encoding": self.encoding, "blocksize": list(self.pattern.blocksize)}
+        return {
+            **tile,
+            "small_n": self.small_n,
+            "encoding": self.encoding,
+            "blocksize": list(self.pattern.blocksize),
+            "dense": self.dense,
+        }
 
     @property
     def pattern(self) -> Pattern:
@@ -182,11 +188,21 @@ class CPlan(Plan):
         return max(int(self.target.l2_bytes // 4 / row_bytes) // window, 1) * window
 
     @property
+    def summed_block_rows(self) -> int:
+        """Block rows whose sums wait for the next panel in the weight tile, in half of L2, whole windows."""
+        w, p, window = self.weight, self.pattern, self.weight_window
+        if w is None or not p.nnzb:
+            return window
+        slots = sum(group.slots for group in self.groups) // w.row_lanes * self.weight_lanes
+        row_bytes = w.tokens * slots * self.problem.dtype.bytes * w.chunk
+        return max(self.target.l2_bytes // 2 // row_bytes // window, 1) * window
+
+    @property
     def packs_whole(self) -> bool:
         """Whether a chunk of X is packed at once, all panels of it, and not again for each window of rows."""
         assert self.tokens is not None
         p, width = self.pattern, self.tokens.vectors * self.target.vector_bytes
-        return p.block_cols * p.C * width <= PANEL_BYTES
+        return self.panels == 1 or p.block_cols * p.C * width <= PANEL_BYTES
 
     @property
     def waiting_block_rows(self) -> int:

@@ -121,7 +121,7 @@ def _level(
 ) -> dict[str, Any]:
     """One ISA level: its data files, shared with an earlier level where they are the same."""
     problem, name, p = plan.problem, plan.problem.name, plan.pattern
-    blocks = f"{name}_b{p.R}x{p.C}" if plan.cover else name
+    blocks = f"{name}_{'dense' if plan.dense else 'b'}{p.R}x{p.C}" if plan.cover else name
     tables = f"{blocks}_u{8 * plan.offset_bytes}" + (f"_{plan.k_panel}" if plan.panels > 1 else "")
     if f"{blocks}_work.bin" not in files:
         _blob(files, blobs, f"{blocks}_work", plan.work, "uint64_t")
@@ -162,7 +162,7 @@ def _cover(cover: Cover, moves: str) -> dict[str, Any]:
     (r, c), own, blocks = cover.piece, cover.own, cover.blocks
     return {
         "moves": moves, "piece_rows": r, "piece_cols": c, "pieces": own.nnzb * cover.pieces, "own_R": own.R,
-        "own_C": own.C, "wide": blocks.C // c, "high": blocks.R // r, "nnzb": blocks.nnzb,
+        "own_C": own.C, "wide": blocks.C // c, "nnzb": blocks.nnzb,
     }  # fmt: skip
 
 
@@ -212,6 +212,7 @@ def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
         "folds": _folds(part.lanes, plan.k_lanes),
         "weight_vectors": sum(g["slots"] for g in groups) // unit,
         "weight_window": plan.weight_window, "weight_rows": plan.shared_block_rows,
+        "weight_slab": plan.summed_block_rows,
         "weight_direct": plan.k_lanes == plan.panels == 1 and not _needs_math(problem),
         "M_padded": p.block_rows * p.R != p.M,
         "weight_token_counts": _variants(weight.tokens, bool(rows)) if weight else (),

@@ -39,7 +39,8 @@ int spmm_f32_9x7_b1x1_dfaa5c3d(int64_t n, const float *x, int64_t ldx, float *y,
 int spmm_f32_9x7_b1x1_dfaa5c3d_call(const struct bsrgen_call *call);
 
 /* New values, same pattern: data is [14][1][1], block rows in order, columns ascending.  `level` counts
- * the ISA levels from the best, -1 is the one in use.  Returns the elements of `packed` (NULL: only count), -1 where there
+ * the ISA levels from the best, -1 is the one in use.  Returns the elements of `packed` (NULL: only count), -2 where there
+ * is no memory, -1 where there
  * is no such level. */
 int64_t spmm_f32_9x7_b1x1_dfaa5c3d_pack(const float *data, float *packed, int level);
 

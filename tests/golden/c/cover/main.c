@@ -153,9 +153,9 @@ static struct point point_of(const struct region *r, int p, int parts)
         const double width = (double)(level->work[i + 1] - level->work[i]);
         return (struct point){(int64_t)((double)r->units * (want - (double)level->work[i]) / width + 0.5), i};
     }
-    const double rest = at - (double)point.unit;
-    if (rest > 0.96) point.unit++; /* too little to prepare a unit for */
-    else if (rest > 0.04) point.row = row_at(level, rest * rows);
+    const double rest = at - (double)point.unit, share = (double)r->units / parts, little = share < 0.4 ? share / 10 : 0.04;
+    if (rest > 1 - little) point.unit++; /* too little to prepare a unit for */
+    else if (rest > little) point.row = row_at(level, rest * rows);
     return point;
 }
 
@@ -243,7 +243,7 @@ static int pack_0(const real *data, real *packed)
     enum { R = 3, C = 2, STEP = 1, SEGMENTS = 6 };
     static const struct { int row, rows, slots; } groups[] = { { 0, 3, 3 } };
     real *blocks = cover_0(data);
-    if (!blocks) return -1;
+    if (!blocks) return BSRGEN_PACK_NO_MEMORY;
     for (int64_t s = 0; s < SEGMENTS; s++)
         for (size_t g = 0; g < sizeof groups / sizeof *groups; g++)
             for (int64_t b = spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_pointers[s]; b < spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_pointers[s + 1]; b++) {
@@ -264,7 +264,7 @@ int64_t spmm_f32_9x7_b1x1_dfaa5c3d_pack(const float *data, float *packed, int le
     }
     switch (level) {
     case 0:
-        return packed && pack_0(data, packed) ? -1 : 66;
+        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : 66;
     }
-    return -1;
+    return BSRGEN_PACK_NO_LEVEL;
 }

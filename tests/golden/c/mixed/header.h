@@ -38,7 +38,8 @@ int linear_f64_16x18_b4x4_77bea486(int64_t n, const double *x, int64_t ldx, doub
 int linear_f64_16x18_b4x4_77bea486_call(const struct bsrgen_call *call);
 
 /* New values, same pattern: data is [4][4][4], block rows in order, columns ascending.  `level` counts
- * the ISA levels from the best, -1 is the one in use.  Returns the elements of `packed` (NULL: only count), -1 where there
+ * the ISA levels from the best, -1 is the one in use.  Returns the elements of `packed` (NULL: only count), -2 where there
+ * is no memory, -1 where there
  * is no such level. */
 int64_t linear_f64_16x18_b4x4_77bea486_pack(const double *data, double *packed, int level);
 

@@ -119,9 +119,9 @@ static struct point point_of(const struct region *r, int p, int parts)
         const double width = (double)(level->work[i + 1] - level->work[i]);
         return (struct point){(int64_t)((double)r->units * (want - (double)level->work[i]) / width + 0.5), i};
     }
-    const double rest = at - (double)point.unit;
-    if (rest > 0.96) point.unit++; /* too little to prepare a unit for */
-    else if (rest > 0.04) point.row = row_at(level, rest * rows);
+    const double rest = at - (double)point.unit, share = (double)r->units / parts, little = share < 0.4 ? share / 10 : 0.04;
+    if (rest > 1 - little) point.unit++; /* too little to prepare a unit for */
+    else if (rest > little) point.row = row_at(level, rest * rows);
     return point;
 }
 
@@ -221,7 +221,7 @@ int64_t linear_f64_16x18_b4x4_77bea486_pack(const double *data, double *packed, 
     }
     switch (level) {
     case 0:
-        return packed && pack_0(data, packed) ? -1 : 64;
+        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : 64;
     }
-    return -1;
+    return BSRGEN_PACK_NO_LEVEL;
 }

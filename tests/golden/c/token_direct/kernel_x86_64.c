@@ -239,11 +239,12 @@ static int token_run(const struct bsrgen_call *call, const real *values, int64_t
 {
     enum { FINISH_ROWS = 2 }; /* block rows whose sums wait */
     const int64_t vectors = token_vectors(call->n), most = LANES * (vectors < T_VECTORS ? vectors : T_VECTORS); /* tokens of a unit */
-    const int64_t panel_size = most * 15, sums_size = most * 0;
-    real *panel = bsrgen_scratch_take(sizeof(real) * (size_t)(panel_size + sums_size + LANES)), *sums = panel + panel_size;
-    if (!panel) return BSRGEN_NO_MEMORY;
     /* Rows that lie multiples of 2 KiB apart share a few sets of the caches: packed after all. */
     const int as_it_lies = 0;
+    const int packs = !as_it_lies || token_start(call->n, u1) > call->n;
+    const int64_t panel_size = !packs ? 0 : most * 15, sums_size = most * 0;
+    real *panel = bsrgen_scratch_take(sizeof(real) * (size_t)(panel_size + sums_size + LANES)), *sums = panel + panel_size;
+    if (!panel) return BSRGEN_NO_MEMORY;
     for (int64_t u = u0; u < u1; u++) {
         const int64_t n0 = token_start(call->n, u), end = token_start(call->n, u + 1), width = end - n0;
         const int64_t n1 = end < call->n ? end : call->n;

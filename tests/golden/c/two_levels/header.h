@@ -33,7 +33,8 @@ int spmm_f32_12x16_b4x1_6d89d2d2(int64_t n, const float *x, int64_t ldx, float *
 int spmm_f32_12x16_b4x1_6d89d2d2_call(const struct bsrgen_call *call);
 
 /* New values, same pattern: data is [8][4][1], block rows in order, columns ascending.  `level` counts
- * the ISA levels from the best, -1 is the one in use.  Returns the elements of `packed` (NULL: only count), -1 where there
+ * the ISA levels from the best, -1 is the one in use.  Returns the elements of `packed` (NULL: only count), -2 where there
+ * is no memory, -1 where there
  * is no such level. */
 int64_t spmm_f32_12x16_b4x1_6d89d2d2_pack(const float *data, float *packed, int level);
 

@@ -46,7 +46,7 @@ enum { T_VECTORS = 2, T_ROWS = 4 };
 enum { T_BATCH = 8 / sizeof(offset) }; /* blocks whose offsets are read at once: loads are what single columns wait for */
 
 /* With few accumulators, several partial sums hide the latency of the multiply-add. */
-#define T_SUMS(r, v) ((r) * (v) >= 8 ? 1 : (r) * (v) >= 4 ? 2 : (r) * (v) >= 2 ? 4 : 8)
+#define T_SUMS(r, v) ((r) * (v) >= 8 ? 1 : (r) * (v) >= 4 ? 2 : 4)
 
 /* sum[rows][V] += W[rows, 1] @ X[1, V vectors of tokens]: column c of a block. */
 INLINE void token_step(const int rows, const int V, const int slots, vec *sum, const real *w, const real *x, int64_t ldp, int c)

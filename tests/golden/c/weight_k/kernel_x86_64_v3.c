@@ -190,7 +190,7 @@ INLINE int64_t weight_units(int64_t n) { return pieces(n, W_TOKENS); }
 enum { W_CHUNK = 1, W_ROWS = 5 }; /* units that share the weights of W_ROWS block rows while they are in L2 */
 
 /* Token units [u, stop) x block rows [i, end); x: the first token's. */
-static void weight_window(const struct bsrgen_call *call, const real *values, const real *x, int64_t u, int64_t stop,
+static void weight_share(const struct bsrgen_call *call, const real *values, const real *x, int64_t u, int64_t stop,
                           int64_t i, int64_t end, real *tile)
 {
     const int64_t units = weight_units(call->n), n0 = cut(call->n, units, u);
@@ -218,7 +218,7 @@ static int weight_run(const struct bsrgen_call *call, const real *values, int64_
         if (copy) weight_copy(call, n0, cut(call->n, units, stop), copied);
         const real *x = copy ? copied : (const real *)call->x + n0 * W_LDX;
         for (int64_t i = i0; i < i1; i += W_ROWS)
-            weight_window(call, values, x, u, stop, i, i + W_ROWS < i1 ? i + W_ROWS : i1, tile);
+            weight_share(call, values, x, u, stop, i, i + W_ROWS < i1 ? i + W_ROWS : i1, tile);
     }
     bsrgen_scratch_give(tile);
     return BSRGEN_OK;

@@ -176,9 +176,10 @@ static void weight_copy(const struct bsrgen_call *call, int64_t n0, int64_t n1, 
 INLINE int64_t weight_units(int64_t n) { return pieces(n, W_TOKENS); }
 
 enum { W_CHUNK = 2, W_ROWS = 6144 }; /* units that share the weights of W_ROWS block rows while they are in L2 */
+enum { W_SLAB = 2048 }; /* block rows whose sums wait for the next panel */
 
 /* Token units [u, stop) x block rows [i, end) in panel p; x: the first token's; tile: sums of block row `base` and on, unit by unit. */
-static void weight_window(const struct bsrgen_call *call, const real *values, const real *x, int64_t u, int64_t stop,
+static void weight_share(const struct bsrgen_call *call, const real *values, const real *x, int64_t u, int64_t stop,
                           int64_t i, int64_t end, int64_t p, int64_t base, int64_t sums, real *tile)
 {
     const int64_t units = weight_units(call->n), n0 = cut(call->n, units, u);
@@ -196,22 +197,26 @@ static int weight_run(const struct bsrgen_call *call, const real *values, int64_
 {
     const int64_t units = weight_units(call->n), tokens = call->n < W_CHUNK * W_TOKENS ? call->n : W_CHUNK * W_TOKENS;
     const int copy = (call->ldx != W_LDX && call->n > 1);
-    const int64_t sums = (i1 - i0) * W_SUM, all_sums = sums * W_CHUNK; /* of one unit, of a chunk */
+    const int64_t rows = i1 - i0 < W_SLAB ? i1 - i0 : W_SLAB, sums = rows * W_SUM; /* whose sums wait; of one unit */
+    const int64_t all_sums = sums * (u1 - u0 < W_CHUNK ? u1 - u0 : W_CHUNK);
     real *tile = bsrgen_scratch_take(sizeof(real) * (size_t)(all_sums + (copy ? W_LDX * tokens : 0) + 1)), *copied = tile + all_sums;
     if (!tile) return BSRGEN_NO_MEMORY;
     for (int64_t u = u0; u < u1; u += W_CHUNK) {
         const int64_t stop = u + W_CHUNK < u1 ? u + W_CHUNK : u1, n0 = cut(call->n, units, u);
         if (copy) weight_copy(call, n0, cut(call->n, units, stop), copied);
         const real *x = copy ? copied : (const real *)call->x + n0 * W_LDX;
-        memset(tile, 0, sizeof(real) * (size_t)(sums * (stop - u)));
-        for (int64_t p = 0; p < PANELS; p++)
-            for (int64_t i = i0; i < i1; i += W_ROWS)
-                weight_window(call, values, x, u, stop, i, i + W_ROWS < i1 ? i + W_ROWS : i1, p, i0, sums, tile);
-        for (int64_t v = u; v < stop; v++) {
-            const int64_t n = cut(call->n, units, v), count = cut(call->n, units, v + 1) - n;
-            for (int64_t i = i0; i < i1; i += W_WINDOW) {
-                const int64_t end = i + W_WINDOW < i1 ? i + W_WINDOW : i1;
-                weight_finish(call, n, count, i * BLOCK_R, (end - i) * BLOCK_R, tile + (v - u) * sums + (i - i0) * W_SUM);
+        for (int64_t b = i0; b < i1; b += W_SLAB) {
+            const int64_t last = b + W_SLAB < i1 ? b + W_SLAB : i1;
+            memset(tile, 0, sizeof(real) * (size_t)(sums * (stop - u)));
+            for (int64_t p = 0; p < PANELS; p++)
+                for (int64_t i = b; i < last; i += W_ROWS)
+                    weight_share(call, values, x, u, stop, i, i + W_ROWS < last ? i + W_ROWS : last, p, b, sums, tile);
+            for (int64_t v = u; v < stop; v++) {
+                const int64_t n = cut(call->n, units, v), count = cut(call->n, units, v + 1) - n;
+                for (int64_t i = b; i < last; i += W_WINDOW) {
+                    const int64_t end = i + W_WINDOW < last ? i + W_WINDOW : last;
+                    weight_finish(call, n, count, i * BLOCK_R, (end - i) * BLOCK_R, tile + (v - u) * sums + (i - b) * W_SUM);
+                }
             }
         }
     }
