@@ -378,13 +378,12 @@ def test_x_that_is_packed_a_panel_at_a_time(operator, rng, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("operator", OPERATOR_NAMES)
-def test_one_block_wider_than_the_scratch_for_x(operator, rng, monkeypatch):
+def test_one_block_wider_than_the_scratch_for_x(operator, rng, tmp_path, monkeypatch):
     monkeypatch.setattr("bsrgen.backends.c.plan.PANEL_BYTES", 1 << 12)
-    monkeypatch.setattr("bsrgen.backends.c.candidates.PANEL_BYTES", 1 << 12)
     weight = make_weight("uniform", (3, 2000), (1, 2000), "float32")
-    plans = [p for p in candidates(problem_of(weight, operator), HERE, reblock=False) if p.tokens]
-    assert plans
-    assert all(p.panels == 1 and p.packs_whole for p in plans)
+    plan = CPlan(problem_of(weight, operator), HERE, TokenTile(1, 2, 2000), None)
+    assert plan.packs_whole
+    check_calls(build_plan(plan, weight, tmp_path), plan.problem, weight, rng, (1, 33))
 
 
 def test_tables_do_not_grow_with_empty_segments():
