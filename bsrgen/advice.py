@@ -104,17 +104,24 @@ def _seconds(backend: Backend, problem: Problem, target: Target) -> float:
 
 
 def judge(
-    backend: Backend, plan: Plan, weight: Weight, sparse_s: float | None = None, dense_s: float | None = None
-) -> Verdict:
-    """The verdict on a kernel that runs `plan`; sparse_s, dense_s: the best measured times, where there are."""
+    backend: Backend, plan: Plan, weight: Weight, sparse_s: float | None = None, dense_s: float | None = None,
+    *, strict: bool = False,
+) -> Verdict:  # fmt: skip
+    """The verdict on a kernel that runs `plan`; sparse_s, dense_s: the best measured times, where there are.
+
+    Where no plan walks the problem's own blocks (they outgrow a C int), it says nothing of break-even and block shapes.
+    """
     problem, target = plan.problem, plan.target
     n = problem.n or PLANNED_N
-    ranked = rank(list(backend.candidates(problem, target)), problem.n)
+    plans = [p for p in backend.candidates(problem, target) if not (strict and p.zero_filled)]
+    ranked = rank(plans, problem.n)
     mine = estimate(plan, n)
     sparse = next((c.seconds for c, p in ranked if not p.dense), mine.seconds) if plan.dense else mine.seconds
     dense = min([mine.dense_seconds, *(c.seconds for c, p in ranked if p.dense)])
-    even = break_even(backend, problem, target, sparse_s or sparse, dense_s or dense)
-    others = [a for a in block_shapes(backend, problem, weight, target, only_faster=True) if not a.given]
+    even, others = None, []
+    if _native(backend, problem, target):
+        even = break_even(backend, problem, target, sparse_s or sparse, dense_s or dense)
+        others = [a for a in block_shapes(backend, problem, weight, target, only_faster=True) if not a.given]
     return Verdict(
         n, problem.pattern.density, "dense" if plan.dense else "sparse", mine.seconds,
         dense_s if plan.dense else sparse_s, sparse, sparse_s, dense, dense_s, even, tuple(others[:KEPT]),

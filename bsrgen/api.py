@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -171,7 +172,7 @@ def _key(
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
-_LOOKS = {"cli", "bench", "verify.py"}  # parts of the package that only look at artifacts
+_LOOKS = {"cli", "bench"}  # parts of the package that only look at artifacts
 
 
 @functools.cache
@@ -192,9 +193,12 @@ def _make(
     """Build, check and describe one artifact in `folder`."""
     most = max(CHECK_ELEMENTS // max(*problem.pattern.shape, 1), 1)
     exam = Exam(problem, weight, tuple(dict.fromkeys(min(n, most) for n in CHECK_N)))
-    choices = []
+    choices, started = [], time.monotonic()
     for number, target in enumerate(targets):
         step = replace(tuning, progress=functools.partial(_part, tuning.progress, number, len(targets)))
+        if tuning.seconds is not None:  # one budget for all targets
+            left = tuning.seconds * (number + 1) / len(targets) - (time.monotonic() - started)
+            step = replace(step, seconds=max(left, 1e-3))
         choices.append(choose(backend, problem, weight, target, step, compiler, exam, folder / "tune"))
     plans = tuple(choice.plan for choice in choices)
     source = backend.emit(plans, weight)
@@ -203,7 +207,7 @@ def _make(
     manifest = package.describe(source, weight, compiler, records, folder, bound)
     times = [(r.dense, r.measured_seconds) for r in choices[0].records if r.measured_seconds is not None]
     sparse_s, dense_s = (min((s for d, s in times if d == dense), default=None) for dense in (False, True))
-    verdict = advice.judge(backend, plans[0], weight, sparse_s, dense_s)
+    verdict = advice.judge(backend, plans[0], weight, sparse_s, dense_s, strict=tuning.strict)
     manifest = msgspec.structs.replace(manifest, verdict=verdict, strict=tuning.strict)
     check = _check(write_manifest(folder, manifest), exam)
     if check is not None:

@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -135,7 +135,7 @@ class _Race:
         try:
             kernels = self._examined()
             if not kernels:
-                raise self.failures[0]
+                self._give_up()
             seconds = self._timed(kernels)
         finally:
             for folder in self.folders:
@@ -164,7 +164,9 @@ class _Race:
             finally:
                 for future in futures:
                     future.cancel()
-                wait(futures)  # nobody may write into a folder that goes
+                wait(
+                    [future for future in futures if not future.cancelled()]
+                )  # nobody may write into a folder that goes
         for number, future in enumerate(futures):
             if future.cancelled():
                 self.notes[number] = TIME_UP
@@ -177,8 +179,17 @@ class _Race:
             if left <= 0:
                 for future in futures[tune.SURE :]:
                     future.cancel()
+            pending = [future for future in pending if not future.cancelled()]
             wait(pending, timeout=left if 0 < left < math.inf else None, return_when=FIRST_COMPLETED)
             self.tuning.progress(0.5 * sum(future.done() for future in futures) / len(futures))
+
+    def _give_up(self) -> NoReturn:
+        """Raise the first failure, as an error of ours."""
+        if not self.failures:
+            raise BuildError("no plan was compiled: the executor cancelled all of them")
+        if isinstance(self.failures[0], BsrgenError):
+            raise self.failures[0]
+        raise BuildError(f"no plan could be compiled: {self.failures[0]}") from self.failures[0]
 
     def _drop(self, number: int, failure: BaseException) -> None:
         """Out of the race, with a note; what is neither the compiler's nor the machine's fault is ours, and raised."""

@@ -5,7 +5,7 @@ import pickle
 import re
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -105,7 +105,7 @@ def test_shortlist_of_real_plans(operator: str, n: int, monkeypatch: pytest.Monk
 
 def test_a_measured_dense_plan_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     worst = tune.rank(list(BACKENDS["c"].candidates(PROBLEM, native())), 8)[-1][1]
-    monkeypatch.setattr(CPlan, "dense", property(lambda self: self.knobs() == worst.knobs()))
+    monkeypatch.setattr(CPlan, "dense", property(lambda self: self == worst))
     kernel = tuned()
     (dense,) = [record for record in records(kernel) if record.dense]
     assert kernel.cost.measured_dense_seconds == dense.measured_seconds
@@ -196,6 +196,20 @@ def test_a_budget_that_was_enough_serves_requests_without_one(monkeypatch: pytes
     assert not kernel.artifact.manifest.cut_short
     monkeypatch.setattr(build, "build", lambda source, *_: pytest.fail(f"{source.name} was built"))
     assert tuned().artifact.manifest.tuning == records(kernel)
+
+
+class Dropping(Executor):
+    """Cancels what it is given and tells nobody: such a future never becomes CANCELLED_AND_NOTIFIED."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        future: Future[None] = Future()
+        future.cancel()
+        return future
+
+
+def test_an_executor_that_drops_its_work_is_a_typed_error() -> None:
+    with pytest.raises(bsrgen.BuildError, match="cancelled all"):
+        tuned(executor=Dropping())
 
 
 def test_an_executor_that_was_shut_down_is_a_typed_error() -> None:
