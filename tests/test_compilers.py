@@ -73,7 +73,7 @@ def table(level: str) -> Iterator[Case]:
         weight = random_weight(0, (37, 45), blocksize, 0.4, dtype=dtype)
         plans = list(candidates(problem_of(weight, operator, steps), TARGETS[level]))
         kinds = [plans[0], plans[-1]]
-        kinds += [replace(p, tokens=replace(p.tokens, k_panel=blocksize[1], pack=True)) for p in plans if p.tokens][:1]
+        kinds += [replace(p, tokens=replace(p.tokens, k_panel=p.pattern.C, pack=True)) for p in plans if p.tokens][:1]
         kinds += [p for p in plans if p.encoding == "code"][:1]
         for plan in {
             str(kinds[(number + turn + i) % len(kinds)]): kinds[(number + turn + i) % len(kinds)] for i in (0, 2)

@@ -182,8 +182,7 @@ def _c_string(text: str) -> str:
 def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
     """What kernel.c.j2 and its parts see."""
     plan, tokens, weight = part.plan, part.tokens, part.weight
-    problem, p = plan.problem, plan.pattern
-    linear = problem.operator.token_axis == 0
+    problem, p, linear = plan.problem, plan.pattern, plan.problem.operator.token_axis == 0
     direct = not linear and plan.panels == 1
     padded_k, unit = p.block_cols * p.C, plan.weight.row_lanes if plan.weight else 1
     groups = [_group(plan, q, unit) for q in range(len(plan.groups))]
