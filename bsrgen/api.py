@@ -31,6 +31,7 @@ from bsrgen.errors import (
     IncompatibleCPUError,
     UnsupportedError,
 )
+from bsrgen.exam import Exam
 from bsrgen.integrity import MANIFEST
 from bsrgen.kernel import Kernel
 from bsrgen.manifest import ABI, CheckRecord, parse_manifest
@@ -40,7 +41,6 @@ from bsrgen.problem import Problem
 from bsrgen.store import Store
 from bsrgen.targets import Target, as_targets, native
 from bsrgen.trampoline import trampoline
-from bsrgen.verify import Exam
 
 CHECK_N = (3, 35)  # tokens of the check: fewer than a vector, and two vectors with a rest
 CHECK_ELEMENTS = 1 << 26  # most of X or Y in the check: a matrix of millions of columns is checked with fewer tokens

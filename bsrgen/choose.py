@@ -18,6 +18,7 @@ from bsrgen.artifact import read_artifact, write_manifest
 from bsrgen.backends import BACKENDS, Backend
 from bsrgen.cost import Cost
 from bsrgen.errors import ArgumentError, ArgumentTypeError, BsrgenError, BuildError, UnsupportedError
+from bsrgen.exam import Exam
 from bsrgen.kernel import Kernel
 from bsrgen.machine import parallel_cores
 from bsrgen.manifest import TIME_UP, TuningRecord
@@ -26,7 +27,6 @@ from bsrgen.plan import Plan
 from bsrgen.problem import Problem
 from bsrgen.targets import Target, native
 from bsrgen.trampoline import trampoline
-from bsrgen.verify import Exam
 
 ROUNDS = 30
 TIMING_S = 20.0  # of timing for one race, whatever the budget: plans of a second a call are told apart by fewer rounds
