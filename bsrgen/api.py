@@ -79,8 +79,9 @@ def compile(
     n, threads: hints.  n is the number of tokens to plan for (128); threads the default of calls, None all cores.
     tune: "off" takes the first legal plan, "model" the one the cost model likes best, "measure" times the best few.
     tune_seconds, executor, progress: of tune="measure".  When tune_seconds have passed, no further plan is compiled and
-        timing ends; the model's best two are measured in any case.  Any concurrent.futures.Executor compiles the plans,
-        None means threads on all cores.  `progress` is told the share done, 0 to 1, unless the store has the result.
+        timing ends; the model's best two for each target are measured in any case.  Any concurrent.futures.Executor
+        compiles the plans, None means threads on all cores.  `progress` is told the share done, 0 to 1, unless the
+        store has the result.
     strict: an absent block contributes nothing even where X holds Inf or NaN.  False allows plans that multiply absent
         blocks as zeros where that is faster: in finite X the results are the same but for the order of sums.
 
@@ -192,7 +193,7 @@ def _make(
     """Build, check and describe one artifact in `folder`."""
     most = max(CHECK_ELEMENTS // max(*problem.pattern.shape, 1), 1)
     exam = Exam(problem, weight, tuple(dict.fromkeys(min(n, most) for n in CHECK_N)))
-    choices = []
+    choices, tuning = [], tuning.begun()
     for number, target in enumerate(targets):
         step = replace(tuning, progress=functools.partial(_part, tuning.progress, number, len(targets)))
         choices.append(choose(backend, problem, weight, target, step, compiler, exam, folder / "tune"))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from bsrgen.trampoline import trampoline
 ROUNDS = 30
 TIMING_S = 20.0  # of timing for one race, whatever the budget: plans of a second a call are told apart by fewer rounds
 NOTE_CHARACTERS = 300
+POLL_S = 0.5  # an executor that is shut down cancels work without a word to those who wait for it
 
 Progress = Callable[[float], object]
 
@@ -44,6 +45,11 @@ class Tuning:
     executor: Executor | None = None
     progress: Progress = lambda share: None
     strict: bool = False  # no plan that multiplies absent elements as zeros
+    deadline: float = math.inf  # on the clock of time.monotonic
+
+    def begun(self) -> "Tuning":
+        """The same with `seconds` running from now: one deadline for all targets of a call."""
+        return replace(self, deadline=time.monotonic() + (self.seconds or math.inf))
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -125,17 +131,19 @@ class _Race:
         self.backend, self.weight, self.entries, self.tuning = backend, weight, entries, tuning
         self.compiler, self.exam = compiler, exam
         self.folders = [folder / str(number) for number in range(len(entries))]
-        self.deadline = time.monotonic() + (tuning.seconds or math.inf)
         self.notes = [""] * len(entries)
         self.failures: list[BaseException] = []
 
     def run(self) -> Choice:
-        """The winner.  Where no plan is left, the first failure is raised."""
+        """The winner.  Where no plan is left, the first failure is raised, as a BuildError if it is not ours."""
         self._compile()
         try:
             kernels = self._examined()
             if not kernels:
-                raise self.failures[0]
+                first = self.failures[0]
+                if isinstance(first, BsrgenError):
+                    raise first
+                raise BuildError(f"{self.exam.problem}: no plan could be built: {first!r}") from first
             seconds = self._timed(kernels)
         finally:
             for folder in self.folders:
@@ -164,20 +172,23 @@ class _Race:
             finally:
                 for future in futures:
                     future.cancel()
-                wait(futures)  # nobody may write into a folder that goes
+                while pending := _pending(futures):  # nobody may write into a folder that goes
+                    wait(pending, POLL_S)
         for number, future in enumerate(futures):
-            if future.cancelled():
+            if future.cancelled() and number >= tune.SURE and time.monotonic() >= self.tuning.deadline:
                 self.notes[number] = TIME_UP
+            elif future.cancelled():
+                self._drop(number, BuildError(f"executor={self.tuning.executor!r} cancelled it"))
             elif (failure := future.exception()) is not None:
                 self._drop(number, failure)
 
     def _wait(self, futures: list[Future[None]]) -> None:
-        while pending := [future for future in futures if not future.done()]:
-            left = self.deadline - time.monotonic()
+        while pending := _pending(futures):
+            left = self.tuning.deadline - time.monotonic()
             if left <= 0:
                 for future in futures[tune.SURE :]:
                     future.cancel()
-            wait(pending, timeout=left if 0 < left < math.inf else None, return_when=FIRST_COMPLETED)
+            wait(_pending(pending), min(left, POLL_S) if left > 0 else POLL_S, FIRST_COMPLETED)
             self.tuning.progress(0.5 * sum(future.done() for future in futures) / len(futures))
 
     def _drop(self, number: int, failure: BaseException) -> None:
@@ -212,7 +223,7 @@ class _Race:
         calls: dict[str, clock.Call] = {}
         for number, kernel in kernels.items():
             calls[str(number)] = functools.partial(kernel, x, out=np.zeros(shape, problem.dtype.numpy), **given)
-        left = max(self.deadline - time.monotonic(), 1e-3)
+        left = max(self.tuning.deadline - time.monotonic(), 1e-3)
         times = clock.measure(
             calls, rounds=ROUNDS, seconds=min(left, TIMING_S),
             progress=lambda share: self.tuning.progress(0.5 + 0.5 * share),
@@ -222,6 +233,11 @@ class _Race:
             if left < TIMING_S and rounds < ROUNDS:
                 self.notes[number] = f"{TIME_UP} after {rounds} of {ROUNDS} rounds"
         return {number: times[str(number)].min_s for number in kernels}
+
+
+def _pending(futures: Sequence[Future[None]]) -> list[Future[None]]:
+    """Those not done.  `wait` alone would wait for ever for one that was cancelled and never taken up."""
+    return [future for future in futures if not future.done()]
 
 
 def _submitted(executor: Executor, job: tuple[Any, ...]) -> "Future[None]":
