@@ -31,7 +31,7 @@ from bsrgen.errors import (
     IncompatibleCPUError,
     UnsupportedError,
 )
-from bsrgen.exam import Exam
+from bsrgen.exam import Exam, affordable
 from bsrgen.integrity import MANIFEST
 from bsrgen.kernel import Kernel
 from bsrgen.manifest import ABI, CheckRecord, parse_manifest
@@ -43,7 +43,6 @@ from bsrgen.targets import Target, as_targets, native
 from bsrgen.trampoline import trampoline
 
 CHECK_N = (3, 35)  # tokens of the check: fewer than a vector, and two vectors with a rest
-CHECK_ELEMENTS = 1 << 26  # most of X or Y in the check: a matrix of millions of columns is checked with fewer tokens
 
 
 def compile(
@@ -191,8 +190,7 @@ def _make(
     compiler: build.Compiler, bound: dict[str, Any], folder: Path,
 ) -> None:  # fmt: skip
     """Build, check and describe one artifact in `folder`."""
-    most = max(CHECK_ELEMENTS // max(*problem.pattern.shape, 1), 1)
-    exam = Exam(problem, weight, tuple(dict.fromkeys(min(n, most) for n in CHECK_N)))
+    exam = Exam(problem, weight, tuple(dict.fromkeys(affordable(problem, n) for n in CHECK_N)))
     choices, tuning = [], tuning.begun()
     for number, target in enumerate(targets):
         step = replace(tuning, progress=functools.partial(_part, tuning.progress, number, len(targets)))
@@ -202,9 +200,9 @@ def _make(
     build.build(source, folder, compiler)
     records = tuple(record for choice in choices for record in choice.records)
     manifest = package.describe(source, weight, compiler, records, folder, bound)
-    times = [(r.dense, r.measured_seconds) for r in choices[0].records if r.measured_seconds is not None]
+    times = [(r.dense, r.measured_seconds) for r in choices[0].records if r.n == manifest.cost.n and r.measured_seconds]
     sparse_s, dense_s = (min((s for d, s in times if d == dense), default=None) for dense in (False, True))
-    verdict = advice.judge(backend, plans[0], weight, sparse_s, dense_s)
+    verdict = advice.judge(backend, plans[0], choices[0].ranked, weight, sparse_s, dense_s)
     manifest = msgspec.structs.replace(manifest, verdict=verdict, strict=tuning.strict)
     check = _check(write_manifest(folder, manifest), exam)
     if check is not None:

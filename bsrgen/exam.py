@@ -12,6 +12,12 @@ from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
 
 Array = NDArray[Any]
+MOST_ELEMENTS = 1 << 26  # of X or Y: with millions of rows or columns, fewer tokens are sampled than were asked for
+
+
+def affordable(problem: Problem, n: int) -> int:
+    """n tokens, or as many as MOST_ELEMENTS allow; at least one."""
+    return max(min(n, MOST_ELEMENTS // max(*problem.pattern.shape, 1)), 1)
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,7 @@ def test_inspect_weight_plans_without_compiling(monkeypatch: pytest.MonkeyPatch,
 def test_inspect_artifact(built: Path) -> None:
     document = run_json("inspect", built)
     assert [counts["registers"] > 0 for counts in document["counts"]["levels"]] == [True, True]
+    assert document["counts"]["levels"] == [level["counts"] for level in document["manifest"]["levels"]]
     assert document["manifest"]["epilogue"] == ["bias", "relu"]
     assert document["sha256"] in (built / "manifest.sha256").read_text()
     text = run("inspect", built).stdout

@@ -371,6 +371,19 @@ def test_libraries_of_a_race_are_closed() -> None:
     assert "/tune/2/" not in mapped
 
 
+def test_huge_matrices_are_timed_at_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The records say at how many; their times are not taken for those of the planned number."""
+    monkeypatch.setattr("bsrgen.exam.MOST_ELEMENTS", 40 * 5)
+    seen: list[Any] = []
+    real = clock.measure
+    monkeypatch.setattr(clock, "measure", lambda calls, **o: seen.extend(calls.values()) or real(calls, **o))
+    kernel = tuned()
+    assert {record.n for record in records(kernel)} == {5}
+    assert [call.args[0].shape for call in seen] == [(5, 40)] * len(seen)
+    assert len({id(call.keywords["out"]) for call in seen}) == 1
+    assert (kernel.cost.n, kernel.cost.measured_seconds, kernel.verdict.measured_seconds) == (8, None, None)
+
+
 def test_plans_are_timed_in_turns_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "TOP", 2)
     seen: dict[str, Any] = {}
