@@ -1,6 +1,6 @@
 """Advice: the verdict on a kernel, the break-even density, and which other block shape would be faster."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from bsrgen.backends import BACKENDS, Backend
-from bsrgen.cost import DENSE_SHARE, estimate
+from bsrgen.cost import DENSE_SHARE, Cost, estimate
 from bsrgen.dtypes import as_dtype
 from bsrgen.errors import ArgumentError, UnsupportedError
 from bsrgen.occupancy import EvenPattern, Occupancy, occupancies
@@ -49,17 +49,22 @@ def advise(
     if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
         raise ArgumentError(f"n={n!r}: a number of tokens from 1 up, or None")
     problem = Problem(as_operator(operator), weight.pattern, as_dtype(dtype), (), None if n is None else int(n))
-    return block_shapes(BACKENDS["c"], problem, weight, as_targets(target)[0])
+    best = as_targets(target)[0]
+    found = block_shapes(BACKENDS["c"], problem, weight, best)
+    if not found:
+        raise UnsupportedError(f"{problem}: no plan for blocks of that shape on {best.name}; use smaller blocks")
+    return found
 
 
 def block_shapes(
     backend: Backend, problem: Problem, weight: Weight, target: Target, *, only_faster: bool = False
 ) -> tuple[Advice, ...]:
-    """`advise` for a problem whose pattern is the weight's.  `only_faster` leaves out what cannot be, to save time."""
+    """`advise` for a problem whose pattern is the weight's; nothing where no plan works on its own blocks, which the
+    others would be compared with.  `only_faster` leaves out what cannot be, to save time."""
     own, n = weight.pattern, problem.n or PLANNED_N
     given_s, values = _seconds(backend, problem, target), int(np.count_nonzero(weight.data))
     if given_s == float("inf"):
-        raise UnsupportedError(f"{problem}: no plan of backend {backend.name!r} for {target.name}; use smaller blocks")
+        return ()
     within = _elements_within(SLACK * given_s, problem, target)
     if only_faster:  # nor what a dense product would beat
         within = min(_elements_within(given_s, problem, target), DENSE_SHARE * own.M * own.K)
@@ -104,17 +109,15 @@ def _seconds(backend: Backend, problem: Problem, target: Target) -> float:
 
 
 def judge(
-    backend: Backend, plan: Plan, weight: Weight, sparse_s: float | None = None, dense_s: float | None = None,
-    *, strict: bool = False,
+    backend: Backend, plan: Plan, ranked: Sequence[tuple[Cost, Plan]], weight: Weight,
+    sparse_s: float | None = None, dense_s: float | None = None,
 ) -> Verdict:  # fmt: skip
     """The verdict on a kernel that runs `plan`; sparse_s, dense_s: the best measured times, where there are.
 
-    Where no plan walks the problem's own blocks (they outgrow a C int), it says nothing of break-even and block shapes.
+    ranked: the plans that may run instead, the cheapest first; a strict kernel's are fewer.
     """
     problem, target = plan.problem, plan.target
     n = problem.n or PLANNED_N
-    plans = [p for p in backend.candidates(problem, target) if not (strict and p.zero_filled)]
-    ranked = rank(plans, problem.n)
     mine = estimate(plan, n)
     sparse = next((c.seconds for c, p in ranked if not p.dense), mine.seconds) if plan.dense else mine.seconds
     dense = min([mine.dense_seconds, *(c.seconds for c, p in ranked if p.dense)])
@@ -128,13 +131,16 @@ def judge(
     )  # fmt: skip
 
 
-def break_even(backend: Backend, problem: Problem, target: Target, sparse_s: float, dense_s: float) -> float:
-    """Density at which the best sparse plan takes `dense_s`, blocks evenly spread; 1 where it never takes as long.
+def break_even(backend: Backend, problem: Problem, target: Target, sparse_s: float, dense_s: float) -> float | None:
+    """Density at which the best sparse plan takes `dense_s`, blocks evenly spread; 1 where it never takes as long, None
+    where no plan works on the problem's own blocks.
 
     The model's curve of time over density, scaled to pass through `sparse_s` at the problem's own density.
     """
     p, n = problem.pattern, problem.n or PLANNED_N
     total, plans = p.block_rows * p.block_cols, _native(backend, problem, target)[:TOP]
+    if not plans:
+        return None
 
     def seconds(density: float) -> float:
         even = replace(problem, pattern=EvenPattern(p.shape, p.blocksize, round(density * total)))

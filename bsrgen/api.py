@@ -32,6 +32,7 @@ from bsrgen.errors import (
     IncompatibleCPUError,
     UnsupportedError,
 )
+from bsrgen.exam import Exam, affordable
 from bsrgen.integrity import MANIFEST
 from bsrgen.kernel import Kernel
 from bsrgen.manifest import ABI, CheckRecord, parse_manifest
@@ -41,10 +42,8 @@ from bsrgen.problem import Problem
 from bsrgen.store import Store
 from bsrgen.targets import Target, as_targets, native
 from bsrgen.trampoline import trampoline
-from bsrgen.verify import Exam
 
 CHECK_N = (3, 35)  # tokens of the check: fewer than a vector, and two vectors with a rest
-CHECK_ELEMENTS = 1 << 26  # most of X or Y in the check: a matrix of millions of columns is checked with fewer tokens
 
 
 def compile(
@@ -80,8 +79,9 @@ def compile(
     n, threads: hints.  n is the number of tokens to plan for (128); threads the default of calls, None all cores.
     tune: "off" takes the first legal plan, "model" the one the cost model likes best, "measure" times the best few.
     tune_seconds, executor, progress: of tune="measure".  When tune_seconds have passed, no further plan is compiled and
-        timing ends; the model's best two are measured in any case.  Any concurrent.futures.Executor compiles the plans,
-        None means threads on all cores.  `progress` is told the share done, 0 to 1, unless the store has the result.
+        timing ends; the model's best two for each target are measured in any case.  Any concurrent.futures.Executor
+        compiles the plans, None means threads on all cores.  `progress` is told the share done, 0 to 1, unless the
+        store has the result.
     strict: an absent block contributes nothing even where X holds Inf or NaN.  False allows plans that multiply absent
         blocks as zeros where that is faster: in finite X the results are the same but for the order of sums.
 
@@ -191,9 +191,8 @@ def _make(
     compiler: build.Compiler, bound: dict[str, Any], folder: Path,
 ) -> None:  # fmt: skip
     """Build, check and describe one artifact in `folder`."""
-    most = max(CHECK_ELEMENTS // max(*problem.pattern.shape, 1), 1)
-    exam = Exam(problem, weight, tuple(dict.fromkeys(min(n, most) for n in CHECK_N)))
-    choices, started = [], time.monotonic()
+    exam = Exam(problem, weight, tuple(dict.fromkeys(affordable(problem, n) for n in CHECK_N)))
+    choices, tuning = [], tuning.begun()
     for number, target in enumerate(targets):
         step = replace(tuning, progress=functools.partial(_part, tuning.progress, number, len(targets)))
         if tuning.seconds is not None:  # one budget for all targets
@@ -205,9 +204,9 @@ def _make(
     build.build(source, folder, compiler)
     records = tuple(record for choice in choices for record in choice.records)
     manifest = package.describe(source, weight, compiler, records, folder, bound)
-    times = [(r.dense, r.measured_seconds) for r in choices[0].records if r.measured_seconds is not None]
+    times = [(r.dense, r.measured_seconds) for r in choices[0].records if r.n == manifest.cost.n and r.measured_seconds]
     sparse_s, dense_s = (min((s for d, s in times if d == dense), default=None) for dense in (False, True))
-    verdict = advice.judge(backend, plans[0], weight, sparse_s, dense_s, strict=tuning.strict)
+    verdict = advice.judge(backend, plans[0], choices[0].ranked, weight, sparse_s, dense_s)
     manifest = msgspec.structs.replace(manifest, verdict=verdict, strict=tuning.strict)
     check = _check(write_manifest(folder, manifest), exam)
     if check is not None:

@@ -7,17 +7,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bsrgen import build, clock, package, tune
 from bsrgen.artifact import read_artifact, write_manifest
 from bsrgen.backends import BACKENDS, Backend
-from bsrgen.cost import Cost
+from bsrgen.cost import Cost, estimate
 from bsrgen.errors import ArgumentError, ArgumentTypeError, BsrgenError, BuildError, UnsupportedError
+from bsrgen.exam import Exam, affordable
 from bsrgen.kernel import Kernel
 from bsrgen.machine import parallel_cores
 from bsrgen.manifest import TIME_UP, TuningRecord
@@ -26,12 +28,13 @@ from bsrgen.plan import Plan
 from bsrgen.problem import Problem
 from bsrgen.targets import Target, native
 from bsrgen.trampoline import trampoline
-from bsrgen.verify import Exam
 
 ROUNDS = 30
 TIMING_S = 20.0  # of timing for one race, whatever the budget: plans of a second a call are told apart by fewer rounds
 NOTE_CHARACTERS = 300
+POLL_S = 0.5  # an executor that is shut down cancels work without a word to those who wait for it
 
+Array = NDArray[Any]
 Progress = Callable[[float], object]
 
 
@@ -44,6 +47,11 @@ class Tuning:
     executor: Executor | None = None
     progress: Progress = lambda share: None
     strict: bool = False  # no plan that multiplies absent elements as zeros
+    deadline: float = math.inf  # on the clock of time.monotonic
+
+    def begun(self) -> "Tuning":
+        """The same with `seconds` running from now: one deadline for all targets of a call."""
+        return replace(self, deadline=time.monotonic() + (self.seconds or math.inf))
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -54,9 +62,11 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A plan, and the race that it won: the fastest first, then those that were not measured."""
+    """A plan, all that it was chosen from by predicted cost, and the race that it won: the fastest first, then those
+    that were not measured."""
 
     plan: Plan
+    ranked: tuple[tuple[Cost, Plan], ...]
     records: tuple[TuningRecord, ...] = ()
 
 
@@ -80,31 +90,42 @@ def as_tuning(
     return Tuning(mode, seconds and float(seconds), executor, progress or (lambda share: None), bool(strict))
 
 
+def allowed(backend: Backend, problem: Problem, target: Target, *, strict: bool = False) -> list[Plan]:
+    """The plans that may run, a good guess first.  UnsupportedError where there are none."""
+    plans = [plan for plan in backend.candidates(problem, target) if not (strict and plan.zero_filled)]
+    if not plans:
+        raise UnsupportedError(
+            f"{problem}: no plan of backend {backend.name!r} for {target.name}"
+            f"{' that is strict' * strict}; use smaller blocks"
+        )
+    return plans
+
+
 def choose(
     backend: Backend, problem: Problem, weight: Weight, target: Target, tuning: Tuning, compiler: build.Compiler,
     exam: Exam, folder: Path,
 ) -> Choice:  # fmt: skip
     """The plan for one target.  A race uses `folder`, which must not exist and is gone afterwards, except that a
     BuildError leaves it as it is.  Targets that do not run here are left to the model."""
-    plans = [plan for plan in backend.candidates(problem, target) if not (tuning.strict and plan.zero_filled)]
-    if not plans:
-        raise UnsupportedError(f"{problem}: no plan of backend {backend.name!r} for {target.name}")
+    plans = allowed(backend, problem, target, strict=tuning.strict)
+    ranked = tuple(tune.rank(plans, problem.n))
     if tuning.mode == "off":
-        return Choice(plans[0])
-    ranked = tune.rank(plans, problem.n)
+        return Choice(plans[0], ranked)
     runs_here = target.family == native().family and set(target.requires) <= set(native().requires)
     if tuning.mode == "model" or not runs_here:
-        return Choice(ranked[0][1])
-    race = _Race(backend, weight, tune.shortlist(ranked, problem.n or tune.PLANNED_N), tuning, compiler, exam, folder)
+        return Choice(ranked[0][1], ranked)
+    n = problem.n or tune.PLANNED_N
+    entries = [(estimate(plan, affordable(problem, n)), plan) for _, plan in tune.shortlist(ranked, n)]
+    race = _Race(backend, weight, entries, tuning, compiler, exam, folder)
     try:
-        choice = race.run()
+        plan, records = race.run()
     except BuildError:
         raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder)
-    return choice
+    return Choice(plan, ranked, records)
 
 
 def build_candidate(backend: str, plan: Plan, weight: Weight, compiler: build.Compiler, folder: Path) -> None:
@@ -125,18 +146,21 @@ class _Race:
         self.backend, self.weight, self.entries, self.tuning = backend, weight, entries, tuning
         self.compiler, self.exam = compiler, exam
         self.folders = [folder / str(number) for number in range(len(entries))]
-        self.deadline = time.monotonic() + (tuning.seconds or math.inf)
         self.notes = [""] * len(entries)
         self.failures: list[BaseException] = []
 
-    def run(self) -> Choice:
-        """The winner.  Where no plan is left, the first failure is raised."""
+    def run(self) -> tuple[Plan, tuple[TuningRecord, ...]]:
+        """The winner and all records.  Where no plan is left, the first failure is raised, as a BsrgenError."""
+        inputs = self._inputs()  # where memory is short, that shows before the work
         self._compile()
         try:
             kernels = self._examined()
             if not kernels:
-                self._give_up()
-            seconds = self._timed(kernels)
+                first = self.failures[0]
+                if isinstance(first, BsrgenError):
+                    raise first
+                raise BuildError(f"{self.exam.problem}: no plan could be built: {first!r}") from first
+            seconds = self._timed(kernels, *inputs)
         finally:
             for folder in self.folders:
                 trampoline().unload(folder)
@@ -147,7 +171,13 @@ class _Race:
             for number, ((cost, plan), note) in enumerate(zip(self.entries, self.notes, strict=True))
         ]
         records.sort(key=lambda record: math.inf if record.measured_seconds is None else record.measured_seconds)
-        return Choice(self.entries[min(seconds, key=seconds.__getitem__)][1], tuple(records))
+        return self.entries[min(seconds, key=seconds.__getitem__)][1], tuple(records)
+
+    def _inputs(self) -> tuple[Array, Array, dict[str, Any]]:
+        """x, out and operands, the same for all plans."""
+        problem, n = self.exam.problem, self.entries[0][0].n
+        x, given = problem.sample(np.random.default_rng(0), n)
+        return x, np.zeros(problem.operator.shape(n, problem.pattern.M), problem.dtype.numpy), given
 
     def _compile(self) -> None:
         """All plans, or those that are begun in time; SURE of them in any case."""
@@ -164,23 +194,23 @@ class _Race:
             finally:
                 for future in futures:
                     future.cancel()
-                wait(
-                    [future for future in futures if not future.cancelled()]
-                )  # nobody may write into a folder that goes
+                while pending := _pending(futures):  # nobody may write into a folder that goes
+                    wait(pending, POLL_S)
         for number, future in enumerate(futures):
-            if future.cancelled():
+            if future.cancelled() and number >= tune.SURE and time.monotonic() >= self.tuning.deadline:
                 self.notes[number] = TIME_UP
+            elif future.cancelled():
+                self._drop(number, BuildError(f"executor={self.tuning.executor!r} cancelled it"))
             elif (failure := future.exception()) is not None:
                 self._drop(number, failure)
 
     def _wait(self, futures: list[Future[None]]) -> None:
-        while pending := [future for future in futures if not future.done()]:
-            left = self.deadline - time.monotonic()
+        while pending := _pending(futures):
+            left = self.tuning.deadline - time.monotonic()
             if left <= 0:
                 for future in futures[tune.SURE :]:
                     future.cancel()
-            pending = [future for future in pending if not future.cancelled()]
-            wait(pending, timeout=left if 0 < left < math.inf else None, return_when=FIRST_COMPLETED)
+            wait(_pending(pending), min(left, POLL_S) if left > 0 else POLL_S, FIRST_COMPLETED)
             self.tuning.progress(0.5 * sum(future.done() for future in futures) / len(futures))
 
     def _give_up(self) -> NoReturn:
@@ -215,15 +245,12 @@ class _Race:
                 self._drop(number, failure)
         return kernels
 
-    def _timed(self, kernels: dict[int, Kernel]) -> dict[int, float]:
-        """Seconds of a call at the planned n, pinned to one core: the minimum of up to ROUNDS samples."""
-        problem, n = self.exam.problem, self.entries[0][0].n
-        x, given = problem.sample(np.random.default_rng(0), n)
-        shape = problem.operator.shape(n, problem.pattern.M)
-        calls: dict[str, clock.Call] = {}
-        for number, kernel in kernels.items():
-            calls[str(number)] = functools.partial(kernel, x, out=np.zeros(shape, problem.dtype.numpy), **given)
-        left = max(self.deadline - time.monotonic(), 1e-3)
+    def _timed(self, kernels: dict[int, Kernel], x: Array, out: Array, given: dict[str, Any]) -> dict[int, float]:
+        """Seconds of a call, pinned to one core: the minimum of up to ROUNDS samples."""
+        calls: dict[str, clock.Call] = {
+            str(number): functools.partial(kernel, x, out=out, **given) for number, kernel in kernels.items()
+        }
+        left = max(self.tuning.deadline - time.monotonic(), 1e-3)
         times = clock.measure(
             calls, rounds=ROUNDS, seconds=min(left, TIMING_S),
             progress=lambda share: self.tuning.progress(0.5 + 0.5 * share),
@@ -233,6 +260,11 @@ class _Race:
             if left < TIMING_S and rounds < ROUNDS:
                 self.notes[number] = f"{TIME_UP} after {rounds} of {ROUNDS} rounds"
         return {number: times[str(number)].min_s for number in kernels}
+
+
+def _pending(futures: Sequence[Future[None]]) -> list[Future[None]]:
+    """Those not done.  `wait` alone would wait for ever for one that was cancelled and never taken up."""
+    return [future for future in futures if not future.done()]
 
 
 def _submitted(executor: Executor, job: tuple[Any, ...]) -> "Future[None]":

@@ -37,6 +37,10 @@ class StoreError(BsrgenError, OSError):
     """The store cannot be read or written (disk full, read-only, unsafe permissions)."""
 
 
+class OutOfMemoryError(BsrgenError, MemoryError):
+    """A library found no memory for its work; nothing has changed."""
+
+
 class ArtifactError(BsrgenError, RuntimeError):
     """An artifact cannot be used."""
 

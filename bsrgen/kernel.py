@@ -14,7 +14,7 @@ from bsrgen.arguments import Call, default_threads
 from bsrgen.artifact import Artifact, read_artifact, save_artifact
 from bsrgen.dtypes import DTYPES
 from bsrgen.epilogues import as_epilogues
-from bsrgen.errors import ArgumentError, ArtifactError, IncompatibleCPUError, PatternMismatchError
+from bsrgen.errors import ArgumentError, ArtifactError, IncompatibleCPUError, OutOfMemoryError, PatternMismatchError
 from bsrgen.manifest import OPERANDS_FILE, CostRecord, LevelRecord
 from bsrgen.operators import OPERATORS
 from bsrgen.pattern import Pattern, Weight, as_weight
@@ -25,6 +25,7 @@ from bsrgen.verdict import Verdict
 Array = NDArray[Any]
 
 _OK, _NO_MEMORY = 0, 3  # enum bsrgen_status in runtime/bsrgen.h
+_PACK_NO_MEMORY = -2  # what the library's _pack returns where it finds none; -1: no such level
 
 
 def load(folder: str | os.PathLike[str], *, threads: int | None = None, expect_sha256: str | None = None) -> "Kernel":
@@ -152,7 +153,7 @@ class Kernel:
 
     def _raise(self, status: int) -> None:
         if status == _NO_MEMORY:
-            raise MemoryError(f"{self.name}: no memory for the packed activations")
+            raise OutOfMemoryError(f"{self.name}: no memory for the packed activations")
         raise ArtifactError(f"{self.name}: the library refused the call (status {status})")
 
     def __matmul__(self, x: Any) -> Array:
@@ -215,13 +216,20 @@ class Kernel:
     def packed(self, data: Array, level: int) -> Array:
         """Values [nnzb, R, C] in the order in which ISA level `level` of the library keeps them, 64-byte aligned."""
         ffi, item = self._tramp.ffi, self._dtype.itemsize
-        count = self._tramp.pack(self._pack, ffi.NULL, ffi.NULL, level)
+        count = self._packed(ffi.NULL, ffi.NULL, level)
         room = np.empty(count + 64 // item, self._dtype)
         start = -room.ctypes.data % 64 // item
         packed = room[start : start + count]
-        if self._tramp.pack(self._pack, ffi.from_buffer(data), ffi.from_buffer(packed), level) < 0:
-            raise MemoryError(f"{self.name}: no memory to pack {count} values")
+        self._packed(ffi.from_buffer(data), ffi.from_buffer(packed), level)
         return packed
+
+    def _packed(self, data: Any, packed: Any, level: int) -> int:
+        count = self._tramp.pack(self._pack, data, packed, level)
+        if count == _PACK_NO_MEMORY:
+            raise OutOfMemoryError(f"{self.name}: no memory to pack {self.nnz} values")
+        if count < 0:
+            raise ArtifactError(f"{self.name}: the library cannot pack values for level {level} (status {count})")
+        return count
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the artifact to `folder`, updated values included, and return it.

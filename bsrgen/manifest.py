@@ -58,7 +58,8 @@ class LevelRecord(_Record, frozen=True):
     plan: str
     knobs: dict[str, Any]
     values: ValuesRecord
-    predicted_seconds: float  # of a call as in CostRecord; measured where this level was tuned
+    counts: dict[str, int | float]  # what its plan does in a call as in CostRecord: the fields of plan.Counts
+    predicted_seconds: float  # of that call; measured where this level was tuned
     measured_seconds: float | None = None
 
     def __str__(self) -> str:

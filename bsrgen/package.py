@@ -1,5 +1,6 @@
 """What lies beside the library in an artifact: manifest, pattern, pkg-config, CMake and a C example."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,12 @@ def describe(
     levels = tuple(
         LevelRecord(
             plan.target.name, plan.target.requires, str(plan), plan.knobs(), places[file],
-            estimate(plan, cost.n).seconds, _measured(tuning, plan.target.name),
+            asdict(plan.counts(cost.n)), estimate(plan, cost.n).seconds, _measured(tuning, plan.target.name, cost.n),
         )
         for plan, file in zip(source.plans, source.values, strict=True)
     )  # fmt: skip
     measured_s = levels[0].measured_seconds
-    measured_dense_s = _measured(tuning, levels[0].target, dense=True)
+    measured_dense_s = _measured(tuning, levels[0].target, cost.n, dense=True)
     return Manifest(
         schema=SCHEMA, abi=ABI, bsrgen=__version__, name=source.name, operator=problem.operator.name,
         shape=p.shape, blocksize=p.blocksize, nnzb=p.nnzb, dtype=problem.dtype.name, out_dtype=problem.dtype.name,
@@ -78,9 +79,9 @@ def _verdict(plan: Plan, cost: Cost, measured_s: float | None) -> Verdict:
     return Verdict(cost.n, density, "sparse", cost.seconds, measured_s, sparse_s, measured_s, dense_s, None)
 
 
-def _measured(tuning: tuple[TuningRecord, ...], level: str, *, dense: bool = False) -> float | None:
-    """The best time of a race: the winner's, or that of the best plan for the whole matrix."""
-    times = [r.measured_seconds for r in tuning if r.target == level and (r.dense or not dense)]
+def _measured(tuning: tuple[TuningRecord, ...], level: str, n: int, *, dense: bool = False) -> float | None:
+    """The best time of a race at n tokens: the winner's, or that of the best plan for the whole matrix."""
+    times = [r.measured_seconds for r in tuning if (r.target, r.n) == (level, n) and (r.dense or not dense)]
     return min((seconds for seconds in times if seconds is not None), default=None)
 
 

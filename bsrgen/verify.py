@@ -1,6 +1,5 @@
 """Verify: is this artifact what its manifest says, and does it compute that here?"""
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from bsrgen.arguments import default_threads
 from bsrgen.errors import ArtifactCorruptError
+from bsrgen.exam import error_share
 from bsrgen.kernel import Kernel, load
 from bsrgen.manifest import LevelRecord
 from bsrgen.pattern import Weight
@@ -77,44 +77,6 @@ def _places(kernel: Kernel, level: int) -> tuple[Array, Array]:
     if stored.size != place.size or np.count_nonzero(place) > p.nnz:
         raise ArtifactCorruptError(f"{kernel.artifact}: the values at {record.offset} do not fit the library's packing")
     return place, stored
-
-
-@dataclass(frozen=True)
-class Exam:
-    """Random inputs of a problem and their float64 answers, computed once and put to many kernels."""
-
-    problem: Problem
-    weight: Weight
-    tokens: tuple[int, ...]
-
-    @functools.cached_property
-    def questions(self) -> list[tuple[Array, dict[str, Any], Array, Array, Array]]:
-        """(x, operands, old content of out, right result, bound) for each number of tokens."""
-        rng, found = np.random.default_rng(0), []
-        for n in self.tokens:
-            x, given = self.problem.sample(rng, n)
-            shape = self.problem.operator.shape(n, self.problem.pattern.M)
-            old = rng.standard_normal(shape).astype(self.problem.dtype.numpy)
-            found.append((x, given, old, *self.problem.reference(self.weight, x, given, old)))
-        return found
-
-    def worst(self, kernel: Kernel) -> tuple[float, int]:
-        """The kernel's largest error as a share of its bound, and the number of tokens where that was."""
-        shares = [
-            error_share(kernel(x, out=old.copy(), threads=1, **given), expected, bound)
-            for x, given, old, expected, bound in self.questions
-        ]
-        return max(zip(shares, self.tokens, strict=True))
-
-
-def error_share(y: Array, expected: Array, bound: Array) -> float:
-    """The largest |y - expected| / bound: at most 1 for a right result.  Where sums may overflow, all is right."""
-    limits = np.finfo(y.dtype)
-    with np.errstate(invalid="ignore"):
-        finite = np.abs(expected) + bound / limits.eps < limits.max
-    error = np.abs(np.asarray(y, np.float64)[finite] - expected[finite])
-    share = error / np.maximum(bound[finite], np.finfo(np.float64).tiny)
-    return float(np.nan_to_num(share, nan=np.inf).max(initial=0.0))
 
 
 def _results(kernel: Kernel, problem: Problem, weight: Weight) -> list[Finding]:

@@ -133,9 +133,10 @@ def test_zeros_within_blocks_are_worth_finer_ones():
 
 
 def judged(weight):
-    """Arguments of judge: the C backend, the plan of tune="model", the weight."""
+    """Arguments of judge: the C backend, the plan of tune="model", what it was taken from, the weight."""
     backend, problem = BACKENDS["c"], problem_of(weight)
-    return backend, rank(list(backend.candidates(problem, TARGETS[V4])), None)[0][1], weight
+    ranked = rank(list(backend.candidates(problem, TARGETS[V4])), None)
+    return backend, ranked[0][1], ranked, weight
 
 
 def test_fill_and_density_are_exact():

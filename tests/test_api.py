@@ -217,6 +217,7 @@ def test_errors_have_the_bases_that_callers_catch():
     assert issubclass(e.ArgumentTypeError, TypeError)
     assert issubclass(e.PatternMismatchError, e.PatternError)
     assert issubclass(e.StoreError, OSError)
+    assert issubclass(e.OutOfMemoryError, MemoryError)
     assert issubclass(e.CompilerNotFoundError, e.BuildError)
     assert issubclass(e.IncompatibleCPUError, e.ArtifactError)
     assert issubclass(e.ArtifactCorruptError, e.ArtifactError)

@@ -22,10 +22,11 @@ from bsrgen.artifact import read_artifact, seal, write_manifest
 from bsrgen.bench.clock import HANDICAPS
 from bsrgen.cli import doctor
 from bsrgen.cli.common import byte_count, duration, printable, size
+from bsrgen.exam import error_share
 from bsrgen.pattern import Pattern, random_weight
 from bsrgen.picture import MAX_PIXELS, png
 from bsrgen.targets import native
-from bsrgen.verify import error_share, recover
+from bsrgen.verify import recover
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "minilm_ffn_32x1_d20.safetensors"
@@ -126,6 +127,7 @@ def test_inspect_weight_plans_without_compiling(monkeypatch: pytest.MonkeyPatch,
 def test_inspect_artifact(built: Path) -> None:
     document = run_json("inspect", built)
     assert [counts["registers"] > 0 for counts in document["counts"]["levels"]] == [True, True]
+    assert document["counts"]["levels"] == [level["counts"] for level in document["manifest"]["levels"]]
     assert document["manifest"]["epilogue"] == ["bias", "relu"]
     assert document["sha256"] in (built / "manifest.sha256").read_text()
     text = run("inspect", built).stdout

@@ -14,6 +14,7 @@ import bsrgen
 from bsrgen import api, build, tune
 from bsrgen.__main__ import main
 from bsrgen.artifact import read_artifact
+from bsrgen.cli.tune import _jobs
 from bsrgen.files import matrix_names, read_weight, write_weight
 from bsrgen.pattern import random_weight
 
@@ -160,6 +161,18 @@ def test_two_files_of_one_name_have_places_of_their_own(folder: Path, tmp_path: 
     shutil.copy(folder / "up.npz", other)
     run(folder / "up.npz", other, other, "--n", 4, "--out", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["up.npz", "up.npz-2"]
+
+
+def test_matrices_of_one_file_have_places_of_their_own(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    weight = random_weight(0, (8, 8), (4, 4), 0.5).todense()
+    keys = ["..", "a/b", "a_b", "a_b-2"]
+    save_file(dict.fromkeys(keys, weight), tmp_path / "w.safetensors")
+    jobs, refused = _jobs((tmp_path,), (1, 4))
+    assert not refused
+    assert len({job.place for job in jobs}) == 2 * len(keys)
+    assert {len(job.place.parts) for job in jobs} == {3}
 
 
 def test_usage(folder: Path, tmp_path: Path) -> None:

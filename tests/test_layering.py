@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from support import REPOSITORY
 
+from bsrgen.api import _LOOKS
+
 PACKAGE = REPOSITORY / "bsrgen"
 
 # From the roof to the ground: a module imports only what stands in a line below its own.
@@ -27,6 +29,7 @@ FLOORS = """
     backends.c.packing
     emit  cost  backends.c.count
     verify
+    exam
     kernel  plan  files  picture
     artifact  arguments
     problem  occupancy  cover
@@ -123,6 +126,15 @@ def test_every_import_goes_down(module: str) -> None:
 
 def test_floors_name_what_exists() -> None:
     assert set(RANK) == {room_of(module) for module in MODULES}
+
+
+def test_what_decides_about_an_artifact_is_in_its_key() -> None:
+    """All that compile imports, by whatever way, is in the digest of the generator."""
+    todo, reached = ["api"], set()
+    while todo:
+        reached.add(module := todo.pop())
+        todo += [target for target, _ in own(module) if target not in reached]
+    assert {m for m in reached if _LOOKS & set(MODULES[m].relative_to(PACKAGE).parts)} == set()
 
 
 @pytest.mark.parametrize("room", ROOMS)

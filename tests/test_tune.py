@@ -5,7 +5,7 @@ import pickle
 import re
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -180,6 +180,16 @@ def test_the_budget_ends_compiling_but_two_are_measured() -> None:
     assert_right(PROBLEM, W, kernel(np.ones((3, 40), np.float32)), np.ones((3, 40), np.float32))
 
 
+def test_one_budget_for_all_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "TOP", 2)
+    races: list[Any] = []
+    real = choose._Race._compile
+    monkeypatch.setattr(choose._Race, "_compile", lambda race: races.append(race) or real(race))
+    tuned(tune_seconds=600, target=("native", "x86-64-v2"))
+    assert len(races) == 2
+    assert len({race.tuning.deadline for race in races}) == 1
+
+
 def test_what_was_cut_short_serves_the_same_budget_only() -> None:
     with Slow(1) as pool:
         short = tuned(tune_seconds=0.01, executor=pool)
@@ -217,6 +227,46 @@ def test_an_executor_that_was_shut_down_is_a_typed_error() -> None:
     pool.shutdown()
     with pytest.raises(bsrgen.BuildError, match="takes no work"):
         tuned(executor=pool)
+
+
+class Forgetful(Executor):
+    """Runs the first `runs` at once; the others are cancelled, `late` or at once, and nobody is told."""
+
+    def __init__(self, runs: int, *, late: bool = False) -> None:
+        self.runs, self.late = runs, late
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        self.runs -= 1
+        if self.runs >= 0:
+            future.set_result(fn(*args, **kwargs))
+        elif self.late:
+            threading.Timer(0.2, future.cancel).start()
+        else:
+            future.cancel()
+        return future
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.timeout(60)
+def test_work_that_the_executor_cancels_is_not_waited_for(late: bool) -> None:
+    kernel = tuned(executor=Forgetful(1, late=late))
+    assert [bool(record.measured_seconds) for record in records(kernel)] == [True, False, False]
+    assert "cancelled it" in records(kernel)[-1].note
+    with pytest.raises(bsrgen.BuildError, match="cancelled it"):
+        tuned(executor=Forgetful(0, late=late), epilogue="relu")
+
+
+@pytest.mark.timeout(60)
+def test_work_that_never_began_is_not_waited_for_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An executor that keeps its queue to itself does not say that it dropped what we cancelled."""
+
+    class Stuck(Forgetful):
+        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+            return super().submit(fn, *args, **kwargs) if self.runs > 0 else Future()
+
+    found = records(tuned(tune_seconds=0.01, executor=Stuck(tune.SURE)))
+    assert [record.note for record in found[tune.SURE :]] == [TIME_UP] * (tune.TOP - tune.SURE)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +318,17 @@ def test_the_first_failure_is_raised_where_no_plan_is_left(monkeypatch: pytest.M
     kept = Path(str(caught.value).rpartition("kept in ")[2])
     assert (kept.parent / "1").parent.name == "tune"
     assert kept.parent.is_dir()
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "no space left"), BrokenExecutor("a worker died")])
+def test_the_first_failure_is_a_typed_error(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(build, "build", broken)
+    with pytest.raises(bsrgen.BuildError, match=r"no space left|a worker died") as caught:
+        tuned()
+    assert caught.value.__cause__ is failure
 
 
 def test_a_plan_with_a_wrong_result_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,6 +383,19 @@ def test_libraries_of_a_race_are_closed() -> None:
     mapped = Path("/proc/self/maps").read_text()
     assert "/tune/0/" not in mapped
     assert "/tune/2/" not in mapped
+
+
+def test_huge_matrices_are_timed_at_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The records say at how many; their times are not taken for those of the planned number."""
+    monkeypatch.setattr("bsrgen.exam.MOST_ELEMENTS", 40 * 5)
+    seen: list[Any] = []
+    real = clock.measure
+    monkeypatch.setattr(clock, "measure", lambda calls, **o: seen.extend(calls.values()) or real(calls, **o))
+    kernel = tuned()
+    assert {record.n for record in records(kernel)} == {5}
+    assert [call.args[0].shape for call in seen] == [(5, 40)] * len(seen)
+    assert len({id(call.keywords["out"]) for call in seen}) == 1
+    assert (kernel.cost.n, kernel.cost.measured_seconds, kernel.verdict.measured_seconds) == (8, None, None)
 
 
 def test_plans_are_timed_in_turns_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,6 +34,30 @@ def with_values(weight: Weight, seed: int) -> Weight:
 def x_for(kernel: bsrgen.Kernel, n: int = 33) -> np.ndarray:
     x = np.random.default_rng(9).standard_normal(kernel.problem.operator.shape(n, kernel.shape[1]))
     return x.astype(kernel.dtype)
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "says"),
+    [(-2, bsrgen.OutOfMemoryError, "no memory to pack"), (-1, bsrgen.ArtifactError, "level 0")],
+)
+def test_a_library_that_cannot_pack_is_a_typed_error(status, error, says, monkeypatch):
+    kernel = bsrgen.compile(weight_of())
+    before = kernel(x_for(kernel))
+    real = kernel._tramp
+
+    def pack(function, data, packed, level):
+        return real.pack(function, data, packed, level) if data == real.ffi.NULL else status
+
+    monkeypatch.setattr(kernel, "_tramp", replace(real, pack=pack))
+    with pytest.raises(error, match=says):
+        kernel.update(with_values(weight_of(), 1))
+    assert np.array_equal(kernel(x_for(kernel)), before)
+
+
+def test_an_unknown_level_cannot_be_packed():
+    kernel = bsrgen.compile(weight_of())
+    with pytest.raises(bsrgen.ArtifactError, match="level 7"):
+        kernel.packed(weight_of().data, 7)
 
 
 # ── update ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,5 +1,6 @@
 """The verdict: sparse or dense, by which times, up to which density, and strict kernels."""
 
+import importlib
 import json
 import re
 import shutil
@@ -32,6 +33,12 @@ def first_plan(weight, operator="linear", n=128, *, reblock=True):
     """What tune="model" takes; without `reblock` the best plan over the weight's own blocks."""
     problem = replace(problem_of(weight, operator), n=n)
     return tune.rank(list(C.candidates(problem, V3, reblock=reblock)), n)[0][1]
+
+
+def judged(plan, weight, *times, backend=C):
+    """The verdict, all plans of the backend being allowed."""
+    ranked = tune.rank(list(backend.candidates(plan.problem, V3)), plan.problem.n)
+    return advice.judge(backend, plan, ranked, weight, *times)
 
 
 # ── the record ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -93,7 +100,7 @@ def test_a_verdict_with_impossible_numbers_is_refused(field):
 def test_few_blocks_are_sparse_and_most_are_dense():
     for density, choice in ((0.1, "sparse"), (0.95, "dense")):
         weight = random_weight(0, (768, 768), (1, 1), density)
-        v = advice.judge(C, first_plan(weight), weight)
+        v = judged(first_plan(weight), weight)
         assert (v.choice, v.ran, v.density) == (choice, choice, weight.pattern.density)
         assert (v.break_even > density) == (choice == "sparse")
 
@@ -105,7 +112,7 @@ def test_break_even_is_where_a_plan_of_that_density_takes_as_long(blocksize, ope
     """Found again by compiling for it: the best plan of a random weight with that density costs what dense does."""
     weight = random_weight(0, (300, 400), blocksize, 0.2)
     plan = first_plan(weight, operator, n, reblock=False)
-    v = advice.judge(C, plan, weight)
+    v = judged(plan, weight)
     assert 0 < v.break_even <= 1
     if v.break_even < 1:
         there = first_plan(random_weight(1, (300, 400), blocksize, v.break_even), operator, n, reblock=False)
@@ -118,7 +125,7 @@ def test_break_even_moves_with_the_clock():
     predicted = cost.estimate(plan, 128)
     evens = []
     for slower in (1.0, 2.0, 4.0, 8.0):
-        v = advice.judge(C, plan, weight, slower * predicted.seconds)
+        v = judged(plan, weight, slower * predicted.seconds)
         assert v.sparse_measured_seconds == v.measured_seconds == slower * predicted.seconds
         assert v.dense_measured_seconds is None
         assert (v.break_even > 0.2) == (v.speedup > 1)
@@ -129,11 +136,11 @@ def test_break_even_moves_with_the_clock():
 
 def test_break_even_of_nothing_and_of_everything():
     empty = random_weight(0, (64, 64), (4, 4), 0.0)
-    v = advice.judge(C, first_plan(empty), empty)
+    v = judged(first_plan(empty), empty)
     assert 0 < v.break_even <= 1
     assert v.choice == "sparse"
     nothing = random_weight(0, (0, 64), (4, 4), 0.0)
-    assert 0 <= advice.judge(C, first_plan(nothing), nothing).break_even <= 1
+    assert 0 <= judged(first_plan(nothing), nothing).break_even <= 1
     problem = replace(problem_of(empty), n=128)
     assert advice.break_even(C, problem, V3, 1.0, 1e-9) == 0  # dense is always faster
     assert advice.break_even(C, problem, V3, 1e-9, 1.0) == 1
@@ -195,7 +202,7 @@ def test_verdict_where_the_dense_plan_runs():
     backend, sparse = backend_with(Dense), first_plan(weight)
     dense = next(iter(backend.candidates(sparse.problem, V3)))
     assert dense.dense
-    v = advice.judge(backend, dense, weight, 4e-6, 3e-6)
+    v = judged(dense, weight, 4e-6, 3e-6, backend=backend)
     assert (v.ran, v.choice, v.measured_seconds) == ("dense", "dense", 3e-6)
     assert (v.measured_speedup, v.sparse_measured_seconds) == (pytest.approx(0.75), 4e-6)
     assert v.sparse_seconds == cost.estimate(sparse, 128).seconds
@@ -214,6 +221,34 @@ def test_strict_takes_no_plan_that_fills_zeros():
             )
             assert isinstance(loose, kind)
             assert type(strict) is CPlan
+
+
+def test_a_strict_verdict_knows_strict_plans_only():
+    weight = random_weight(0, (64, 64), (4, 4), 0.95)
+    loose, strict = (
+        choose(C, problem_of(weight), weight, V3, as_tuning("model", strict=s), None, None, None) for s in (False, True)
+    )
+    assert loose.plan.dense
+    assert not any(plan.zero_filled for _, plan in strict.ranked)
+    dense_s = [advice.judge(C, c.plan, c.ranked, weight).dense_seconds for c in (loose, strict)]
+    assert dense_s[0] < dense_s[1] == cost.dense_seconds(strict.plan, 128)
+
+
+@pytest.fixture
+def small_ints(monkeypatch):
+    """C ints too small for offsets in a block of 128 rows, as 2**31 - 1 is for one of 2**24."""
+    monkeypatch.setattr(importlib.import_module("bsrgen.backends.c.candidates"), "INT_MAX", (1 << 13) - 1)
+
+
+def test_no_plan_for_the_own_blocks_is_no_break_even(small_ints):
+    """Blocks that only a cover splits; the kernel is built all the same."""
+    weight = random_weight(0, (256, 4), (128, 1), 0.7)
+    assert not list(C.candidates(problem_of(weight), V3, reblock=False))
+    k = bsrgen.compile(weight, target=("x86-64-v3", "x86-64"), tune="off")
+    assert (k.verdict.break_even, k.verdict.alternatives) == (None, ())
+    assert "break-even" not in str(k.verdict)
+    with pytest.raises(bsrgen.UnsupportedError, match="smaller blocks"):
+        bsrgen.advise(weight, target="x86-64-v3")
 
 
 # ── what users see ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -18,8 +18,8 @@ from bsrgen import api
 from bsrgen.bench import engines, mkl
 from bsrgen.bench.case import Case
 from bsrgen.bench.clock import importable
+from bsrgen.exam import error_share
 from bsrgen.kernel import Kernel
-from bsrgen.verify import error_share
 
 Array = NDArray[Any]
 SAME = "the same as"  # how the reason begins where nothing is lost

@@ -16,11 +16,11 @@ from bsrgen.bench.ceilings import Ceiling, Ceilings
 from bsrgen.bench.clock import Timing, measure
 from bsrgen.bench.peers import PEERS, Run, check, kernel_run, prepare
 from bsrgen.errors import BuildError
+from bsrgen.exam import error_share
 from bsrgen.kernel import Kernel
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
 from bsrgen.targets import as_targets
-from bsrgen.verify import error_share
 
 PEAK, READ = "FMA peak", "weight read"
 EVEN = 0.03  # ratios this close to 1 are noise on a shared machine

@@ -1,5 +1,6 @@
 """bsrgen inspect: what is in an artifact, or what would become of a weight."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +11,16 @@ from bsrgen.cli.common import console, duration, facts, problem_options, read, s
 
 if TYPE_CHECKING:
     from bsrgen.artifact import Artifact
-    from bsrgen.manifest import LevelRecord
+    from bsrgen.cost import Cost
     from bsrgen.pattern import Pattern, Weight
-    from bsrgen.plan import Counts, Plan
+    from bsrgen.plan import Plan
     from bsrgen.problem import Problem
     from bsrgen.verdict import Advice, Verdict
 
 SHAPES = 16  # most rows of the table of block shapes
 
 Rows = list[tuple[str, str]]
+Ranked = list[tuple["Cost", "Plan"]]
 
 
 @click.command()
@@ -40,9 +42,9 @@ def inspect(
         pattern, document = _artifact(weight_file).pattern(), artifact_document(weight_file)
     else:
         weight = read(weight_file, key, blocksize, dtype, otherwise=(1, 1))
-        plans = _plans(weight.pattern, dtype=dtype, **options)
-        shapes = _shapes(plans[0], weight)
-        pattern, document = weight.pattern, _weight_document(weight, plans, shapes, options["n"])
+        levels = _levels(weight.pattern, dtype=dtype, **options)
+        shapes = _shapes(levels[0][0][1], weight)
+        pattern, document = weight.pattern, _weight_document(weight, levels, shapes, options["n"])
     if png is not None:
         from bsrgen.picture import png as encode
 
@@ -53,7 +55,7 @@ def inspect(
     elif folder:
         artifact_facts(weight_file)
     else:
-        _weight_facts(weight_file.name, weight, plans, options["n"])
+        _weight_facts(weight_file.name, weight, levels, options["n"])
         _shape_table(shapes, options["n"])
     if png is not None and not as_json:
         click.echo(f"wrote {png}")
@@ -63,12 +65,12 @@ def inspect(
 
 
 def artifact_document(folder: Path) -> dict[str, Any]:
-    """The manifest, what can be counted of its plans, and its digest."""
+    """The manifest, what its plans do, and its digest."""
     import msgspec
 
     artifact = _artifact(folder)
     manifest = msgspec.to_builtins(artifact.manifest)
-    counts = [asdict(c) if c else None for c in _counts(artifact)]
+    counts = [level.counts for level in artifact.manifest.levels]
     return {
         "artifact": str(folder), "sha256": _sha256(artifact), "pattern": pattern_document(artifact.pattern()),
         "counts": {"n": artifact.manifest.cost.n, "levels": counts}, "manifest": manifest,
@@ -80,11 +82,11 @@ def artifact_facts(folder: Path, *, short: bool = False, err: bool = False) -> N
     artifact = _artifact(folder)
     m, problem = artifact.manifest, _problem(artifact)
     rows: Rows = [("problem", str(problem))]
-    for level, counts in zip(m.levels, _counts(artifact), strict=True):
+    for level in m.levels:
         rows.append(("plan", level.plan))
         if not short:
             rows.append(("", f"needs {', '.join(level.requires) or 'nothing beyond the baseline'}"))
-            rows += _count_rows(counts, m.cost.n) if counts else []
+            rows += _count_rows(level.counts, m.cost.n)
     measured = "" if m.cost.measured_seconds is None else f", measured {duration(m.cost.measured_seconds)}"
     rows.append(("cost", f"{_cost(m.cost.flop, m.cost.bytes, m.cost.seconds, m.cost.n)}{measured}"))
     rows.append(("verdict", str(m.verdict)))
@@ -125,35 +127,15 @@ def _problem(artifact: "Artifact") -> "Problem":
     return Problem(as_operator(m.operator), artifact.pattern(), as_dtype(m.dtype), as_epilogues(m.epilogue))
 
 
-def _counts(artifact: "Artifact") -> list["Counts | None"]:
-    """What each level's plan does at the planned n; None where this bsrgen has no such plan."""
-    problem = _problem(artifact)
-    plans = [_restored(problem, level) for level in artifact.manifest.levels]
-    return [plan.counts(artifact.manifest.cost.n) if plan else None for plan in plans]
-
-
-def _restored(problem: "Problem", level: "LevelRecord") -> "Plan | None":
-    """The plan that the manifest describes, found again among the candidates."""
-    from bsrgen.targets import TARGETS, native
-
-    target = native() if native().name == level.target else TARGETS.get(level.target)
-    found = (plan for plan in _candidates(problem, target) if plan.knobs() == level.knobs) if target else iter(())
-    return next(found, None)
-
-
 # ── a weight ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _candidates(problem: "Problem", target: Any) -> list["Plan"]:
-    from bsrgen.backends import BACKENDS
-
-    return list(BACKENDS["c"].candidates(problem, target))
-
-
-def _plans(
+def _levels(
     pattern: "Pattern", *, operator: str, dtype: str, epilogue: tuple[str, ...], target: tuple[str, ...], n: int | None
-) -> list["Plan"]:
-    """What tune="model" takes, for each target."""
+) -> list[Ranked]:
+    """For each target its plans, what tune="model" takes first."""
+    from bsrgen.backends import BACKENDS
+    from bsrgen.choose import allowed
     from bsrgen.dtypes import as_dtype
     from bsrgen.epilogues import as_epilogues
     from bsrgen.operators import as_operator
@@ -162,7 +144,7 @@ def _plans(
     from bsrgen.tune import rank
 
     problem = Problem(as_operator(operator), pattern, as_dtype(dtype), as_epilogues(epilogue), n)
-    return [rank(_candidates(problem, row), n)[0][1] for row in as_targets(target)]
+    return [rank(allowed(BACKENDS["c"], problem, row), n) for row in as_targets(target)]
 
 
 def _shapes(plan: "Plan", weight: "Weight") -> tuple["Advice", ...]:
@@ -173,15 +155,15 @@ def _shapes(plan: "Plan", weight: "Weight") -> tuple["Advice", ...]:
     return block_shapes(BACKENDS["c"], plan.problem, weight, plan.target)
 
 
-def _verdict(plan: "Plan", weight: "Weight") -> "Verdict":
+def _verdict(ranked: Ranked, weight: "Weight") -> "Verdict":
     from bsrgen.advice import judge
     from bsrgen.backends import BACKENDS
 
-    return judge(BACKENDS["c"], plan, weight)
+    return judge(BACKENDS["c"], ranked[0][1], ranked, weight)
 
 
 def _weight_document(
-    weight: "Weight", plans: list["Plan"], shapes: tuple["Advice", ...], n: int | None
+    weight: "Weight", levels: list[Ranked], shapes: tuple["Advice", ...], n: int | None
 ) -> dict[str, Any]:
     from msgspec import to_builtins
 
@@ -189,32 +171,34 @@ def _weight_document(
     from bsrgen.tune import PLANNED_N
 
     n = n or PLANNED_N
-    levels = [
+    documents = [
         {
             "target": plan.target.name, "plan": str(plan), "knobs": plan.knobs(), "counts": asdict(plan.counts(n)),
-            "cost": asdict(estimate(plan, n)), "verdict": to_builtins(_verdict(plan, weight)),
+            "cost": asdict(estimate(plan, n)), "verdict": to_builtins(_verdict(ranked, weight)),
         }
-        for plan in plans
+        for ranked in levels
+        for _, plan in ranked[:1]
     ]  # fmt: skip
-    problem = plans[0].problem
+    problem = levels[0][0][1].problem
     return {
         "problem": str(problem), "pattern": pattern_document(problem.pattern), "notes": list(weight.notes),
-        "n": n, "levels": levels, "block_shapes": to_builtins(shapes),
+        "n": n, "levels": documents, "block_shapes": to_builtins(shapes),
     }  # fmt: skip
 
 
-def _weight_facts(name: str, weight: "Weight", plans: list["Plan"], n: int | None) -> None:
+def _weight_facts(name: str, weight: "Weight", levels: list[Ranked], n: int | None) -> None:
     from bsrgen.cost import estimate
     from bsrgen.tune import PLANNED_N
 
     n = n or PLANNED_N
-    problem = plans[0].problem
+    problem = levels[0][0][1].problem
     rows: Rows = [("problem", str(problem)), *(("note", line) for line in weight.notes)]
-    for plan in plans:
+    for ranked in levels:
+        plan = ranked[0][1]
         cost = estimate(plan, n)
-        rows += [("plan", str(plan)), *_count_rows(plan.counts(n), n)]
+        rows += [("plan", str(plan)), *_count_rows(asdict(plan.counts(n)), n)]
         rows += [("cost", _cost(cost.flop, cost.bytes, cost.seconds, n))]
-        rows += [("verdict", str(_verdict(plan, weight)))]
+        rows += [("verdict", str(_verdict(ranked, weight)))]
     facts(name, [*rows, *_pattern_rows(problem.pattern)])
 
 
@@ -224,6 +208,8 @@ def _shape_table(shapes: tuple["Advice", ...], n: int | None) -> None:
 
     from bsrgen.tune import PLANNED_N
 
+    if not shapes:
+        return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in ("block shape", "covered density", "fill", "predicted", "speed-up"):
         table.add_column(name, justify="left" if name == "block shape" else "right", no_wrap=True)
@@ -263,16 +249,15 @@ def _pattern_rows(pattern: "Pattern") -> Rows:
     return rows
 
 
-def _count_rows(c: "Counts", n: int) -> Rows:
-    fill = c.flop / c.effective_flop if c.effective_flop else 1.0
+def _count_rows(c: Mapping[str, float], n: int) -> Rows:
+    """`c` holds the fields of plan.Counts."""
+    fill = c["flop"] / c["effective_flop"] if c["effective_flop"] else 1.0
+    fma, loads = f"{c['vector_fma']:.4g} vector FMAs", f"{c['vector_loads']:.4g} vector loads"
+    l1, l2, values, tables, code = (size(c[f"{name}_bytes"]) for name in ("l1", "l2", "value", "table", "code"))
     return [
-        ("", f"n = {n}: {c.flop:.4g} FLOP, {fill:.3g} x those of the stored values; {c.vector_fma:.4g} vector FMAs"),
-        ("", f"{c.vector_loads:.4g} vector loads; {size(c.l1_bytes)} from L1, {size(c.l2_bytes)} from beyond it"),
-        (
-            "",
-            f"{size(c.value_bytes)} of values, {size(c.table_bytes)} of tables, {size(c.code_bytes)} of code; "
-            f"{c.registers} vector registers",
-        ),
+        ("", f"n = {n}: {c['flop']:.4g} FLOP, {fill:.3g} x those of the stored values; {fma}"),
+        ("", f"{loads}; {l1} from L1, {l2} from beyond it"),
+        ("", f"{values} of values, {tables} of tables, {code} of code; {c['registers']} vector registers"),
     ]
 
 

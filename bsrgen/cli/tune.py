@@ -119,6 +119,7 @@ def _jobs(paths: tuple[Path, ...], ns: tuple[int, ...]) -> tuple[list[Job], list
     from bsrgen.files import matrix_names
 
     jobs, refused = [], []
+    taken: set[Path] = set()
     for file, place in _files(paths):
         try:
             keys = matrix_names(file)
@@ -126,7 +127,7 @@ def _jobs(paths: tuple[Path, ...], ns: tuple[int, ...]) -> tuple[list[Job], list
             refused.append(Outcome(Job(file, None, 0, place), error=_line(e)))
             continue
         for key in keys:
-            inner = place if key is None else place / re.sub(r"[^\w.-]", "_", key).lstrip(".")
+            inner = place if key is None else _own(place / (re.sub(r"[^\w.-]", "_", key).lstrip(".") or "_"), taken)
             jobs += [Job(file, key, n, inner / f"n{n}") for n in ns]
     if not jobs and not refused:
         raise ArgumentError(f"{', '.join(map(str, paths))}: no weights there")
@@ -145,13 +146,17 @@ def _files(paths: tuple[Path, ...]) -> Iterator[tuple[Path, Path]]:
             if (real := file.resolve()) in seen:
                 continue
             seen.add(real)
-            place = first = file.relative_to(path) if path.is_dir() else Path(file.name)
-            number = 1
-            while place in places:
-                number += 1
-                place = first.with_name(f"{first.name}-{number}")
-            places.add(place)
-            yield file, place
+            yield file, _own(file.relative_to(path) if path.is_dir() else Path(file.name), places)
+
+
+def _own(first: Path, taken: set[Path]) -> Path:
+    """That place, or the next free one by a number at its end; it is taken now."""
+    place, number = first, 1
+    while place in taken:
+        number += 1
+        place = first.with_name(f"{first.name}-{number}")
+    taken.add(place)
+    return place
 
 
 def _tuned(
