@@ -121,10 +121,8 @@ def judge(
     mine = estimate(plan, n)
     sparse = next((c.seconds for c, p in ranked if not p.dense), mine.seconds) if plan.dense else mine.seconds
     dense = min([mine.dense_seconds, *(c.seconds for c, p in ranked if p.dense)])
-    even, others = None, []
-    if _native(backend, problem, target):
-        even = break_even(backend, problem, target, sparse_s or sparse, dense_s or dense)
-        others = [a for a in block_shapes(backend, problem, weight, target, only_faster=True) if not a.given]
+    even = break_even(backend, problem, target, sparse_s or sparse, dense_s or dense)
+    others = [a for a in block_shapes(backend, problem, weight, target, only_faster=True) if not a.given]
     return Verdict(
         n, problem.pattern.density, "dense" if plan.dense else "sparse", mine.seconds,
         dense_s if plan.dense else sparse_s, sparse, sparse_s, dense, dense_s, even, tuple(others[:KEPT]),

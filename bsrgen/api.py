@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -195,9 +194,6 @@ def _make(
     choices, tuning = [], tuning.begun()
     for number, target in enumerate(targets):
         step = replace(tuning, progress=functools.partial(_part, tuning.progress, number, len(targets)))
-        if tuning.seconds is not None:  # one budget for all targets
-            left = tuning.seconds * (number + 1) / len(targets) - (time.monotonic() - started)
-            step = replace(step, seconds=max(left, 1e-3))
         choices.append(choose(backend, problem, weight, target, step, compiler, exam, folder / "tune"))
     plans = tuple(choice.plan for choice in choices)
     source = backend.emit(plans, weight)

@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -212,14 +212,6 @@ class _Race:
                     future.cancel()
             wait(_pending(pending), min(left, POLL_S) if left > 0 else POLL_S, FIRST_COMPLETED)
             self.tuning.progress(0.5 * sum(future.done() for future in futures) / len(futures))
-
-    def _give_up(self) -> NoReturn:
-        """Raise the first failure, as an error of ours."""
-        if not self.failures:
-            raise BuildError("no plan was compiled: the executor cancelled all of them")
-        if isinstance(self.failures[0], BsrgenError):
-            raise self.failures[0]
-        raise BuildError(f"no plan could be compiled: {self.failures[0]}") from self.failures[0]
 
     def _drop(self, number: int, failure: BaseException) -> None:
         """Out of the race, with a note; what is neither the compiler's nor the machine's fault is ours, and raised."""

@@ -208,20 +208,6 @@ def test_a_budget_that_was_enough_serves_requests_without_one(monkeypatch: pytes
     assert tuned().artifact.manifest.tuning == records(kernel)
 
 
-class Dropping(Executor):
-    """Cancels what it is given and tells nobody: such a future never becomes CANCELLED_AND_NOTIFIED."""
-
-    def submit(self, fn, /, *args, **kwargs):
-        future: Future[None] = Future()
-        future.cancel()
-        return future
-
-
-def test_an_executor_that_drops_its_work_is_a_typed_error() -> None:
-    with pytest.raises(bsrgen.BuildError, match="cancelled all"):
-        tuned(executor=Dropping())
-
-
 def test_an_executor_that_was_shut_down_is_a_typed_error() -> None:
     pool = ThreadPoolExecutor(1)
     pool.shutdown()

@@ -20,7 +20,7 @@ from bsrgen.backends import BACKENDS, Backend
 from bsrgen.backends.c.plan import CPlan
 from bsrgen.choose import as_tuning, choose
 from bsrgen.occupancy import EvenPattern
-from bsrgen.pattern import Pattern, Weight, random_weight
+from bsrgen.pattern import Pattern, random_weight
 from bsrgen.targets import TARGETS
 from bsrgen.verdict import WORTH, Advice, Verdict, short_time
 
@@ -166,24 +166,6 @@ class Dense(CPlan):
     @property
     def zero_filled(self) -> bool:
         return True
-
-
-def test_verdict_where_no_plan_walks_the_blocks_of_the_problem():
-    """A block of so many rows that offsets in it outgrow a C int: only split ones and the dense plan are left."""
-    rows = 2**24 + 64
-    weight = Weight(Pattern((rows, 1), (rows, 1), np.array([0, 1]), np.array([0])), np.ones((1, rows, 1), np.float32))
-    problem = problem_of(weight)
-    target = TARGETS["x86-64-v4"]
-    assert not list(C.candidates(problem, target, reblock=False))
-    v = advice.judge(C, next(iter(C.candidates(problem, target))), weight)
-    assert (v.break_even, v.alternatives) == (None, ())
-
-
-def test_the_verdict_of_a_strict_kernel_knows_no_zero_filled_plan():
-    weight = random_weight(0, (64, 64), (1, 1), 0.6)
-    loose, strict = (advice.judge(C, first_plan(weight, reblock=False), weight, strict=s) for s in (False, True))
-    assert strict.dense_seconds >= loose.dense_seconds
-    assert strict.dense_seconds == cost.dense_seconds(first_plan(weight, reblock=False), 128)
 
 
 def backend_with(kind: type[CPlan]) -> Backend:
