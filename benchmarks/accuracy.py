@@ -233,6 +233,8 @@ def judge_again(kept: Mapping[str, Any]) -> None:
             lost = len(entry["plans"]) - len(pairs)
             note = f"  ({lost} plans are no candidates any more)" if lost else ""
             click.echo(f"{losses[-1].pick:5.2f}x  {point_of(entry['point'])}{note}")
+    if not losses:
+        raise click.ClickException("no plan of that file is a candidate of this version: take the times anew")
     click.echo(sentence(summary(losses)))
 
 

@@ -68,6 +68,8 @@ def residuals(measured: Measured, logs: Array, start: Array) -> Array:
 def main(files: tuple[Path, ...]) -> None:
     """Print constants that fit the times in FILES best, and what the model loses with them."""
     measured = read(files)
+    if not measured:
+        raise click.ClickException("no plan of these files is a candidate of this version: take the times anew")
     names = [field.name for field in fields(count.Fitted)] + list(RATES)
     now = [getattr(count.FITTED, field.name) for field in fields(count.Fitted)]
     start = np.log(np.array(now + [getattr(native(), rate) for rate in RATES]))
