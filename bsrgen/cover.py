@@ -1,6 +1,6 @@
 """Cover: the same stored elements in blocks of another shape, absent ones among them filled with zeros."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
 from typing import Any
@@ -21,11 +21,6 @@ class Cover:
 
     own: Pattern
     blocks: Pattern
-    pieces: int = field(init=False)  # of one block of `own`
-
-    def __post_init__(self) -> None:
-        r, c = self.piece
-        object.__setattr__(self, "pieces", self.own.R // r * (self.own.C // c))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Cover) and (self.own, self.blocks) == (other.own, other.blocks)
@@ -38,6 +33,12 @@ class Cover:
         """Rows and columns that move together."""
         return gcd(self.own.R, self.blocks.R), gcd(self.own.C, self.blocks.C)
 
+    @property
+    def pieces(self) -> int:
+        """Pieces of one block of `own`."""
+        r, c = self.piece
+        return self.own.R // r * (self.own.C // c)
+
     @cached_property
     def fills(self) -> bool:
         """Whether the cover holds an element of the matrix that is not stored: a zero that X is multiplied with."""
@@ -47,7 +48,7 @@ class Cover:
     def moves(self) -> Array:
         """For each piece of each block of `own`, in order: its place among the pieces of the cover, or OUTSIDE."""
         r, c = self.piece
-        rows, cols, _ = _pieces(self.own, r, c)
+        rows, cols = _pieces(self.own, r, c)
         high, wide = self.blocks.R // r, self.blocks.C // c
         i, j = rows // high, cols // wide
         key = self.blocks.rows * self.blocks.block_cols + self.blocks.indices
@@ -72,7 +73,7 @@ def cover(own: Pattern, blocksize: tuple[int, int]) -> Cover:
     """The cover with the fewest blocks of that size."""
     rows, cols = grid(own.shape, blocksize)
     r, c = gcd(own.R, blocksize[0]), gcd(own.C, blocksize[1])
-    i, j, _ = _pieces(own, r, c)
+    i, j = _pieces(own, r, c)
     i, j = i // (blocksize[0] // r), j // (blocksize[1] // c)
     key = np.unique((i * cols + j)[(i < rows) & (j < cols)])
     return Cover(own, Pattern(own.shape, blocksize, *compressed(key, rows, cols)))
@@ -91,9 +92,9 @@ def inside(p: Pattern) -> int:
     return int((high * wide).sum())
 
 
-def _pieces(own: Pattern, r: int, c: int) -> tuple[Array, Array, int]:
-    """Row and column, in pieces of r x c, of each piece of each block, row-major in the block; pieces of a block."""
+def _pieces(own: Pattern, r: int, c: int) -> tuple[Array, Array]:
+    """Row and column, in pieces of r x c, of each piece of each block, row-major in the block."""
     high, wide = own.R // r, own.C // c
     rows = (own.rows * high)[:, None, None] + np.arange(high)[:, None] + np.zeros(wide, np.int64)
     cols = (own.indices.astype(np.int64) * wide)[:, None, None] + np.arange(wide) + np.zeros((high, 1), np.int64)
-    return rows.reshape(-1), cols.reshape(-1), high * wide
+    return rows.reshape(-1), cols.reshape(-1)

@@ -61,9 +61,9 @@ def counts(plan: "CPlan", n: int, fitted: Fitted = FITTED) -> Counts:
     """What one call of n tokens does on one core."""
     problem, target, p = plan.problem, plan.target, plan.pattern
     real = problem.dtype.bytes
-    value_bytes = p.nnzb * plan.block_values * real
+    value_bytes = p.nnzb * plan.packing.block_values * real
     segments = _segments(p, plan.k_panel, plan.panels)
-    table_bytes = 4 * (segments + 1) + p.nnzb * plan.offset_bytes
+    table_bytes = 4 * (segments + 1) + p.nnzb * plan.packing.offset_bytes
     if plan.panels > 1:
         table_bytes += 4 * segments + 4 * (plan.panels + 1)
     few = plan.uses_weight_tile(n)
@@ -128,7 +128,7 @@ def _token_work(plan: "CPlan", n: int, segments: int, f: Fitted) -> _Work:
     steps = p.nnzb * row_tiles * units * p.C
     walks = segments * row_tiles * units
     sums = walks * rows * v
-    offsets = p.nnzb * row_tiles * units * plan.offset_bytes / 8
+    offsets = p.nnzb * row_tiles * units * plan.packing.offset_bytes / 8
     code, chains = plan.encoding == "code", _chains(rows * v)
     control = f.unit * units + walks * (f.code_row if code else f.token_segment) + sums * f.token_sum
     if plan.panels > 1:
@@ -141,7 +141,7 @@ def _token_work(plan: "CPlan", n: int, segments: int, f: Fitted) -> _Work:
     return _Work(
         fma=steps * rows * v,
         loads=steps * (v + rows) + (0 if code else offsets),
-        latency=steps * plan.target.fma_latency / (min(chains, 8 // plan.offset_bytes) if p.C == 1 else chains),
+        latency=steps * plan.target.fma_latency / (min(chains, 8 // plan.packing.offset_bytes) if p.C == 1 else chains),
         x_bytes=steps * v * plan.target.vector_bytes,
         x_live_bytes=min(plan.k_panel, p.K) * v * plan.target.vector_bytes,
         w_passes=units,
@@ -172,7 +172,7 @@ def _weight_work(plan: "CPlan", n: int, segments: int, f: Fitted) -> _Work:
     chunk = min(w.chunk, units)
     return _Work(
         fma=steps * t * vectors,
-        loads=steps * (t + vectors) + blocks * plan.offset_bytes / 8,
+        loads=steps * (t + vectors) + blocks * plan.packing.offset_bytes / 8,
         latency=steps * plan.target.fma_latency / _chains(t * vectors),
         x_bytes=p.block_rows * row_tiles * n * p.K * real * touched,
         x_live_bytes=min(w.tokens, n) * min(plan.k_panel, p.K) * real,

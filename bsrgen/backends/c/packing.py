@@ -38,6 +38,11 @@ class Packing:
         """Packed elements of one block."""
         return sum(group.slots for group in self.groups) * self.blocks.C
 
+    @property
+    def offset_bytes(self) -> int:
+        """Bytes of one offset: 16 bits where a panel is short enough."""
+        return 2 if self.k_panel <= 1 << 16 else 4
+
     @cached_property
     def _segment(self) -> Array:
         """(panel, block row) of each stored block, as one number, in pattern order."""
@@ -85,7 +90,7 @@ class Packing:
         """First feature of each packed block, relative to its panel: 16 bits where that is enough."""
         p = self.blocks
         k = p.indices[self.order].astype(np.int64) * p.C % max(self.k_panel, 1)
-        return k.astype(np.uint16 if self.k_panel <= 1 << 16 else np.uint32)
+        return k.astype(f"u{self.offset_bytes}")
 
     def pack(self, data: Array) -> Array:
         """(nnzb, R, C) of the problem's pattern -> packed: per block row and group, [block][k step][slot][k lane]."""

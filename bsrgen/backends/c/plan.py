@@ -184,7 +184,7 @@ class CPlan(Plan):
         p, window = self.pattern, self.weight_window
         if self.weight is None or self.weight.chunk == 1 or not p.nnzb:
             return max(p.block_rows, 1)
-        row_bytes = p.nnzb * self.block_values * self.problem.dtype.bytes / (p.block_rows * self.panels)
+        row_bytes = p.nnzb * self.packing.block_values * self.problem.dtype.bytes / (p.block_rows * self.panels)
         return max(int(self.target.l2_bytes // 4 / row_bytes) // window, 1) * window
 
     @property
@@ -217,20 +217,10 @@ class CPlan(Plan):
         whole = [count for count in range(1, 64 // p.R + 1) if count * p.R % self.lanes == 0]
         return whole[0] if whole else -(-self.lanes // p.R)
 
-    @property
-    def block_values(self) -> int:
-        """Packed elements of one block."""
-        return sum(group.slots for group in self.groups) * self.pattern.C
-
     @cached_property
     def packing(self) -> Packing:
         """The order of the values, and the tables that the kernel walks them by."""
         return Packing(self.pattern, self.cover, self.groups, self.k_lanes, self.k_panel, self.panels)
-
-    @property
-    def offset_bytes(self) -> int:
-        """Bytes of one offset: 16 bits where a panel is short enough."""
-        return 2 if self.k_panel <= 1 << 16 else 4
 
     @cached_property
     def work(self) -> Array:

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from bsrgen.backends.c.packing import Group
 from bsrgen.backends.c.plan import CPlan, TokenTile, WeightTile
 from bsrgen.cover import Cover
@@ -68,7 +66,7 @@ class _Part:
     @property
     def lanes(self) -> int:
         """Elements in one vector."""
-        return self.weight.row_lanes * self.weight.k_lanes if self.weight else self.plan.lanes
+        return self.plan.weight_lanes if self.weight else self.plan.lanes
 
 
 def _parts(plan: CPlan, name: str) -> list[_Part]:
@@ -122,7 +120,7 @@ def _level(
     """One ISA level: its data files, shared with an earlier level where they are the same."""
     problem, name, p = plan.problem, plan.problem.name, plan.pattern
     blocks = f"{name}_{'dense' if plan.dense else 'b'}{p.R}x{p.C}" if plan.cover else name
-    tables = f"{blocks}_u{8 * plan.offset_bytes}" + (f"_{plan.k_panel}" if plan.panels > 1 else "")
+    tables = f"{blocks}_u{8 * plan.packing.offset_bytes}" + (f"_{plan.k_panel}" if plan.panels > 1 else "")
     if f"{blocks}_work.bin" not in files:
         _blob(files, blobs, f"{blocks}_work", plan.work, "uint64_t")
         if plan.cover:
@@ -143,7 +141,7 @@ def _level(
                 "key": key, "symbol": symbol, "R": p.R, "C": p.C, "k_lanes": plan.k_lanes, "tables": tables,
                 "segments": len(plan.packing.pointers) - 1, "groups": plan.groups, "ordered": plan.panels > 1,
                 "cover": _cover(plan.cover, f"{blocks}_moves") if plan.cover else None,
-                "count": p.nnzb * plan.block_values,
+                "count": p.nnzb * plan.packing.block_values,
             }
         )  # fmt: skip
         keys.append(key)
@@ -172,7 +170,7 @@ def _blob(files: dict[str, bytes], blobs: list[dict[str, str]], symbol: str, arr
 
 
 def _offset_type(plan: CPlan) -> str:
-    return "uint16_t" if plan.packing.offsets.dtype == np.uint16 else "uint32_t"
+    return f"uint{8 * plan.packing.offset_bytes}_t"
 
 
 def _c_string(text: str) -> str:
@@ -200,7 +198,7 @@ def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
         "lanes": part.lanes, "M": p.M, "K": p.K, "R": p.R, "C": p.C, "block_rows": p.block_rows,
         "panels": plan.panels, "panel_starts": plan.packing.panel_starts if plan.panels > 1 else (),
         "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
-        "block_values": plan.block_values, "k_lanes": plan.k_lanes, "offset_type": _offset_type(plan),
+        "block_values": plan.packing.block_values, "k_lanes": plan.k_lanes, "offset_type": _offset_type(plan),
         "weight": weight, "tokens": tokens, "linear": linear, "direct": direct,
         "math": _needs_math(problem), "epilogue": epilogue,
         "finish_rows": weight is not None or linear,
@@ -233,7 +231,7 @@ def _code(plan: CPlan) -> list[dict[str, Any]]:
     p = plan.pattern
     return [
         {"i": i, "blocks": [
-            {"value": b * plan.block_values, "k": int(p.indices[b]) * p.C, "j": int(p.indices[b])}
+            {"value": b * plan.packing.block_values, "k": int(p.indices[b]) * p.C, "j": int(p.indices[b])}
             for b in range(p.indptr[i], p.indptr[i + 1])]}
         for i in range(p.block_rows)
     ]  # fmt: skip
