@@ -11,25 +11,36 @@ from bsrgen.errors import ArgumentTypeError
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """A type of W and X, and the rounding that bounds a kernel's error (DESIGN section 6)."""
+    """A type of W, X or Y, and the rounding that bounds a kernel's error (DESIGN section 6)."""
 
     name: str
     short: str  # in kernel names
-    c: str
+    c: str  # in headers; bfloat16 and float16 cross the ABI as their bits
     bytes: int
-    accumulator: str  # name of the row that sums are kept in
-    unit_roundoff: float  # of the type itself: 2^-p
+    accumulator: str  # name of the row that sums of products are kept in
+    real: str  # name of the row that the epilogue computes in
+    unit_roundoff: float  # of the type itself: 2^-p; 0 for integers
+    smallest: float  # nonzero magnitude that kernels tell from zero; below, matrix units read and write zero
 
     @property
-    def numpy(self) -> np.dtype[np.generic]:
-        """The numpy dtype of native byte order."""
+    def numpy(self) -> np.dtype[Any]:
+        """The numpy dtype of native byte order; bfloat16 is ml_dtypes'."""
+        if self.name == "bfloat16":
+            import ml_dtypes
+
+            return np.dtype(ml_dtypes.bfloat16)
         return np.dtype(self.name)
 
 
-FLOAT32 = DType("float32", "f32", "float", 4, "float32", 2.0**-24)
-FLOAT64 = DType("float64", "f64", "double", 8, "float64", 2.0**-53)
+FLOAT32 = DType("float32", "f32", "float", 4, "float32", "float32", 2.0**-24, 2.0**-149)
+FLOAT64 = DType("float64", "f64", "double", 8, "float64", "float64", 2.0**-53, 2.0**-1074)
+BFLOAT16 = DType("bfloat16", "bf16", "uint16_t", 2, "float32", "float32", 2.0**-8, 2.0**-126)
+FLOAT16 = DType("float16", "f16", "uint16_t", 2, "float32", "float32", 2.0**-11, 2.0**-24)
+INT8 = DType("int8", "s8", "int8_t", 1, "int32", "float32", 0.0, 1.0)
+INT32 = DType("int32", "s32", "int32_t", 4, "int32", "float32", 0.0, 1.0)  # of sums only
 
-DTYPES = {row.name: row for row in (FLOAT32, FLOAT64)}
+DTYPES = {row.name: row for row in (FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT8)}
+ACCUMULATORS = {row.name: row for row in (FLOAT32, FLOAT64, INT32)}
 
 
 def as_dtype(value: DTypeLike | DType) -> DType:

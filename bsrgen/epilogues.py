@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from bsrgen.errors import ArgumentError, ArgumentTypeError
 
 Array = NDArray[Any]
-Kind = Literal["row", "element", "scalar", "out"]
+Kind = Literal["row", "token", "element", "scalar", "out"]
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """An input of an epilogue: one value per output feature ("row"), per output ("element"), or one ("scalar").
+    """An input of an epilogue: one value per output feature ("row"), per token or for all of them ("token"), per output
+    ("element"), or one ("scalar").
 
-    "out" is the old content of `out`.  Scalars have a default, arrays have not.
+    "out" is the old content of `out`.  Scalars and values per token have a default, other arrays have not.
     """
 
     name: str
@@ -106,9 +107,23 @@ ACCUMULATE = Epilogue(
     roundings=4,
 )
 
+# Steps that int8 brings itself: W[m, k] = w_scale[m] * w and X[n, k] = x_scale[n] * x, symmetric, zero points are 0.
+W_SCALE = Epilogue("w_scale", "v * w_scale", lambda v, w_scale: v * w_scale, (Operand("w_scale", "row"),), gain=np.abs)
+X_SCALE = Epilogue(
+    "x_scale", "v * x_scale", lambda v, x_scale: v * x_scale, (Operand("x_scale", "token", 1.0),), gain=np.abs
+)
+QUANTIZE = Epilogue(  # the store rounds to the nearest integer in [-127, 127]
+    "quantize",
+    "v / y_scale",
+    lambda v, y_scale: v / y_scale,
+    (Operand("y_scale", "scalar", 1.0),),
+    gain=lambda y_scale: 1 / np.abs(y_scale),
+)
+
 EPILOGUES = {
     row.name: row for row in (BIAS, SCALE, RELU, GELU, GELU_TANH, SILU, SIGMOID, TANH, CLAMP, RESIDUAL, ACCUMULATE)
 }
+STEPS = EPILOGUES | {row.name: row for row in (W_SCALE, X_SCALE, QUANTIZE)}
 
 
 def as_epilogues(names: str | Sequence[str]) -> tuple[Epilogue, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsrgen import epilogues
-from bsrgen.dtypes import DTYPES, DType, bound_factor
+from bsrgen.dtypes import ACCUMULATORS, DTYPES, FLOAT32, INT8, DType, bound_factor
 from bsrgen.epilogues import Epilogue, Operand
 from bsrgen.operators import Operator, kernel_name
 from bsrgen.pattern import Pattern, Weight
@@ -23,9 +23,16 @@ class Problem:
 
     operator: Operator
     pattern: Pattern
-    dtype: DType
+    dtype: DType  # of W as it is stored
     epilogue: tuple[Epilogue, ...] = ()
     n: int | None = field(default=None, compare=False)  # a hint for the planner, never baked in
+    x_dtype: DType = None  # type: ignore[assignment]  # of X; None: the weight's
+    out_dtype: DType = None  # type: ignore[assignment]  # of Y; None: X's, float32 where that is int8
+
+    def __post_init__(self) -> None:
+        x = self.x_dtype or self.dtype
+        object.__setattr__(self, "x_dtype", x)
+        object.__setattr__(self, "out_dtype", self.out_dtype or (FLOAT32 if x is INT8 else x))
 
     def __str__(self) -> str:
         p = self.pattern
@@ -45,8 +52,18 @@ class Problem:
 
     @property
     def accumulator(self) -> DType:
-        """The type that sums are kept in."""
-        return DTYPES[self.dtype.accumulator]
+        """The type that sums are kept in: of int8 W with float X, X's."""
+        return ACCUMULATORS[(self.x_dtype if self.dtype is INT8 else self.dtype).accumulator]
+
+    @property
+    def real(self) -> DType:
+        """The type that the epilogue computes in, and of its operands per row, per token and scalar."""
+        return DTYPES[self.dtype.real]
+
+    def operand_dtype(self, operand: Operand) -> DType:
+        """Type of an operand in memory: of Y for those shaped like Y, where that is a floating type."""
+        like_y = operand.kind in ("element", "out") and self.out_dtype is not INT8
+        return self.out_dtype if like_y else self.real
 
     def flop(self, n: int) -> int:
         """Effective FLOP of a call: 2 * stored elements * N."""
