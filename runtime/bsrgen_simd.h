@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#if defined __AVX__
+#if defined __x86_64__
 #include <immintrin.h>
 #endif
 
@@ -60,21 +60,6 @@ INLINE void store_part(real *p, vec v, int count)
 #endif
 }
 
-/* `count` reals that lie `stride` apart. */
-INLINE vec load_strided(const real *p, int64_t stride, int count)
-{
-    if (stride == 1) return load_part(p, count);
-    vec v = zero();
-    for (int i = 0; i < count; i++) v[i] = p[i * stride];
-    return v;
-}
-
-INLINE void store_strided(real *p, int64_t stride, vec v, int count)
-{
-    if (stride == 1) { store_part(p, v, count); return; }
-    for (int i = 0; i < count; i++) p[i * stride] = v[i];
-}
-
 #if LANES == 16
 #define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
@@ -103,23 +88,5 @@ INLINE void transpose(vec v[LANES])
         UNROLL
         for (int i = 0; i < LANES; i++) v[i] = u[i];
     }
-}
-
-/* `group` reals at p, repeated through the vector: 1 is a broadcast, LANES a load, between them one vbroadcastf*x*
- * (gcc 12 goes through the stack for the same thing written as a shuffle). */
-INLINE vec load_group(const real *p, const int group)
-{
-    if (group == 1) return splat(*p);
-#if defined __AVX512F__ && LANES * REAL_BYTES == 64
-    if (group * REAL_BYTES == 8) return (vec)_mm512_castsi512_pd(_mm512_set1_epi64(load_word(p)));
-    if (group * REAL_BYTES == 16) return (vec)_mm512_broadcast_f32x4(_mm_loadu_ps((const float *)p));
-    if (group * REAL_BYTES == 32) return (vec)_mm512_broadcast_f64x4(_mm256_loadu_pd((const double *)p));
-#elif defined __AVX__ && LANES * REAL_BYTES == 32
-    if (group * REAL_BYTES == 8) return (vec)_mm256_set1_epi64x(load_word(p));
-    if (group * REAL_BYTES == 16) return (vec)_mm256_broadcast_ps((const __m128 *)p);
-#elif LANES * REAL_BYTES == 16
-    if (group * REAL_BYTES == 8) return (vec)(words){load_word(p), load_word(p)};
-#endif
-    return load(p);
 }
 #endif

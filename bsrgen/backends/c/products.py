@@ -1,0 +1,42 @@
+"""The products: one row for each way to multiply and add, and where it works."""
+
+from dataclasses import dataclass
+
+from bsrgen.dtypes import BFLOAT16, INT8, DType
+from bsrgen.problem import Problem
+from bsrgen.targets import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One instruction's work in a lane.  `group` neighbouring k lie in one unit of W and of X (a word of 32 bits); of
+    group 1, units are elements, widened to the type of the sums when they are read."""
+
+    name: str  # DOT in runtime/bsrgen_product.h
+    group: int = 1
+    dtype: DType | None = None  # of W and X; None: any
+    part: str = ""  # C type of an element inside a word
+    part_bytes: int = 0
+    corrections: bool = False  # X is multiplied as X + 128: the rows' sums of W take that back
+    features: tuple[str, ...] = ()  # of the CPU, one of which is enough; none: every x86
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FMA = Product("fma")
+BF16 = Product("bf16", 2, BFLOAT16, "uint16_t", 2, features=("avx512bf16",))  # vdpbf16ps
+S16 = Product("s16", 2, INT8, "int16_t", 2)  # vpmaddwd, elements widened to 16 bits
+U8 = Product("u8", 4, INT8, "int8_t", 1, corrections=True, features=("avx512vnni", "avxvnni"))  # vpdpbusd
+
+PRODUCTS = (FMA, BF16, S16, U8)
+
+
+def products(problem: Problem, target: Target) -> list[Product]:
+    """Those that work for a problem on a target, the one of the most FLOP an instruction first."""
+    found = [FMA]
+    for row in PRODUCTS[1:]:
+        alike = problem.dtype is problem.x_dtype is row.dtype
+        if alike and target.family == "x86_64" and (not row.features or any(map(target.has, row.features))):
+            found.append(row)
+    return found[::-1]

@@ -1,0 +1,224 @@
+/* One multiply-add of a kernel, and what it reads.  Include after bsrgen_types.h.  Before it:
+ *   GROUP      neighbouring k in one lane: 1 multiplies and adds, 2 and 4 are dot products of pairs and quads
+ *   DOT        for GROUP > 1: bf16 (vdpbf16ps), s16 (vpmaddwd), u8 (vpdpbusd: X + 128 is unsigned, what that adds to the
+ *              sums is known with W and taken back at the end)
+ *   INTEGER    1: sums are int32, exact
+ *   GATHER     1: columns of W are paired as they occur, X is kept feature by feature and paired when it is read
+ * It defines  acc, avec   sums;  unit, xvec   what is multiplied;  w_t   packed W;  cell   X in panels and copies. */
+#ifndef BSRGEN_PRODUCT_H
+#define BSRGEN_PRODUCT_H
+
+#define DOT_bf16 1
+#define DOT_s16 2
+#define DOT_u8 3
+#define DOT_IS(kind) (NAME_OF(DOT_, DOT) == NAME_OF(DOT_, kind))
+
+#if INTEGER
+typedef int32_t acc;
+typedef ivec avec;
+INLINE vec to_real(avec a) { return __builtin_convertvector(a, vec); }
+#else
+typedef real acc;
+typedef vec avec;
+INLINE vec to_real(avec a) { return a; }
+#endif
+
+INLINE avec acc_load(const acc *p) { avec v; memcpy(&v, p, sizeof v); return v; }
+INLINE void acc_store(acc *p, avec v) { memcpy(p, &v, sizeof v); }
+INLINE avec acc_zero(void) { return (avec){0}; }
+
+#if GROUP == 1
+typedef acc unit;
+typedef avec xvec;
+typedef NAME_OF(W_KIND, _t) w_t;
+typedef unit cell;
+
+#if INTEGER
+INLINE xvec get_unit_w(const w_t *p, int count) { return load_integers(p, count); }
+INLINE xvec x_units(const x_t *p, int64_t left) { return load_integers(p, left < LANES ? (int)left : LANES); }
+#else
+INLINE xvec get_unit_w(const w_t *p, int count) { return GET(W_KIND)(p, count); }
+/* LANES units of X from p on, of which `left` > 0 elements are there; zeros behind them. */
+INLINE xvec x_units(const x_t *p, int64_t left) { return GET(X_KIND)(p, left < LANES ? (int)left : LANES); }
+#endif
+INLINE xvec unit_splat(unit s) { return s - (xvec){0}; }
+INLINE xvec w_load(const w_t *p) { return get_unit_w(p, LANES); }
+/* One element of W in every lane. */
+INLINE xvec w_splat(const w_t *p)
+{
+    if (sizeof(w_t) == sizeof(unit)) {
+        unit s;
+        memcpy(&s, p, sizeof s);
+        return unit_splat(s);
+    }
+    w_t row[LANES];
+    for (int i = 0; i < LANES; i++) row[i] = *p;
+    return get_unit_w(row, LANES);
+}
+INLINE avec mac(avec sum, xvec w, xvec x) { return sum + w * x; }
+
+/* LANES tokens of feature p: zeros behind `count`. */
+INLINE xvec x_tokens(const x_t *p, int64_t ldx, int64_t features, int count)
+{
+    (void)ldx, (void)features;
+    return x_units(p, count);
+}
+INLINE xvec unit_load(const cell *p) { xvec v; memcpy(&v, p, sizeof v); return v; }
+INLINE avec mac_x(avec sum, xvec w, xvec x) { return mac(sum, w, x); }
+
+#else /* x86 only */
+#if LANES == 16
+#define MM(op) NAME_OF(_mm512_, op)
+#define MM_T(kind) NAME_OF(__m512, kind)
+#elif LANES == 8
+#define MM(op) NAME_OF(_mm256_, op)
+#define MM_T(kind) NAME_OF(__m256, kind)
+#else
+#define MM(op) NAME_OF(_mm_, op)
+#define MM_T(kind) NAME_OF(__m128, kind)
+#endif
+typedef MM_T(i) mm;
+
+typedef uint32_t unit; /* GROUP elements, the first in the low bits */
+typedef ubits32 xvec;
+typedef uint32_t w_t;
+
+/* An element of X as it lies in a word, from X as the caller has it. */
+#if DOT_IS(bf16)
+typedef uint16_t element;
+INLINE ivec widened(const x_t *p, int count) { return __builtin_convertvector(load_halves(p, count), ivec); }
+INLINE element x_element(x_t x) { return x; }
+INLINE avec mac(avec sum, xvec w, xvec x) { return (avec)MM(dpbf16_ps)((MM_T())sum, (MM_T(bh))x, (MM_T(bh))w); }
+INLINE avec mac_x(avec sum, xvec w, xvec x) { return (avec)MM(dpbf16_ps)((MM_T())sum, (MM_T(bh))w, (MM_T(bh))x); }
+#elif DOT_IS(s16)
+typedef int16_t element;
+INLINE ivec widened(const x_t *p, int count) { return load_integers(p, count); }
+INLINE element x_element(x_t x) { return x; }
+INLINE avec mac(avec sum, xvec w, xvec x) { return sum + (avec)MM(madd_epi16)((mm)x, (mm)w); }
+INLINE avec mac_x(avec sum, xvec w, xvec x) { return sum + (avec)MM(madd_epi16)((mm)w, (mm)x); }
+#else
+typedef uint8_t element;
+INLINE ivec widened(const x_t *p, int count) { return load_integers(p, count) ^ 0x80; }
+INLINE element x_element(x_t x) { return (element)(x ^ 0x80); }
+#if defined __AVX512VNNI__
+INLINE avec mac(avec sum, xvec w, xvec x) { return (avec)MM(dpbusd_epi32)((mm)sum, (mm)x, (mm)w); }
+#else
+INLINE avec mac(avec sum, xvec w, xvec x) { return (avec)MM(dpbusd_avx_epi32)((mm)sum, (mm)x, (mm)w); }
+#endif
+INLINE avec mac_x(avec sum, xvec w, xvec x) { return mac(sum, w, x); }
+#endif
+enum { ELEMENT_BITS = 32 / GROUP };
+
+#if GATHER
+typedef element cell;
+#else
+typedef unit cell;
+#endif
+
+INLINE xvec unit_load(const void *p) { xvec v; memcpy(&v, p, sizeof v); return v; }
+INLINE xvec unit_splat(unit s) { return s - (xvec){0}; }
+INLINE xvec w_load(const w_t *p) { return unit_load(p); }
+INLINE xvec w_splat(const w_t *p) { return unit_splat(*p); }
+
+/* LANES words of X from p on, of which `left` > 0 elements are there; zeros behind them. */
+INLINE xvec x_units(const x_t *p, int64_t left)
+{
+    x_t row[LANES * GROUP] = {0};
+    if (left < LANES * GROUP) {
+        memcpy(row, p, sizeof(x_t) * (size_t)left);
+        p = row;
+    }
+#if DOT_IS(s16)
+    int16_t wide[LANES * GROUP];
+    UNROLL
+    for (int half = 0; half < GROUP; half++) {
+        typedef int16_t shorts __attribute__((vector_size(LANES * 2)));
+        const shorts s = __builtin_convertvector(load_bytes(p + half * LANES, LANES), shorts);
+        memcpy(wide + half * LANES, &s, sizeof s);
+    }
+    return unit_load(wide);
+#elif DOT_IS(u8)
+    return unit_load(p) ^ 0x80808080;
+#else
+    return unit_load(p);
+#endif
+}
+
+/* The words of `count` tokens at p, GROUP rows of X that lie ldx apart; zeros for rows from `features` on. */
+INLINE xvec x_tokens(const x_t *p, int64_t ldx, int64_t features, int count)
+{
+    xvec v = {0};
+    UNROLL
+    for (int g = 0; g < GROUP; g++)
+        if (g < features) v |= ((xvec)widened(p + g * ldx, count) & ((2u << (ELEMENT_BITS - 1)) - 1)) << (g * ELEMENT_BITS);
+    return v;
+}
+
+#if GATHER
+/* One feature of LANES * GROUP tokens, as a panel keeps it: parts[j] holds its elements for the j-th LANES tokens, each
+ * sign-extended.  Inside 16 bytes come four tokens of each part, so that gather() finds them in order. */
+INLINE void put_feature(cell *to, const ivec *parts)
+{
+#if GROUP == 2
+    const mm row = MM(packs_epi32)((mm)parts[0], (mm)parts[1]);
+#else
+    const mm row = MM(packs_epi16)(MM(packs_epi32)((mm)parts[0], (mm)parts[1]), MM(packs_epi32)((mm)parts[2], (mm)parts[3]));
+#endif
+    memcpy(to, &row, sizeof row);
+}
+
+/* Element g of each word, sign-extended. */
+INLINE ivec element_of(xvec words, int g) { return (ivec)(words << (32 - ELEMENT_BITS * (g + 1))) >> (32 - ELEMENT_BITS); }
+
+/* xv[GROUP]: the words of GROUP features at `rows` for LANES * GROUP tokens, in the order of the tokens. */
+INLINE void gather(xvec *xv, const cell *const *rows)
+{
+    mm r[GROUP];
+    UNROLL
+    for (int g = 0; g < GROUP; g++) r[g] = (mm)unit_load(rows[g]);
+#if GROUP == 2
+    xv[0] = (xvec)MM(unpacklo_epi16)(r[0], r[1]);
+    xv[1] = (xvec)MM(unpackhi_epi16)(r[0], r[1]);
+#else
+    const mm a = MM(unpacklo_epi8)(r[0], r[1]), b = MM(unpackhi_epi8)(r[0], r[1]);
+    const mm c = MM(unpacklo_epi8)(r[2], r[3]), d = MM(unpackhi_epi8)(r[2], r[3]);
+    xv[0] = (xvec)MM(unpacklo_epi16)(a, c);
+    xv[1] = (xvec)MM(unpackhi_epi16)(a, c);
+    xv[2] = (xvec)MM(unpacklo_epi16)(b, d);
+    xv[3] = (xvec)MM(unpackhi_epi16)(b, d);
+#endif
+}
+
+/* The same for one token, whose features lie side by side. */
+INLINE unit gather_one(const cell *x, const uint32_t *at)
+{
+    unit word = 0;
+    UNROLL
+    for (int g = 0; g < GROUP; g++) word |= (unit)x[at[g]] << (g * ELEMENT_BITS);
+    return word;
+}
+#endif
+#endif
+
+/* `group` units at p, repeated through the vector: 1 is a broadcast, LANES a load, between them one vbroadcastf*x*
+ * (gcc 12 goes through the stack for the same thing written as a shuffle). */
+INLINE xvec unit_group(const unit *p, const int group)
+{
+    if (group == 1) {
+        unit s;
+        memcpy(&s, p, sizeof s);
+        return unit_splat(s);
+    }
+#if defined __AVX512F__ && LANES * REAL_BYTES == 64
+    if (group * REAL_BYTES == 8) return (xvec)_mm512_castsi512_pd(_mm512_set1_epi64(load_word(p)));
+    if (group * REAL_BYTES == 16) return (xvec)_mm512_broadcast_f32x4(_mm_loadu_ps((const float *)p));
+    if (group * REAL_BYTES == 32) return (xvec)_mm512_broadcast_f64x4(_mm256_loadu_pd((const double *)p));
+#elif defined __AVX__ && LANES * REAL_BYTES == 32
+    if (group * REAL_BYTES == 8) return (xvec)_mm256_set1_epi64x(load_word(p));
+    if (group * REAL_BYTES == 16) return (xvec)_mm256_broadcast_ps((const __m128 *)p);
+#elif LANES * REAL_BYTES == 16
+    if (group * REAL_BYTES == 8) return (xvec)(words){load_word(p), load_word(p)};
+#endif
+    return unit_load(p);
+}
+#endif
