@@ -14,7 +14,7 @@ class Target:
     """What the compiler and the planner must know of a CPU.  Rates are per core; native() has measured ones.
 
     `requires` are the features a CPU must have, by their names in __builtin_cpu_supports; tuning needs none.  Dot and
-    tile rates are those of Intel's first CPUs with AMX (research/cpu.md, section 1).
+    tile rates are those of Intel's first CPUs with AMX (research/cpu.md, section 1) where a row says nothing else.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Target:
     int8_dot_per_cycle: float = 2.0  # vpdpbusd on whole vectors, where there is avx512vnni or avxvnni
     loads_per_cycle: float = 2.0  # vector loads that hit L1
     fma_latency: int = 4
-    dot_latency: int = 5  # of either
+    dot_latency: int = 6  # of the slower one, vdpbf16ps
     product_cycles_least: float = 9.5  # of a product of matrix tiles, where there is amx-tile
     l1_bytes: int = 32 << 10
     l2_bytes: int = 1 << 20
@@ -89,7 +89,7 @@ def _with(level: Target, suffix: str, requires: tuple[str, ...]) -> Target:
 
 X86_64_V3_VNNI = _with(X86_64_V3, "vnni", (*_V3, "avxvnni"))
 X86_64_V4_VNNI = _with(X86_64_V4, "vnni", _V4_VNNI)
-X86_64_V4_BF16 = _with(X86_64_V4, "bf16", _V4_BF16)
+X86_64_V4_BF16 = replace(_with(X86_64_V4, "bf16", _V4_BF16), bf16_dot_per_cycle=2.0)  # as Zen 4 and 5, not yet tiles
 X86_64_V4_AMX = _with(X86_64_V4, "amx", _V4_AMX)
 
 _X86 = (X86_64, X86_64_V2, X86_64_V3, X86_64_V3_VNNI, X86_64_V4, X86_64_V4_VNNI, X86_64_V4_BF16, X86_64_V4_AMX)
