@@ -17,12 +17,12 @@ from bsrgen.errors import BsrgenError
 from bsrgen.machine import cpu_model
 
 FILE = "calibration.json"
-SCHEMA = 1
+SCHEMA = 2
 MAX_BYTES = 1 << 16
 
 
 class Rates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Fields of Target, in its units; per core.  No fork_s: nothing to fork to."""
+    """Fields of Target, in its units; per core.  No fork_s: nothing to fork to.  No dots: the CPU has none."""
 
     ghz: float
     loads_per_cycle: float
@@ -31,6 +31,8 @@ class Rates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dram_bytes_per_cycle: float
     call_s: float
     fork_s: float | None = None
+    bf16_dot_per_cycle: float | None = None
+    int8_dot_per_cycle: float | None = None
 
     def __post_init__(self) -> None:
         wrong = [name for name, value in self.known().items() if not (math.isfinite(value) and value > 0)]

@@ -1,12 +1,15 @@
 """What this machine is: for the head of a benchmark and for `bsrgen doctor`."""
 
+import ctypes
 import functools
 import os
 import platform
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 _CGROUP, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18  # Linux, arch/x86/include/uapi/asm/prctl.h
 FALLBACK = {"L1": 32 << 10, "L2": 1 << 20, "L3": 16 << 20}
 
 
@@ -32,6 +35,20 @@ def cache_bytes() -> dict[str, int]:
         except (OSError, ValueError):  # a container may hide them
             continue
     return sizes
+
+
+@functools.cache
+def tiles_permitted() -> bool:
+    """Ask Linux for AMX's tile registers, for the whole process; False where it refuses or has none to give."""
+    if sys.platform != "linux" or platform.machine() != "x86_64" or sys.maxsize < 1 << 32:
+        return False
+    try:
+        ask = ctypes.CDLL(None).syscall
+        ask.restype = ctypes.c_long
+        words = map(ctypes.c_long, (_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA))
+        return bool(ask(*words) == 0)
+    except (OSError, AttributeError):  # no C library to be had
+        return False
 
 
 def usable_cores() -> int:

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bsrgen.targets import TARGETS, native
+from bsrgen.targets import TARGETS, native, runs_here
 
 ISA = {"sse2": "x86-64", "sse4.2": "x86-64-v2", "avx2": "x86-64-v3", "avx512": "x86-64-v4", "neon": "aarch64"}
+ISA |= {row.removeprefix("x86-64-"): row for row in TARGETS if row.count("-") > 2}  # v4-bf16
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,8 +21,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("isa"):
         (level,) = mark.args
         row = TARGETS[ISA.get(level, level)]
-        lacks = ", ".join(f for f in row.requires if f not in native().requires) or row.family
-        if row.family != native().family or not set(row.requires) <= set(native().requires):
+        if not runs_here(row):
+            lacks = ", ".join(f for f in row.requires if f not in native().requires) or row.family
             name = next(isa for isa, target in ISA.items() if target == row.name)
             pytest.skip(f"no {name}: this CPU lacks {lacks}")
 

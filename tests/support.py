@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,16 @@ REPOSITORY = Path(bsrgen.__file__).parents[1]
 OPERATOR_NAMES, DTYPE_NAMES = tuple(OPERATORS), tuple(DTYPES)
 CANARY = 1234.5
 
-# the ISA levels of this architecture; what this CPU cannot run is skipped with its reason
-LEVELS = tuple(
-    pytest.param(row.name, marks=pytest.mark.isa(row.name), id=row.name)
-    for row in TARGETS.values()
-    if row.family == native().family and row.name != "x86-64-v2"
-)
+
+def _levels(names: Iterable[str]) -> tuple[Any, ...]:
+    """Rows of this architecture; what this CPU cannot run is skipped with its reason."""
+    rows = [TARGETS[name] for name in names if TARGETS[name].family == native().family]
+    return tuple(pytest.param(row.name, marks=pytest.mark.isa(row.name), id=row.name) for row in rows)
+
+
+WITH_DOTS = tuple(name for name, row in TARGETS.items() if {"avxvnni", "avx512vnni"} & set(row.requires))
+LEVELS = _levels(name for name in TARGETS if name not in ("x86-64-v2", *WITH_DOTS))  # whose float32 and float64 differ
+DOT_LEVELS = _levels(WITH_DOTS)
 
 
 def problem_of(weight: Weight, operator: str = "linear", epilogue: Any = (), dtype: Any = None) -> Problem:

@@ -15,6 +15,7 @@ from bsrgen.bench.case import case_of, random_case
 from bsrgen.bench.report import Comparison, Request, Row, compare, document, verdict
 from bsrgen.operators import OPERATORS
 from bsrgen.pattern import random_weight
+from bsrgen.targets import host
 
 needs_cc = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
 
@@ -71,13 +72,23 @@ def test_pinned_keeps_one_core_and_lets_go() -> None:
 
 
 @needs_cc
-@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "s8"])
 def test_peaks_by_operand(ceiling: ceilings.Ceilings, dtype: str) -> None:
     rows = {op: ceiling.fma(dtype, op) for op in ceiling.operands(dtype)}
     assert {"reg", "mem"} <= set(rows)
     rates = {op: row.rate(t) for (op, row), t in zip(rows.items(), timed(rows), strict=True)}
-    assert all(1e8 < r < 1e12 for r in rates.values()), rates
+    assert all(1e8 < r < 1e13 for r in rates.values()), rates
     assert ceiling.fma(dtype) is rows["reg"]  # found once
+
+
+@needs_cc
+def test_peaks_are_those_that_the_cpu_has(ceiling: ceilings.Ceilings) -> None:
+    """A type without its own counts as f32; a level of dots or tiles is there where the target has its feature."""
+    assert ceiling.fma("f16") is ceiling.fma("f32")
+    levels = {level for _, _, level in ceiling.peaks}
+    for level, feature in {"avx512bf16": "avx512bf16", "avx512vnni": "avx512vnni", "amx": "amx-tile"}.items():
+        assert (level in levels) == host().has(feature)
+    assert (ceiling.counted_as("bf16") == "bf16") == ("avx512bf16" in levels)
 
 
 @needs_cc

@@ -20,7 +20,7 @@ from bsrgen.calibration import FILE, SCHEMA, Calibration, Rates
 from bsrgen.machine import cpu_model, parallel_cores
 from bsrgen.targets import TARGETS, Target, host, native
 
-RATES = Rates(3.125, 1.5, 48.0, 12.0, 6.0, 1e-6, 2e-5)
+RATES = Rates(3.125, 1.5, 48.0, 12.0, 6.0, 1e-6, 2e-5, 1.25, 1.75)
 
 
 def record(**changed: Any) -> Calibration:
@@ -35,7 +35,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_round_trip(root: Path) -> None:
     assert calibration.read() == (None, "")
-    for rates in (RATES, msgspec.structs.replace(RATES, fork_s=None)):
+    for rates in (RATES, msgspec.structs.replace(RATES, fork_s=None, bf16_dot_per_cycle=None)):
         assert calibration.write(record(rates=rates), root) == root / FILE
         assert calibration.read() == (record(rates=rates), "")
     assert [path.name for path in root.iterdir()] == [FILE]
@@ -63,6 +63,7 @@ GOOD = json.loads(msgspec.json.encode(record()))
 DAMAGED = {
     "empty": b"", "cut off": msgspec.json.encode(record())[:-9], "no JSON": b"\xff\xfe{", "a list": b"[]",
     "another schema": json.dumps(GOOD | {"schema": 99}).encode(),
+    "an older schema": json.dumps(GOOD | {"schema": SCHEMA - 1}).encode(),
     "an unknown field": json.dumps(GOOD | {"colour": "red"}).encode(),
     "a missing rate": json.dumps(GOOD | {"rates": {"ghz": 3.0}}).encode(),
     "zero": json.dumps(GOOD | {"rates": GOOD["rates"] | {"ghz": 0}}).encode(),
@@ -106,6 +107,10 @@ def test_doctor_calibrates(root: Path) -> None:
     assert 0.1 < rates["ghz"] < 20
     assert rates["dram_bytes_per_cycle"] < rates["l2_bytes_per_cycle"] * 2
     assert 1e-8 < rates["call_s"] < 1e-3
+    has = {"bf16": host().has("avx512bf16"), "int8": host().has("avx512vnni") or host().has("avxvnni")}
+    for kind, there in has.items():
+        assert (f"{kind}_dot_per_cycle" in rates) == there
+        assert not there or 0.1 < rates[f"{kind}_dot_per_cycle"] < 8
     assert native().ghz == rates["ghz"]
     document = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).stdout)
     assert document["calibration"]["rates"] == rates

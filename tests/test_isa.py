@@ -135,7 +135,8 @@ def test_level_requires_what_its_flags_allow_the_compiler_to_use(level: str) -> 
         lines = run([tool("gcc"), *flags, "-dM", "-E", "-x", "c", os.devnull]).splitlines()
         return {line.split()[1].strip("_").lower() for line in lines if line.split()[2:] == ["1"]}
 
-    other = {"crc32": "sse4.2", "sse4_1": "sse4.1", "sse4_2": "sse4.2", "gcc_have_sync_compare_and_swap_16": "cx16"}
+    other = {"crc32": "sse4.2", "gcc_have_sync_compare_and_swap_16": "cx16"}
+    other |= {f.replace(".", "_").replace("-", "_"): f for f in TARGETS[level].requires}
     new = {m for m in macros(*TARGETS[level].flags) - macros("-march=x86-64") if not m.startswith("fp_fast")}
     assert {other.get(m, m) for m in new} - set(UNUSED) == set(TARGETS[level].requires)
 

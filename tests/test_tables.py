@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import DTYPE_NAMES, OPERATOR_NAMES, make_weight, problem_of, single
 
-from bsrgen import cost, tune
+from bsrgen import cost, targets, tune
 from bsrgen.backends.c import CPlan, candidates
 from bsrgen.backends.c.plan import TokenTile, WeightTile
 from bsrgen.cover import cover
@@ -157,7 +157,8 @@ def test_as_epilogues_refuses(names):
 
 
 def test_levels_build_on_one_another():
-    for low, high in itertools.pairwise(X86):
+    plain = [row for row in X86 if row.name != "x86-64-v3-vnni"]  # a branch: AVX-512 does not bring avxvnni
+    for low, high in [*itertools.pairwise(plain), (TARGETS["x86-64-v3"], TARGETS["x86-64-v3-vnni"])]:
         assert set(low.requires) < set(high.requires)
         assert low.vector_bytes <= high.vector_bytes
         assert low.registers <= high.registers
@@ -171,7 +172,9 @@ MACROS = {  # of gcc and clang, and the feature that __builtin_cpu_supports know
     "__SSE3__": "sse3", "__SSSE3__": "ssse3", "__SSE4_1__": "sse4.1", "__SSE4_2__": "sse4.2", "__POPCNT__": "popcnt",
     "__AVX__": "avx", "__AVX2__": "avx2", "__FMA__": "fma", "__BMI__": "bmi", "__BMI2__": "bmi2", "__LZCNT__": "lzcnt",
     "__MOVBE__": "movbe", "__F16C__": "f16c", "__AVX512F__": "avx512f", "__AVX512BW__": "avx512bw",
-    "__AVX512CD__": "avx512cd", "__AVX512DQ__": "avx512dq", "__AVX512VL__": "avx512vl",
+    "__AVX512CD__": "avx512cd", "__AVX512DQ__": "avx512dq", "__AVX512VL__": "avx512vl", "__AVXVNNI__": "avxvnni",
+    "__AVX512VNNI__": "avx512vnni", "__AVX512BF16__": "avx512bf16", "__AMX_TILE__": "amx-tile",
+    "__AMX_BF16__": "amx-bf16", "__AMX_INT8__": "amx-int8",
 }  # fmt: skip
 
 
@@ -191,6 +194,7 @@ def test_a_target_requires_all_that_its_flags_let_the_compiler_use(row):
 def test_as_targets():
     names = ["x86-64", "x86-64-v4", "x86-64-v3", "x86-64-v4", "x86-64-v2"]
     assert [row.name for row in as_targets(tuple(names))] == ["x86-64-v4", "x86-64-v3", "x86-64-v2", "x86-64"]
+    assert as_targets(tuple(row.name for row in X86)) == tuple(reversed(X86))
     assert as_targets(names) == as_targets(tuple(names))
     assert as_targets("aarch64") == (TARGETS["aarch64"],)
     assert as_targets("native") == as_targets(("native", "native")) == (native(),)
@@ -201,13 +205,60 @@ def test_as_targets():
     ("name", "level"),
     [
         ("nehalem", "x86-64-v2"), ("sandybridge", "x86-64-v2"), ("haswell", "x86-64-v3"), ("zen3", "x86-64-v3"),
-        ("skylake", "x86-64-v3"), ("skylake_avx512", "x86-64-v4"), ("sapphirerapids", "x86-64-v4"),
-        ("zen4", "x86-64-v4"), ("core2", "x86-64"), ("neoverse_n1", "aarch64"), ("m1", "aarch64"), ("a64fx", "aarch64"),
+        ("skylake", "x86-64-v3"), ("skylake_avx512", "x86-64-v4"), ("sapphirerapids", "x86-64-v4-amx"),
+        ("zen4", "x86-64-v4-bf16"), ("zen5", "x86-64-v4-bf16"), ("cascadelake", "x86-64-v4-vnni"),
+        ("icelake", "x86-64-v4-vnni"), ("alderlake", "x86-64-v3-vnni"),
+        ("core2", "x86-64"), ("neoverse_n1", "aarch64"), ("m1", "aarch64"), ("a64fx", "aarch64"),
         ("x86_64_v3", "x86-64-v3"),
     ],
 )  # fmt: skip
 def test_a_microarchitecture_stands_for_its_level(name, level):
     assert [row.name for row in as_targets(name)] == [level]
+
+
+@pytest.fixture
+def fresh_host():
+    """What is detected once for a process, detected anew; and forgotten again."""
+    caches = (targets.features, targets.host)
+    for function in caches:
+        function.cache_clear()
+    yield
+    for function in caches:
+        function.cache_clear()
+
+
+@pytest.mark.skipif(native().family != "x86_64", reason="features of x86-64")
+@pytest.mark.parametrize(
+    ("extra", "permitted", "level"),
+    [
+        ((), True, "x86-64-v4"), (("avx_vnni",), True, "x86-64-v4"), (("avx512_vnni",), True, "x86-64-v4-vnni"),
+        (("avx512_bf16",), True, "x86-64-v4"), (("avx512_vnni", "avx512_bf16"), True, "x86-64-v4-bf16"),
+        (("avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"), True, "x86-64-v4-amx"),
+        (("avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"), False, "x86-64-v4-bf16"),
+        (("avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"), True, "x86-64-v4-bf16"),
+    ],
+)  # fmt: skip
+def test_native_is_what_the_cpu_has_and_the_kernel_permits(fresh_host, monkeypatch, extra, permitted, level):
+    """By features, not by the name that archspec makes of them."""
+    import archspec.cpu
+
+    found = archspec.cpu.TARGETS["x86_64_v4"].features | set(extra)
+    cpu = archspec.cpu.Microarchitecture("", [], "GenuineIntel", found, {}, 0)
+    monkeypatch.setattr("archspec.cpu.detect.detected_info", lambda: cpu)
+    monkeypatch.setattr("archspec.cpu.host", lambda: archspec.cpu.TARGETS["x86_64_v3"])
+    monkeypatch.setattr(targets, "tiles_permitted", lambda: permitted)
+    assert native().name == level
+    assert targets.runs_here(native())
+    assert targets.runs_here(TARGETS["x86-64-v3-vnni"]) == ("avx_vnni" in extra)
+    assert not targets.runs_here(TARGETS["aarch64"])
+
+
+def test_target_has_features_and_rates_of_dots_and_tiles():
+    bf16, amx = TARGETS["x86-64-v4-bf16"], TARGETS["x86-64-v4-amx"]
+    assert bf16.has("avx512bf16")
+    assert bf16.has("avx512vnni")
+    assert not bf16.has("amx-tile")
+    assert [amx.product_cycles(*rows) for rows in ((16, 16), (4, 8), (4, 16))] == [16, 9.5, 16]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,10 @@ from bsrgen.pattern import random_weight
 from bsrgen.targets import Target, host
 
 LEVELS = {("x86_64", 16): "sse2", ("x86_64", 32): "avx2", ("x86_64", 64): "avx512", ("aarch64", 16): "neon"}
+DOTS = {  # a field of Rates: type, products in a dot of 32 bits, features that bring it, which name the ceiling's level
+    "bf16_dot_per_cycle": ("bf16", 2, ("avx512bf16",)),
+    "int8_dot_per_cycle": ("s8", 4, ("avx512vnni", "avxvnni")),
+}
 ROUNDS = 100
 FORK_WORK_S, FORK_PAUSE_S, FORKS = 5e-5, 1e-3, 200  # a part of a small call; long enough for workers to fall asleep
 CALL = "call"
@@ -36,6 +40,7 @@ def calibrate(progress: Callable[[float], object] = lambda share: None) -> Calib
     ceilings = Ceilings()
     level = LEVELS[target.family, target.vector_bytes]
     rows = {f"fma {operand}": ceilings.fma("f32", operand, level) for operand in ("reg", "mem")}
+    rows |= _dots(target, ceilings)
     for done, (name, nbytes) in enumerate(ceilings.sizes.items(), 1):
         rows[f"read {name}"] = ceilings.read(nbytes, level)
         progress(0.1 * done)
@@ -46,16 +51,24 @@ def calibrate(progress: Callable[[float], object] = lambda share: None) -> Calib
     return Calibration(SCHEMA, cpu_model(), target.name, datetime.date.today().isoformat(), rates)
 
 
+def _dots(target: Target, ceilings: Ceilings) -> dict[str, Ceiling]:
+    """The ceilings of those dot products that the target has, by the name of their rate."""
+    levels = {name: next(filter(target.has, features), None) for name, (_, _, features) in DOTS.items()}
+    return {name: ceilings.fma(DOTS[name][0], "reg", level) for name, level in levels.items() if level}
+
+
 def _rates(target: Target, rows: dict[str, Ceiling], times: dict[str, Timing], fork_s: float | None) -> Rates:
     """Rates per cycle, a cycle being what the multiply-adds in registers make of the row's fma_per_cycle."""
     rate = {name: row.rate(times[name]) for name, row in rows.items()}
     hz = rate["fma reg"] / target.flop_per_cycle(4)
     fma_loads = rate["fma mem"] / (2 * target.lanes(4))  # one load each
     loads = max(fma_loads, rate["read L1"] / target.vector_bytes)
+    dots = {name: rate[name] / (2 * terms * target.lanes(4)) for name, (_, terms, _) in DOTS.items() if name in rate}
     return Rates(
         ghz=_rounded(hz / 1e9), loads_per_cycle=_rounded(loads / hz), l2_bytes_per_cycle=_rounded(rate["read L2"] / hz),
         l3_bytes_per_cycle=_rounded(rate["read L3"] / hz), dram_bytes_per_cycle=_rounded(rate["read DRAM"] / hz),
         call_s=_rounded(times[CALL].min_s), fork_s=fork_s and _rounded(fork_s),
+        **{name: _rounded(a_second / hz) for name, a_second in dots.items()},
     )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ extern const struct read reads[];
 int has_level(const char *level);
 """
 STEP_BYTES = 1024  # a read pass is a multiple of 16 vectors of at most 64 bytes
+PEAK_FLOP = {"f64": 6e6, "f32": 12e6, "bf16": 48e6, "s8": 48e6}  # of one call, by type
 WINDOW_BYTES = 4 << 20  # one call's share of a buffer too large to be read in one
 
 
@@ -104,6 +105,16 @@ class Ceilings:
         """The ISA levels of this CPU that have rows, lowest first."""
         return tuple(dict.fromkeys(self._text(r.level) for r in self._rows(self._lib.reads, None)))
 
+    @functools.cached_property
+    def peaks(self) -> tuple[tuple[str, str, str], ...]:
+        """(dtype, operand, level) of the peaks that this CPU has, without repeats."""
+        rows = self._rows(self._lib.peaks, None)
+        return tuple(dict.fromkeys((self._text(r.dtype), self._text(r.operand), self._text(r.level)) for r in rows))
+
+    def counted_as(self, dtype: str) -> str:
+        """The type whose peak stands for that of `dtype`."""
+        return dtype if dtype in {name for name, _, _ in self.peaks} else "f32"
+
     def _buffer(self, nbytes: int) -> Any:
         """`nbytes` of values between 1/2 and 1, 64-byte aligned, cut out of an array large enough for huge pages."""
         if nbytes not in self._buffers:
@@ -123,10 +134,14 @@ class Ceilings:
         return self._found[name]
 
     def fma(self, dtype: str = "f32", operand: str = "reg", level: str | None = None) -> Ceiling:
-        """Multiply-add peak for `dtype` f32 or f64 with operands in registers (`reg`), or one a vector (`mem`) or a
-        broadcast scalar (`bcast`) out of L1; at `level` (sse2: multiply and add) or at the fastest one."""
+        """Multiply-add peak for `dtype` (DType.short) with operands in registers (`reg`), or one a vector (`mem`) or a
+        broadcast scalar (`bcast`) out of L1; at `level` (sse2: multiply and add) or at the fastest one.
+
+        bf16 and s8 are dot products, or products of matrix tiles (level amx), which `mem` loads anew for every four.
+        Where the CPU has neither, as for f16, the peak is that of f32: what a kernel converts to."""
+        dtype = self.counted_as(dtype)
         buffer = self._buffer(4096)
-        work, calls = 12e6 if dtype == "f32" else 6e6, {}
+        work, calls = PEAK_FLOP[dtype], {}
         for r in self._rows(self._lib.peaks, level):
             if (self._text(r.dtype), self._text(r.operand)) == (dtype, operand):
                 n = round(work / (2 * r.lanes * r.accumulators))
@@ -151,8 +166,8 @@ class Ceilings:
 
     def operands(self, dtype: str) -> tuple[str, ...]:
         """The kinds of operand that have rows here."""
-        rows = self._rows(self._lib.peaks, None)
-        return tuple(dict.fromkeys(self._text(r.operand) for r in rows if self._text(r.dtype) == dtype))
+        dtype = self.counted_as(dtype)
+        return tuple(dict.fromkeys(operand for name, operand, _ in self.peaks if name == dtype))
 
 
 def _walk(run: Any, buffer: Any, window: int, windows: int, passes: int) -> Callable[[], None]:
@@ -173,17 +188,14 @@ def main() -> None:
     ceilings = Ceilings()
     print("sizes", {k: f"{v >> 10} KB" for k, v in ceilings.sizes.items()})
     rows = {
-        f"{dtype} {operand:5} {level}": ceilings.fma(dtype, operand, level)
-        for dtype in ("f32", "f64")
-        for level in ceilings.levels
-        for operand in ceilings.operands(dtype)
-        if operand != "bcast" or level != "sse2"
+        f"{dtype:4} {operand:5} {level}": ceilings.fma(dtype, operand, level)
+        for dtype, operand, level in sorted(ceilings.peaks, key=lambda peak: peak[::2])
     }
     rows |= {name: c for name, c in ceilings.standard().items() if name.startswith("read")}
     timings = measure({name: c.call for name, c in rows.items()}, rounds=30)
     for name, ceiling in rows.items():
         best, median = ceiling.rate(timings[name]), ceiling.work / timings[name].median_s
-        print(f"{name:18} {best * 1e-9:8.1f} G/s best {median * 1e-9:8.1f} median   ({ceiling.row})")
+        print(f"{name:21} {best * 1e-9:8.1f} G/s best {median * 1e-9:8.1f} median   ({ceiling.row})")
 
 
 if __name__ == "__main__":
