@@ -30,6 +30,10 @@ class EvenPattern(Pattern):
         """Stored blocks."""
         return self._nnzb
 
+    def in_words(self, columns: int) -> "EvenPattern":
+        """As Pattern has it."""
+        return EvenPattern((self.M, -(-self.K // columns)), (self.R, self.C // columns), self._nnzb)
+
     @property
     def indptr(self) -> npt.NDArray[np.int64]:
         """int64[block_rows + 1]."""

@@ -129,6 +129,16 @@ class Pattern:
             object.__setattr__(self, "_digest", text.hexdigest())
         return self._digest
 
+    def in_words(self, columns: int) -> "Pattern":
+        """The same blocks, `columns` neighbouring columns taken as one; C is a multiple of them."""
+        words = object.__new__(Pattern)  # nothing to check again
+        shape, blocksize = (self.M, -(-self.K // columns)), (self.R, self.C // columns)
+        for name, value in (
+            ("shape", shape), ("blocksize", blocksize), ("indptr", self.indptr), ("indices", self.indices), ("_digest", ""),
+        ):  # fmt: skip
+            object.__setattr__(words, name, value)
+        return words
+
     def difference(self, other: "Pattern") -> str | None:
         """Where `other` first differs, as a sentence; None if both are the same pattern."""
         for name in ("shape", "blocksize"):

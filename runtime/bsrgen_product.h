@@ -55,6 +55,7 @@ INLINE xvec w_splat(const w_t *p)
     for (int i = 0; i < LANES; i++) row[i] = *p;
     return get_unit_w(row, LANES);
 }
+INLINE unit x_unit(const x_t *p) { return x_units(p, 1)[0]; }
 INLINE avec mac(avec sum, xvec w, xvec x) { return sum + w * x; }
 
 /* LANES tokens of feature p: zeros behind `count`. */

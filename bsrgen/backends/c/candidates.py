@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from bsrgen.backends.c.covers import covers
+from bsrgen.backends.c.covers import columns, covers
 from bsrgen.backends.c.plan import ALL, PANEL_BYTES, CPlan, TokenTile, WeightTile
+from bsrgen.backends.c.products import products
 from bsrgen.cover import Cover
 from bsrgen.problem import Problem
 from bsrgen.targets import Target
@@ -20,7 +21,7 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
 
     Empty only where offsets inside one block outgrow a C int.
     """
-    for cover in (None, *(covers(problem, target) if reblock else ())):
+    for cover in (None, *(covers(problem, target) if reblock else columns(problem, target))):
         for plan in _tables(problem, target, cover):
             yield plan
             code = replace(plan, encoding="code")
@@ -30,9 +31,17 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
 
 def _tables(problem: Problem, target: Target, cover: Cover | None) -> Iterator[CPlan]:
     """The plans over one choice of blocks that keep the pattern as a table."""
-    lanes = target.lanes(problem.dtype.bytes)
-    blank = CPlan(problem, target, None, None, cover=cover)
-    p = blank.pattern
+    for product in products(problem, target):
+        plan = CPlan(problem, target, None, None, cover=cover, product=product)
+        if plan.stored.C % product.group == 0:
+            yield from _tiled(plan)
+        elif plan.stored.C == 1:
+            yield from _tiled(replace(plan, gather=True))
+
+
+def _tiled(blank: CPlan) -> Iterator[CPlan]:
+    """The tiles of one way to multiply."""
+    p, lanes, problem = blank.pattern, blank.lanes, blank.problem
     if p.R * max(p.C, 8 * lanes) > INT_MAX:
         return
     weights = list(_weight_tiles(blank))
@@ -56,7 +65,7 @@ def _small(weights: list[WeightTile]) -> WeightTile | None:
 def _narrow(blank: CPlan) -> WeightTile | None:
     """The same with shorter vectors, 16 bytes or more, for blocks that do not fill the longest."""
     p, lanes = blank.pattern, blank.lanes // 2
-    while lanes * blank.problem.dtype.bytes >= 16:
+    while lanes * blank.unit_bytes >= 16:
         for row_lanes in (lanes >> b for b in range(lanes.bit_length())):
             if p.R % row_lanes == 0 and p.C % (lanes // row_lanes) == 0:
                 tile = WeightTile(row_lanes, lanes // row_lanes, min(p.R // row_lanes, 4), SMALL_TOKENS // 2)
@@ -90,13 +99,13 @@ def _addressable(blank: CPlan, tile: WeightTile) -> bool:
 
 def _blocked(blank: CPlan, tile: WeightTile) -> Iterator[WeightTile]:
     """The same with panels of X that stay in L1, where X of one tile does not, and chunks, where W leaves L2."""
-    p, real = blank.pattern, blank.problem.dtype.bytes
-    token_bytes, features = tile.tokens * real, p.block_cols * p.C
+    p = blank.pattern
+    token_bytes, features = tile.tokens * blank.cell_bytes, p.block_cols * p.C
     if features * token_bytes <= blank.target.l1_bytes:
         return
     panel = max(3 * blank.target.l1_bytes // 4 // token_bytes // p.C, 1) * p.C
     if panel < features:
-        large = p.nnz * real > blank.target.l2_bytes
+        large = p.nnz * blank.w_bytes > blank.target.l2_bytes
         yield replace(tile, k_panel=panel, chunk=CHUNK if large else 1)
 
 
@@ -108,14 +117,15 @@ def _token_tiles(blank: CPlan) -> Iterator[TokenTile]:
         room = min(target.registers - 1, MAX_SUMS)
         most = min(room // (rows + 1) if rows > 1 else room, 8)
         power = 1 << max(most.bit_length() - 1, 0)
-        widths = dict.fromkeys((most, power, min(most, 4), min(most, 2)) if most else ())
+        step = blank.product.group if blank.gather else 1
+        widths = dict.fromkeys(v // step * step for v in (most, power, min(most, 4), min(most, 2)) if v >= step)
         for vectors in widths:
-            vector_bytes = vectors * lanes * blank.problem.dtype.bytes
+            vector_bytes = vectors * lanes * blank.cell_bytes  # of one feature
             caches = (3 * target.l1_bytes // 4, target.l1_bytes, target.l2_bytes // 2)
             fits = [max(cache // vector_bytes // p.C, 1) * p.C for cache in caches]
             whole = [features] if features * vector_bytes <= PANEL_BYTES else []
             for panel in dict.fromkeys([*whole, *(min(fit, features) for fit in fits)]):
                 if panel * vector_bytes <= max(PANEL_BYTES, p.C * vector_bytes):
                     yield TokenTile(rows, vectors, panel)
-            if blank.problem.operator.token_axis == 1:
+            if blank.problem.operator.token_axis == 1 and blank.same_x and blank.product.group == 1:
                 yield TokenTile(rows, vectors, features, pack=False)

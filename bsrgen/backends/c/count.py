@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bsrgen.backends.c.plan import CPlan
 
 SAMPLE = 20_000  # stored blocks by which empty segments are counted
+GATHER_OPS = {2: 1, 4: 2}  # shuffles for one gathered vector of X, by the columns of a unit
 FMA_BYTES = 7  # of code for one multiply-add and its share of the loads (gcc 12, AVX-512: 6 to 8)
 
 
@@ -49,6 +50,7 @@ FITTED = Fitted()
 @dataclass(frozen=True, slots=True)
 class _Work:
     fma: float
+    other: float  # vector operations between load and multiply-add: widening, gathering
     loads: float
     latency: float  # cycles of the longest chains of dependent multiply-adds
     x_bytes: float  # of X read by the micro-kernel
@@ -60,31 +62,32 @@ class _Work:
 def counts(plan: "CPlan", n: int, fitted: Fitted = FITTED) -> Counts:
     """What one call of n tokens does on one core."""
     problem, target, p = plan.problem, plan.target, plan.pattern
-    real = problem.dtype.bytes
-    value_bytes = p.nnzb * plan.packing.block_values * real
     segments = _segments(p, plan.k_panel, plan.panels)
-    table_bytes = 4 * (segments + 1) + p.nnzb * plan.packing.offset_bytes
+    units = _units(plan, segments)
+    value_bytes = round(units * plan.packing.block_values * plan.w_bytes) + 4 * plan.corrections
+    table_bytes = 4 * (segments + 1) + round(units * _unit_offset_bytes(plan))
     if plan.panels > 1:
         table_bytes += 4 * segments + 4 * (plan.panels + 1)
     few = plan.uses_weight_tile(n)
-    work = (_weight_work if few else _token_work)(plan, n, segments, fitted)
+    work = (_weight_work if few else _token_work)(plan, n, segments, units, fitted)
     resident = work.x_live_bytes <= target.l1_bytes
     w_bytes = (value_bytes + table_bytes) * work.w_passes
     x_beyond = 0.0 if resident else work.x_bytes
     stream = w_bytes / target.bytes_per_cycle(value_bytes) + x_beyond / target.bytes_per_cycle(work.x_live_bytes)
     return Counts(
-        flop=round(work.fma * 2 * (plan.weight_lanes if few else plan.lanes)),
+        flop=round(work.fma * 2 * plan.product.group * (plan.weight_lanes if few else plan.lanes)),
         effective_flop=problem.flop(n),
         vector_fma=round(work.fma),
         vector_loads=round(work.loads),
         l1_bytes=round(work.loads * target.vector_bytes),
         l2_bytes=round(w_bytes + x_beyond),
-        memory_bytes=value_bytes + table_bytes + (p.K + p.M) * n * real,
+        memory_bytes=value_bytes + table_bytes + 
+        + (problem.pattern.K * problem.x_dtype.bytes + p.M * problem.out_dtype.bytes) * n,
         registers=plan.registers,
         code_bytes=_code_bytes(plan),
         table_bytes=table_bytes,
         value_bytes=value_bytes,
-        cycles=_cycles(target, work, stream, fitted),
+        cycles=_cycles(plan, work, stream, fitted),
     )
 
 
@@ -104,9 +107,22 @@ def _segments(p: Pattern, k_panel: int, panels: int) -> int:
     return round(p.block_rows * panels * (1 - empty))
 
 
-def _cycles(target: Target, w: _Work, stream: float, f: Fitted) -> float:
-    fma = w.fma / target.fma_per_cycle
+def _units(plan: "CPlan", segments: int) -> float:
+    """Packed blocks; gathered columns are grouped in each segment, half a group of each is zeros on average."""
+    p, group = plan.pattern, plan.product.group
+    return p.nnzb / group + segments * (group - 1) / (2 * group) if plan.gather else p.nnzb
+
+
+def _unit_offset_bytes(plan: "CPlan") -> int:
+    """Bytes of offsets for one packed block or group of columns."""
+    return plan.packing.offset_bytes * (plan.product.group if plan.gather else 1)
+
+
+def _cycles(plan: "CPlan", w: _Work, stream: float, f: Fitted) -> float:
+    target = plan.target
+    fma = w.fma / plan.product.per_cycle(target)
     loads = w.loads / (target.loads_per_cycle * f.load_share)
+    fma += w.other / (2 * target.fma_per_cycle)  # on pipes of their own, in part
     bound = max(fma, loads, w.latency, stream)
     return bound + f.overlap * (fma + loads + stream - min(bound, fma + loads + stream)) + w.control
 
@@ -116,48 +132,53 @@ def _chains(sums: float) -> int:
     return 1 if sums >= 8 else 2 if sums >= 4 else 4 if sums >= 2 else 8
 
 
-def _token_work(plan: "CPlan", n: int, segments: int, f: Fitted) -> _Work:
+def _token_work(plan: "CPlan", n: int, segments: int, blocks: float, f: Fitted) -> _Work:
     t, p = plan.tokens, plan.pattern
     assert t is not None
     linear = plan.problem.operator.token_axis == 0
-    vectors = -(-n // plan.lanes)
+    together = plan.product.group if plan.gather else 1
+    vectors = -(-n // (plan.lanes * together)) * together
     units = max(1, -(-vectors // t.vectors))
     v = vectors / units
     row_tiles = sum(-(-g.rows // t.rows) for g in plan.groups)
     rows = p.R / row_tiles
-    steps = p.nnzb * row_tiles * units * p.C
+    steps = blocks * row_tiles * units * p.C
     walks = segments * row_tiles * units
     sums = walks * rows * v
-    offsets = p.nnzb * row_tiles * units * plan.packing.offset_bytes / 8
+    offsets = blocks * row_tiles * units * _unit_offset_bytes(plan) / 8
     code, chains = plan.encoding == "code", _chains(rows * v)
     control = f.unit * units + walks * (f.code_row if code else f.token_segment) + sums * f.token_sum
     if plan.panels > 1:
         control += (sums + p.M * vectors) * f.spill
     packs = 1 if plan.packs_whole else -(-p.block_rows // plan.waiting_block_rows)
     packed = 0 if not t.pack and n % plan.lanes == 0 else p.K * vectors * packs
+    packed /= together  # a vector of features holds more tokens
+    gathers = steps * (v * GATHER_OPS.get(together, 0) + rows * 2 * (plan.w_bytes < plan.unit_bytes))
     control += packed * (f.pack_transposed if linear else f.pack)
     direct = not linear and plan.panels == 1
     control += 0 if direct else p.M * vectors * (f.finish_transposed if linear else f.finish)
     return _Work(
         fma=steps * rows * v,
+        other=gathers,
         loads=steps * (v + rows) + (0 if code else offsets),
-        latency=steps * plan.target.fma_latency / (min(chains, 8 // plan.packing.offset_bytes) if p.C == 1 else chains),
+        latency=steps * plan.product.latency(plan.target)
+        / (min(chains, 8 // plan.packing.offset_bytes) if p.C == 1 and not plan.gather else chains),
         x_bytes=steps * v * plan.target.vector_bytes,
-        x_live_bytes=min(plan.k_panel, p.K) * v * plan.target.vector_bytes,
+        x_live_bytes=min(plan.k_panel, p.K) * v * plan.lanes * plan.cell_bytes,
         w_passes=units,
         control=control + _epilogue(plan, n),
     )
 
 
-def _weight_work(plan: "CPlan", n: int, segments: int, f: Fitted) -> _Work:
+def _weight_work(plan: "CPlan", n: int, segments: int, stored: float, f: Fitted) -> _Work:
     w, p = plan.weight, plan.pattern
     assert w is not None
-    real, line = plan.problem.dtype.bytes, 64
+    cell, line = plan.cell_bytes, 64
     units = max(1, -(-n // w.tokens))
     t = n / units
     row_tiles = len(plan.groups)
     vectors = sum(g.slots for g in plan.groups) / w.row_lanes / row_tiles
-    blocks = p.nnzb * row_tiles * units
+    blocks = stored * row_tiles * units
     steps = blocks * p.C / w.k_lanes
     walks = segments * row_tiles * units
     sums = walks * t * vectors
@@ -168,14 +189,15 @@ def _weight_work(plan: "CPlan", n: int, segments: int, f: Fitted) -> _Work:
     control += n * p.M / plan.weight_lanes * (w.k_lanes - 1) * f.fold
     if plan.problem.operator.token_axis or plan.copies_x:
         control += n * p.K / plan.lanes * (f.pack_transposed if plan.problem.operator.token_axis else f.pack)
-    touched = min(1.0, p.density * max(line / real / p.C, 1.0))  # of the lines of X, by one block row
+    touched = min(1.0, p.density * max(line / cell / p.C, 1.0))  # of the lines of X, by one block row
     chunk = min(w.chunk, units)
     return _Work(
         fma=steps * t * vectors,
-        loads=steps * (t + vectors) + blocks * plan.packing.offset_bytes / 8,
-        latency=steps * plan.target.fma_latency / _chains(t * vectors),
-        x_bytes=p.block_rows * row_tiles * n * p.K * real * touched,
-        x_live_bytes=min(w.tokens, n) * min(plan.k_panel, p.K) * real,
+        other=steps * t * plan.product.group * 2.0 if plan.gather else steps * vectors * (plan.w_bytes < plan.unit_bytes),
+        loads=steps * (t + vectors) + blocks * _unit_offset_bytes(plan) / 8,
+        latency=steps * plan.product.latency(plan.target) / _chains(t * vectors),
+        x_bytes=p.block_rows * row_tiles * n * p.K * cell * touched,
+        x_live_bytes=min(w.tokens, n) * min(plan.k_panel, p.K) * cell,
         w_passes=units / chunk,
         control=control + _epilogue(plan, n),
     )

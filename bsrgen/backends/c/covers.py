@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from bsrgen.backends.c.products import products
 from bsrgen.cover import OUTSIDE, Cover, cover, full, inside
 from bsrgen.pattern import Pattern
 from bsrgen.problem import Problem
@@ -18,11 +19,19 @@ MOST = 3  # merged patterns that are worth plans
 RATE = {1: 0.50, 2: 0.62, 4: 0.75, 8: 0.85}
 
 
+def columns(problem: Problem, target: Target) -> Iterator[Cover]:
+    """The single columns of blocks that no dot product takes as they are: they can be gathered."""
+    p, groups = problem.pattern, [product.group for product in products(problem, target)]
+    if p.C > 1 and any(p.C % group for group in groups):
+        yield cover(p, (p.R, 1))
+
+
 def covers(problem: Problem, target: Target) -> Iterator[Cover]:
     """Covers worth planning for, the dense ones last."""
     p = problem.pattern
     if not p.nnzb:
         return
+    yield from columns(problem, target)
     if p.R > TALLEST and p.block_rows < 8:
         yield cover(p, (TALLEST, p.C))
     yield from (cover(p, blocksize) for blocksize in _merged(p))
@@ -75,7 +84,7 @@ def _sample(p: Pattern) -> Pattern:
 
 def _dense_rows(problem: Problem, target: Target) -> list[int]:
     """Rows of the dense plan's blocks: vectors of rows with the least padding, or one register tile of rows."""
-    M, lanes = problem.pattern.M, target.lanes(problem.dtype.bytes)
+    M, lanes = problem.pattern.M, target.lanes(problem.real.bytes)
     tall = min((v * lanes for v in (2, 3, 4)), key=lambda rows: (-(-M // rows) * rows, rows))
     short = min((8, 7, 6, 5, 4), key=lambda rows: (-(-M // rows) * rows * (1 + 0.05 * (8 - rows)), -rows))
     return [short] if problem.operator.token_axis else list(dict.fromkeys((tall, short)))

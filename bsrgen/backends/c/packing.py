@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen.cover import Cover
+from bsrgen.backends.c.products import Product
+from bsrgen.cover import OUTSIDE, Cover
 from bsrgen.pattern import Pattern
 
 Array = NDArray[Any]
@@ -32,10 +33,16 @@ class Packing:
     k_lanes: int  # neighbouring k that lie side by side
     k_panel: int  # features of a panel
     panels: int
+    product: Product
+
+    @property
+    def count(self) -> int:
+        """Packed blocks."""
+        return self.blocks.nnzb
 
     @property
     def block_values(self) -> int:
-        """Packed elements of one block."""
+        """Packed units of one block."""
         return sum(group.slots for group in self.groups) * self.blocks.C
 
     @property
@@ -51,14 +58,19 @@ class Packing:
         return panel * p.block_rows + p.rows
 
     @cached_property
-    def order(self) -> Array:
-        """Stored blocks in packed order: by panel, block row, block column."""
+    def _sorted(self) -> Array:
+        """Stored blocks by panel, block row, block column."""
         if self.panels == 1:
             return np.arange(self.blocks.nnzb, dtype=np.uint32)
         return np.argsort(self._segment, kind="stable").astype(np.uint32)
 
+    @property
+    def order(self) -> Array:
+        """Stored blocks in packed order."""
+        return self._sorted
+
     @cached_property
-    def _held(self) -> tuple[Array, Array]:
+    def _segments(self) -> tuple[Array, Array]:
         """The (panel, block row) pairs that the kernel walks, and their stored blocks."""
         if self.panels == 1:
             return np.arange(self.blocks.block_rows), self.blocks.row_counts
@@ -67,12 +79,17 @@ class Packing:
     @property
     def segments(self) -> Array:
         """The (panel, block row) pairs that the kernel walks: all of them, or with panels those that hold blocks."""
-        return self._held[0]
+        return self._segments[0]
+
+    @property
+    def counts(self) -> Array:
+        """Packed blocks of each segment."""
+        return self._segments[1]
 
     @cached_property
     def pointers(self) -> Array:
         """First packed block of each segment, and the end."""
-        return np.concatenate(([0], np.cumsum(self._held[1]))).astype(np.uint32)
+        return np.concatenate(([0], np.cumsum(self.counts))).astype(np.uint32)
 
     @cached_property
     def segment_rows(self) -> Array:
@@ -92,24 +109,90 @@ class Packing:
         k = p.indices[self.order].astype(np.int64) * p.C % max(self.k_panel, 1)
         return k.astype(f"u{self.offset_bytes}")
 
-    def pack(self, data: Array) -> Array:
-        """(nnzb, R, C) of the problem's pattern -> packed: per block row and group, [block][k step][slot][k lane]."""
-        p, kl = self.blocks, self.k_lanes
-        data = self.cover.move(data) if self.cover else data
-        data = data[self.order] if self.panels > 1 else data
+    def pack(self, data: Array, corrections: int = 0) -> Array:
+        """(nnzb, R, C) of the problem's pattern -> bytes: per segment and group, [block][k step][slot][k lane], with
+        `corrections` numbers for the rows ahead of all, int32."""
+        units = self._units(self.cover.move(data) if self.cover else data)
         starts = self.pointers.astype(np.int64)
-        counts = np.diff(starts)
-        packed = np.zeros(p.nnzb * self.block_values, data.dtype)
+        counts, n = np.diff(starts), self.count
+        steps, kl = units.shape[2] // self.k_lanes, self.k_lanes
+        packed = np.zeros((n * self.block_values, units.shape[3]), units.dtype)
         before = 0
         for group in self.groups:
-            size = group.slots * p.C
-            part = np.zeros((p.nnzb, p.C // kl, group.slots, kl), packed.dtype)
-            rows = data[:, group.row : group.row + group.rows].reshape(p.nnzb, group.rows, p.C // kl, kl)
-            part[:, :, : group.rows] = rows.transpose(0, 2, 1, 3)
+            size = group.slots * units.shape[2]
+            part = np.zeros((n, steps, group.slots, kl, units.shape[3]), units.dtype)
+            rows = units[:, group.row : group.row + group.rows].reshape(n, group.rows, steps, kl, -1)
+            part[:, :, : group.rows] = rows.transpose(0, 2, 1, 3, 4)
             first = starts[:-1] * self.block_values + counts * before
-            at = np.repeat(first - starts[:-1] * size, counts) + np.arange(p.nnzb) * size
+            at = np.repeat(first - starts[:-1] * size, counts) + np.arange(n) * size
             if len(self.groups) == 1:
-                return part.reshape(-1)
-            packed[at[:, None] + np.arange(size)] = part.reshape(p.nnzb, size)
+                packed = part
+                break
+            packed[at[:, None] + np.arange(size)] = part.reshape(n, size, -1)
             before += size
-        return packed
+        head = self._row_sums(units, corrections) if corrections else b""
+        return np.frombuffer(head + packed.tobytes(), np.uint8)
+
+    def _units(self, data: Array) -> Array:
+        """(packed blocks, R, units of columns, elements of a unit), in packed order."""
+        data = data[self.order] if self.panels > 1 else data
+        if self.product.group > 1:
+            data = _parts(data, self.product)
+        return data.reshape(self.count, self.blocks.R, self.blocks.C, -1)
+
+    def _row_sums(self, units: Array, numbers: int) -> bytes:
+        """-128 times the sum of each row of W."""
+        rows = self.segment_rows.astype(np.int64).repeat(np.diff(self.pointers.astype(np.int64)))
+        sums = np.zeros((self.blocks.block_rows, self.blocks.R), np.int32)
+        np.add.at(sums, rows, units.sum(axis=(2, 3), dtype=np.int32) * -128)
+        return np.pad(sums.reshape(-1), (0, numbers - sums.size)).tobytes()
+
+
+@dataclass(frozen=True)
+class GatheredPacking(Packing):
+    """Columns of R rows, `group` of those of one segment in a unit; where the last ones are fewer, zeros fill it."""
+
+    @property
+    def counts(self) -> Array:
+        """Units of each segment."""
+        return -(-self._segments[1] // self.product.group)
+
+    @property
+    def count(self) -> int:
+        """Packed units."""
+        return int(self.pointers[-1])
+
+    @cached_property
+    def order(self) -> Array:
+        """Stored column of each element of each unit, OUTSIDE where there is none."""
+        group, columns = self.product.group, self._segments[1]
+        filled = np.full(self.count * group, OUTSIDE, np.uint32)
+        firsts = np.cumsum(columns) - columns
+        at = np.repeat(self.pointers[:-1].astype(np.int64) * group - firsts, columns) + np.arange(columns.sum())
+        filled[at] = self._sorted
+        return filled
+
+    @property
+    def offset_bytes(self) -> int:
+        """Bytes of one offset; K is one, of the row of zeros."""
+        return 2 if self.blocks.K < 1 << 16 else 4
+
+    @cached_property
+    def offsets(self) -> Array:
+        """Feature of each element of each unit, relative to its panel; where there is none, that of zeros, K."""
+        real = self.order != OUTSIDE
+        panel = (self.segments // max(self.blocks.block_rows, 1)).repeat(np.diff(self.pointers.astype(np.int64)))
+        start = panel.repeat(self.product.group) * self.k_panel
+        feature = np.where(real, self.blocks.indices[np.where(real, self.order, 0)] if real.any() else 0, self.blocks.K)
+        return (feature - start).astype(f"u{self.offset_bytes}")
+
+    def _units(self, data: Array) -> Array:
+        padded = np.concatenate((data, np.zeros((1, *data.shape[1:]), data.dtype)))
+        columns = padded[np.minimum(self.order, len(data))]  # (units * group, R, 1)
+        columns = columns.reshape(self.count, self.product.group, self.blocks.R, 1)
+        return _parts(columns.transpose(0, 2, 3, 1), self.product)
+
+
+def _parts(data: Array, product: Product) -> Array:
+    """Elements as they lie in a word: int8 in 16 bits where that is what is multiplied."""
+    return data.astype(np.int16) if data.dtype == np.int8 and product.part_bytes == 2 else data

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen.backends.c.packing import Group, Packing
+from bsrgen.backends.c.packing import GatheredPacking, Group, Packing
+from bsrgen.backends.c.products import FMA, Product
 from bsrgen.cover import Cover
 from bsrgen.pattern import Pattern
 from bsrgen.plan import Counts, Plan
@@ -59,11 +60,14 @@ class CPlan(Plan):
     small_n: int = 0
     encoding: Literal["table", "code"] = "table"
     cover: Cover | None = None  # other blocks that hold the stored ones; None: the problem's own
+    product: Product = FMA
+    gather: bool = False  # single columns, paired (or four together) in each row as they occur, X likewise when it is read
 
     def __post_init__(self) -> None:
         one_panel = (self.tokens is None and self.weight is None) or self.panels == 1
         assert one_panel or self.k_panel % self.pattern.C == 0, "a block lies in two panels"
         assert one_panel or self.tokens is None or self.tokens.pack, "X as it lies has no panels"
+        assert not self.gather or (self.product.group > 1 and self.pattern.C == 1), "only single columns are gathered"
 
     def __str__(self) -> str:
         parts = []
@@ -82,8 +86,10 @@ class CPlan(Plan):
             parts.append(f"{when}lanes along {lanes}, {w.tokens} tokens x {w.vectors} vectors{panels}")
         blocks = ""
         if self.cover is not None:
-            blocks = "dense, " if self.dense else f"as {self.pattern.R}x{self.pattern.C} blocks, "
-        return f"{self.target.name}: {blocks}{'; '.join(parts)}; pattern as {self.encoding}"
+            blocks = "dense, " if self.dense else f"as {self.stored.R}x{self.stored.C} blocks, "
+        how = "" if self.product is FMA else f"{self.product.name} dot products, "
+        how += "gathered columns, " if self.gather else ""
+        return f"{self.target.name}: {blocks}{how}{'; '.join(parts)}; pattern as {self.encoding}"
 
     def knobs(self) -> dict[str, Any]:
         """The decisions alone, as plain data."""
@@ -92,14 +98,21 @@ class CPlan(Plan):
             **tile,
             "small_n": self.small_n,
             "encoding": self.encoding,
-            "blocksize": list(self.pattern.blocksize),
+            "product": self.product.name,
+            "gather": self.gather,
+            "blocksize": list(self.stored.blocksize),
             "dense": self.dense,
         }
 
     @property
-    def pattern(self) -> Pattern:
-        """The blocks that the kernel walks."""
+    def stored(self) -> Pattern:
+        """The blocks whose elements are packed."""
         return self.cover.blocks if self.cover else self.problem.pattern
+
+    @cached_property
+    def pattern(self) -> Pattern:
+        """The blocks that the kernel walks: those that are packed, their columns in units of the product."""
+        return self.stored if self.gather or self.product.group == 1 else self.stored.in_words(self.product.group)
 
     @property
     def dense(self) -> bool:
@@ -113,8 +126,36 @@ class CPlan(Plan):
 
     @property
     def lanes(self) -> int:
-        """Elements in one vector."""
-        return self.target.lanes(self.problem.dtype.bytes)
+        """Sums in one vector."""
+        return self.target.lanes(self.unit_bytes)
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of a sum, and of a unit of X and W as they are multiplied."""
+        return self.problem.real.bytes
+
+    @property
+    def w_bytes(self) -> int:
+        """Bytes of a packed unit of W."""
+        return self.problem.dtype.bytes if self.product is FMA else self.unit_bytes
+
+    @property
+    def cell_bytes(self) -> int:
+        """Bytes of what X's panels and copies keep of one token: a unit, or of gathered columns an element."""
+        return self.product.part_bytes if self.gather else self.unit_bytes
+
+    @property
+    def same_x(self) -> bool:
+        """Whether cells of X lie in the caller's X as the kernel reads them."""
+        x, product = self.problem.x_dtype, self.product
+        if product is FMA:
+            return x.name == self.problem.accumulator.name
+        return not self.gather and not product.corrections and x.bytes == product.part_bytes
+
+    @property
+    def corrections(self) -> int:
+        """Numbers ahead of the packed values that correct the sums of the rows, whole lines of them."""
+        return -(-(self.pattern.block_rows * self.pattern.R + self.lanes) // 16) * 16 if self.product.corrections else 0
 
     # ── packing ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -161,7 +202,7 @@ class CPlan(Plan):
         if w is None or w.k_lanes == 1 or R % w.row_lanes:
             return 1
         lanes = self.weight_lanes
-        room = (32 << 10) // (w.tokens * lanes * self.problem.dtype.bytes * max(R // w.row_lanes, 1))
+        room = (32 << 10) // (w.tokens * lanes * self.unit_bytes * max(R // w.row_lanes, 1))
         whole = [count for count in range(1, room + 1) if count * R % lanes == 0]
         return whole[0] if whole else max(min(room, lanes // R), 1)
 
@@ -169,14 +210,18 @@ class CPlan(Plan):
     def leading_dimension(self) -> int:
         """Of X in the weight tile: K, or more where rows would share an L1 set or vectors along k must be aligned."""
         lanes, features = self.weight_lanes, self.pattern.block_cols * self.pattern.C
-        if self.k_lanes > 1:
+        if self.gather:
+            features += 1  # zeros, for groups of fewer columns
+            lanes *= self.product.group
+        if self.k_lanes > 1 or not self.same_x:
             features = -(-features // lanes) * lanes
-        return features + lanes if features and features * self.problem.dtype.bytes % 4096 == 0 else features
+        return features + lanes if features and features * self.cell_bytes % 4096 == 0 else features
 
     @property
     def copies_x(self) -> bool:
         """Whether the weight tile reads a copy of X, with another leading dimension, also where X is contiguous."""
-        return self.leading_dimension != self.pattern.K
+        unit = self.product.group
+        return self.leading_dimension != self.pattern.K or not self.same_x or self.problem.pattern.K % unit != 0
 
     @property
     def shared_block_rows(self) -> int:
@@ -184,7 +229,7 @@ class CPlan(Plan):
         p, window = self.pattern, self.weight_window
         if self.weight is None or self.weight.chunk == 1 or not p.nnzb:
             return max(p.block_rows, 1)
-        row_bytes = p.nnzb * self.packing.block_values * self.problem.dtype.bytes / (p.block_rows * self.panels)
+        row_bytes = self.value_bytes / (p.block_rows * self.panels)
         return max(int(self.target.l2_bytes // 4 / row_bytes) // window, 1) * window
 
     @property
@@ -194,15 +239,21 @@ class CPlan(Plan):
         if w is None or not p.nnzb:
             return window
         slots = sum(group.slots for group in self.groups) // w.row_lanes * self.weight_lanes
-        row_bytes = w.tokens * slots * self.problem.dtype.bytes * w.chunk
+        row_bytes = w.tokens * slots * self.unit_bytes * w.chunk
         return max(self.target.l2_bytes // 2 // row_bytes // window, 1) * window
 
     @property
     def packs_whole(self) -> bool:
         """Whether a chunk of X is packed at once, all panels of it, and not again for each window of rows."""
         assert self.tokens is not None
-        p, width = self.pattern, self.tokens.vectors * self.target.vector_bytes
-        return self.panels == 1 or p.block_cols * p.C * width <= PANEL_BYTES
+        p = self.pattern
+        return self.panels == 1 or self.gather or p.block_cols * p.C * self.feature_bytes <= PANEL_BYTES
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of one feature in a panel of X."""
+        assert self.tokens is not None
+        return self.tokens.vectors * self.lanes * self.cell_bytes
 
     @property
     def waiting_block_rows(self) -> int:
@@ -220,7 +271,13 @@ class CPlan(Plan):
     @cached_property
     def packing(self) -> Packing:
         """The order of the values, and the tables that the kernel walks them by."""
-        return Packing(self.pattern, self.cover, self.groups, self.k_lanes, self.k_panel, self.panels)
+        kind = GatheredPacking if self.gather else Packing
+        return kind(self.pattern, self.cover, self.groups, self.k_lanes, self.k_panel, self.panels, self.product)
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of the packed values."""
+        return self.packing.count * self.packing.block_values * self.w_bytes + 4 * self.corrections
 
     @cached_property
     def work(self) -> Array:
@@ -235,7 +292,7 @@ class CPlan(Plan):
         """Vector registers of the larger micro-kernel: sums, one k step of the held operand, one streamed vector."""
         need = [0]
         if self.tokens:
-            held = self.tokens.vectors if self.tokens.rows > 1 else 0  # one row: X is a memory operand
+            held = self.tokens.vectors if self.tokens.rows > 1 or self.gather else 0  # one row: X is a memory operand
             need.append(self.tokens.rows * self.tokens.vectors + held + 1)
         if self.weight:
             need.append(self.weight.tokens * self.weight.vectors + self.weight.vectors + 1)
@@ -254,7 +311,7 @@ class CPlan(Plan):
     def fits_code(self) -> bool:
         """Whether the pattern may be printed as code: one group of rows, one panel, within the budget."""
         tile_rows = self.tokens.rows if self.tokens else self.pattern.R
-        single = len(self.groups) == 1 and tile_rows == self.pattern.R and self.panels == 1
+        single = not self.gather and len(self.groups) == 1 and tile_rows == self.pattern.R and self.panels == 1
         return single and self.pattern.block_rows <= CODE_ROWS and self.code_fma <= CODE_FMA
 
     def uses_weight_tile(self, n: int) -> bool:
@@ -263,7 +320,7 @@ class CPlan(Plan):
 
     def family(self, n: int) -> tuple[Any, ...]:
         """The blocks that are walked, and the axis of the lanes and the register tile that run at n tokens."""
-        blocks = (self.pattern.blocksize, self.dense)
+        blocks = (self.product.name, self.gather, self.pattern.blocksize, self.dense)
         if self.uses_weight_tile(n):
             assert self.weight is not None
             w = self.weight

@@ -23,6 +23,16 @@ class Product:
     def __str__(self) -> str:
         return self.name
 
+    def per_cycle(self, target: Target) -> float:
+        """Instructions of this kind a cycle, whole vectors."""
+        if self is BF16:
+            return target.bf16_dot_per_cycle
+        return target.int8_dot_per_cycle if self is U8 else target.fma_per_cycle
+
+    def latency(self, target: Target) -> float:
+        """Cycles from one to the next on the same sums."""
+        return target.fma_latency if self.group == 1 else target.dot_latency
+
 
 FMA = Product("fma")
 BF16 = Product("bf16", 2, BFLOAT16, "uint16_t", 2, features=("avx512bf16",))  # vdpbf16ps

@@ -16,12 +16,16 @@ from bsrgen.targets import baseline
 FLOP_PER_PART = 2_000_000  # least share of a thread, 10 us or more: a cold pool takes 13 us to wake (Zen 5 VM)
 
 _C_KIND = {
-    "row": "const {real} *{name}",
-    "scalar": "{real} {name}",
-    "element": "const {real} *{name}, int64_t ld_{name}",
+    "row": "const {type} *{name}",
+    "token": "const {type} *{name}, int64_t ld_{name}",
+    "scalar": "{type} {name}",
+    "element": "const {type} *{name}, int64_t ld_{name}",
 }
+_RUNTIME = ("bsrgen.h", "bsrgen_simd.h", "bsrgen_types.h", "bsrgen_product.h", "bsrgen_scratch.h", "bsrgen_parallel.h")
+_ONE = {"bfloat16": "0x3f80", "float16": "0x3c00"}  # 1.0 as its bits
 _KIND_TEXT = {
     "row": "[M], one for each output feature",
+    "token": "[N], one for each token, with ld_{name} = 1; or one number for all with 0",
     "scalar": "one number",
     "element": "like y, ld_{name} elements from row to row",
 }
@@ -48,7 +52,7 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
     files[f"{name}.c"] = render("c/main.c.j2", a=artifact, banner=head).encode()
     files[f"{name}.h"] = render("c/header.h.j2", a=artifact, banner=head).encode()
     math = ("bsrgen_math.h",) if _needs_math(problem) else ()
-    for runtime in ("bsrgen.h", "bsrgen_simd.h", "bsrgen_scratch.h", "bsrgen_parallel.h", *math):
+    for runtime in (*_RUNTIME, *math):
         files[runtime] = runtime_file(runtime)
     values = tuple(f"{level['data']}.bin" for level in levels)
     return Source(name, plans, files, tuple(units), artifact["prototype"], values, artifact)
@@ -85,17 +89,19 @@ def _artifact(
     plans: tuple[CPlan, ...], levels: list[dict[str, Any]], blobs: list[dict[str, str]], packings: list[dict[str, Any]]
 ) -> dict[str, Any]:
     problem = plans[0].problem
-    p, real = problem.pattern, problem.dtype.c
+    p, x, y = problem.pattern, problem.x_dtype, problem.out_dtype
     operands = [
-        {"name": o.name, "kind": o.kind, "text": _KIND_TEXT[o.kind].format(name=o.name)} for o in problem.operands
-    ]
-    arguments = [_C_KIND[o.kind].format(real=real, name=o.name) for o in problem.operands]
+        {"name": o.name, "kind": o.kind, "text": _KIND_TEXT[o.kind].format(name=o.name),
+         "type": problem.operand_dtype(o).c} for o in problem.operands
+    ]  # fmt: skip
+    arguments = [_C_KIND[o["kind"]].format(type=o["type"], name=o["name"]) for o in operands]
     prototype = (
-        f"int {problem.name}(int64_t n, const {real} *x, int64_t ldx, {real} *y, int64_t ldy, "
-        f"{''.join(f'{a}, ' for a in arguments)}const {real} *values, int threads)"
+        f"int {problem.name}(int64_t n, const {x.c} *x, int64_t ldx, {y.c} *y, int64_t ldy, "
+        f"{''.join(f'{a}, ' for a in arguments)}const void *values, int threads)"
     )
     return {
-        "name": problem.name, "real": real, "levels": levels, "blobs": blobs, "packings": packings,
+        "name": problem.name, "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c, "x_one": _ONE.get(x.name, "1"),
+        "y_bits": "'s bits" if y.name in _ONE else "", "types": (problem.dtype.name, x.name, y.name), "levels": levels, "blobs": blobs, "packings": packings,
         "operands": operands, "prototype": prototype, "linear": problem.operator.token_axis == 0,
         "x86": levels[0]["family"] == "x86_64", "M": p.M, "K": p.K, "R": p.R, "C": p.C, "nnzb": p.nnzb,
         "flop_per_token": max(2 * max(plan.pattern.nnz for plan in plans), 1), "flop_per_part": FLOP_PER_PART,
@@ -119,8 +125,10 @@ def _level(
 ) -> dict[str, Any]:
     """One ISA level: its data files, shared with an earlier level where they are the same."""
     problem, name, p = plan.problem, plan.problem.name, plan.pattern
-    blocks = f"{name}_{'dense' if plan.dense else 'b'}{p.R}x{p.C}" if plan.cover else name
+    unit, cols = plan.product, plan.stored.C
+    blocks = f"{name}_{'dense' if plan.dense else 'b'}{p.R}x{cols}" if plan.cover else name
     tables = f"{blocks}_u{8 * plan.packing.offset_bytes}" + (f"_{plan.k_panel}" if plan.panels > 1 else "")
+    tables += f"_{'gathered' if plan.gather else 'by'}{unit.group}" if unit.group > 1 else ""
     if f"{blocks}_work.bin" not in files:
         _blob(files, blobs, f"{blocks}_work", plan.work, "uint64_t")
         if plan.cover:
@@ -128,20 +136,21 @@ def _level(
     if f"{tables}_pointers.bin" not in files:
         _blob(files, blobs, f"{tables}_pointers", plan.packing.pointers, "uint32_t")
         _blob(files, blobs, f"{tables}_offsets", plan.packing.offsets, _offset_type(plan))
-        if plan.panels > 1:
+        if plan.panels > 1 or plan.gather:
             _blob(files, blobs, f"{tables}_order", plan.packing.order, "uint32_t")
+        if plan.panels > 1:
             _blob(files, blobs, f"{tables}_rows", plan.packing.segment_rows, "uint32_t")
-    key = (plan.groups, plan.k_lanes, tables)
+    key = (plan.groups, plan.k_lanes, tables, unit.name)
     keys = [packing["key"] for packing in packings]
     if key not in keys:
         symbol = f"{name}_values_{len(packings)}"
-        _blob(files, blobs, symbol, plan.packing.pack(weight.data), problem.dtype.c)
+        _blob(files, blobs, symbol, plan.packing.pack(weight.data, plan.corrections), _packed_type(plan))
         packings.append(
             {
                 "key": key, "symbol": symbol, "R": p.R, "C": p.C, "k_lanes": plan.k_lanes, "tables": tables,
-                "segments": len(plan.packing.pointers) - 1, "groups": plan.groups, "ordered": plan.panels > 1,
-                "cover": _cover(plan.cover, f"{blocks}_moves") if plan.cover else None,
-                "count": p.nnzb * plan.packing.block_values,
+                "segments": len(plan.packing.pointers) - 1, "groups": plan.groups, "ordered": plan.panels > 1, "panels": plan.panels > 1, "gather": plan.gather, "group": unit.group,
+                "part": unit.part or problem.dtype.c, "corrections": plan.corrections,
+                "cover": _cover(plan.cover, f"{blocks}_moves") if plan.cover else None, "bytes": plan.value_bytes,
             }
         )  # fmt: skip
         keys.append(key)
@@ -151,7 +160,7 @@ def _level(
         "family": plan.target.family, "requires": plan.target.requires, "tables": tables, "work": f"{blocks}_work",
         "block_rows": p.block_rows, "few": plan.small_n if plan.tokens and plan.weight else 0,
         "by_rows": int(plan.tokens is None), "data": packing["symbol"], "packing": keys.index(key),
-        "values_count": packing["count"],
+        "values_bytes": packing["bytes"],
     }  # fmt: skip
 
 
@@ -160,13 +169,27 @@ def _cover(cover: Cover, moves: str) -> dict[str, Any]:
     (r, c), own, blocks = cover.piece, cover.own, cover.blocks
     return {
         "moves": moves, "piece_rows": r, "piece_cols": c, "pieces": own.nnzb * cover.pieces, "own_R": own.R,
-        "own_C": own.C, "wide": blocks.C // c, "nnzb": blocks.nnzb,
+        "own_C": own.C, "wide": blocks.C // c, "nnzb": blocks.nnzb, "cols": blocks.C,
     }  # fmt: skip
 
 
 def _blob(files: dict[str, bytes], blobs: list[dict[str, str]], symbol: str, array: Any, c: str) -> None:
     files[f"{symbol}.bin"] = array.tobytes()
     blobs.append({"symbol": symbol, "file": f"{symbol}.bin", "c": c})
+
+
+def _packed_type(plan: CPlan) -> str:
+    """C type of the packed values: units of W, or where corrections come first, the numbers of those."""
+    if plan.corrections:
+        return "int32_t"
+    return "uint32_t" if plan.product.group > 1 else plan.problem.dtype.c
+
+
+def _kinds(problem: Problem) -> dict[str, str]:
+    """What lies in memory, by the short names of runtime/bsrgen_types.h."""
+    x, y, real = problem.x_dtype, problem.out_dtype, problem.real
+    element = real if y.name == "int8" else y
+    return {"real": real.short, "w": problem.dtype.short, "x": x.short, "y": y.short, "e": element.short}
 
 
 def _offset_type(plan: CPlan) -> str:
@@ -183,6 +206,7 @@ def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
     problem, p, linear = plan.problem, plan.pattern, plan.problem.operator.token_axis == 0
     direct = not linear and plan.panels == 1
     padded_k, unit = p.block_cols * p.C, plan.weight.row_lanes if plan.weight else 1
+    product = plan.product
     groups = [_group(plan, q, unit) for q in range(len(plan.groups))]
     full = sum(1 for g in groups if (g["rows"], g["slots"]) == (groups[0]["rows"], groups[0]["slots"]))
     index = iter(range(len(problem.operands)))
@@ -194,8 +218,11 @@ def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
     ]  # fmt: skip
     rows = _code(plan) if plan.encoding == "code" and (tokens or not plan.tokens) else ()
     return {
-        "name": part.name, "tables": level["tables"], "real": problem.dtype.c, "real_bytes": problem.dtype.bytes,
-        "lanes": part.lanes, "M": p.M, "K": p.K, "R": p.R, "C": p.C, "block_rows": p.block_rows,
+        "name": part.name, "tables": level["tables"], "real": problem.real.c, "real_bytes": problem.real.bytes,
+        "kinds": _kinds(problem), "group": product.group, "dot": product.name, "gather": int(plan.gather),
+        "integer": int(problem.accumulator.name == "int32"), "corrections": plan.corrections, "same_x": plan.same_x,
+        "lanes": part.lanes, "M": p.M, "K": problem.pattern.K, "K_cells": p.K, "R": p.R, "C": p.C,
+        "block_rows": p.block_rows,
         "panels": plan.panels, "panel_starts": plan.packing.panel_starts if plan.panels > 1 else (),
         "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
         "block_values": plan.packing.block_values, "k_lanes": plan.k_lanes, "offset_type": _offset_type(plan),
