@@ -108,7 +108,7 @@ INLINE avec mac(avec sum, xvec w, xvec x) { return (avec)MM(dpbusd_avx_epi32)((m
 #endif
 INLINE avec mac_x(avec sum, xvec w, xvec x) { return mac(sum, w, x); }
 #endif
-enum { ELEMENT_BITS = 32 / GROUP };
+enum { ELEMENT_BITS = 32 / GROUP, ELEMENT_MASK = (1 << ELEMENT_BITS) - 1 };
 
 #if GATHER
 typedef element cell;
@@ -151,7 +151,7 @@ INLINE xvec x_tokens(const x_t *p, int64_t ldx, int64_t features, int count)
     xvec v = {0};
     UNROLL
     for (int g = 0; g < GROUP; g++)
-        if (g < features) v |= ((xvec)widened(p + g * ldx, count) & ((2u << (ELEMENT_BITS - 1)) - 1)) << (g * ELEMENT_BITS);
+        if (g < features) v |= ((xvec)widened(p + g * ldx, count) & ELEMENT_MASK) << (g * ELEMENT_BITS);
     return v;
 }
 
@@ -188,15 +188,6 @@ INLINE void gather(xvec *xv, const cell *const *rows)
     xv[2] = (xvec)MM(unpacklo_epi16)(b, d);
     xv[3] = (xvec)MM(unpackhi_epi16)(b, d);
 #endif
-}
-
-/* The same for one token, whose features lie side by side. */
-INLINE unit gather_one(const cell *x, const uint32_t *at)
-{
-    unit word = 0;
-    UNROLL
-    for (int g = 0; g < GROUP; g++) word |= (unit)x[at[g]] << (g * ELEMENT_BITS);
-    return word;
 }
 #endif
 #endif
