@@ -33,16 +33,15 @@ struct bsrgen_call; /* bsrgen.h: one call as a struct, the same for every artifa
  *   values   made by spmm_f32_9x7_b1x1_dfaa5c3d_pack, 64-byte aligned; NULL: the values in this library
  *   threads  at most so many; 0: all usable cores
  * Returns 0, 1 (this CPU lacks what every kernel here needs), 2 (a bad argument) or 3 (out of memory). */
-int spmm_f32_9x7_b1x1_dfaa5c3d(int64_t n, const float *x, int64_t ldx, float *y, int64_t ldy, const float *values, int threads);
+int spmm_f32_9x7_b1x1_dfaa5c3d(int64_t n, const float *x, int64_t ldx, float *y, int64_t ldy, const void *values, int threads);
 
 /* The same through one struct. */
 int spmm_f32_9x7_b1x1_dfaa5c3d_call(const struct bsrgen_call *call);
 
 /* New values, same pattern: data is [14][1][1], block rows in order, columns ascending.  `level` counts
- * the ISA levels from the best, -1 is the one in use.  Returns the elements of `packed` (NULL: only count), -2 where there
- * is no memory, -1 where there
- * is no such level. */
-int64_t spmm_f32_9x7_b1x1_dfaa5c3d_pack(const float *data, float *packed, int level);
+ * the ISA levels from the best, -1 is the one in use.  Returns the bytes of `packed` (NULL: only count), -2 where there
+ * is no memory, -1 where there is no such level. */
+int64_t spmm_f32_9x7_b1x1_dfaa5c3d_pack(const float *data, void *packed, int level);
 
 /* 0: the manifest as JSON.  1: the CPU features that are missing here, "" when none.  2: the ISA level in use. */
 const char *spmm_f32_9x7_b1x1_dfaa5c3d_info(int what);

@@ -24,7 +24,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef float real;
+typedef float element; /* of W as it comes */
 
 /* Packed values and tables enter as they lie in their files: compile time does not grow with the matrix. */
 __asm__(".pushsection .rodata\n"
@@ -57,7 +57,7 @@ struct level {
     const char *target;
     struct kernel many, few; /* the second for calls of less than few_n tokens */
     int few_n;
-    const real *values;
+    const void *values;
     const uint64_t *work; /* running cost of the block rows */
     int64_t block_rows;
 };
@@ -119,7 +119,7 @@ struct region {
     const struct bsrgen_call *call;
     const struct level *level;
     const struct kernel *kernel;
-    const real *values;
+    const void *values;
     int64_t units;
     int status;
 };
@@ -213,7 +213,7 @@ int spmm_f32_9x7_b1x1_dfaa5c3d_call(const struct bsrgen_call *call)
     return r.status;
 }
 
-int spmm_f32_9x7_b1x1_dfaa5c3d(int64_t n, const float *x, int64_t ldx, float *y, int64_t ldy, const float *values, int threads)
+int spmm_f32_9x7_b1x1_dfaa5c3d(int64_t n, const float *x, int64_t ldx, float *y, int64_t ldy, const void *values, int threads)
 {
     const struct bsrgen_call call = {
         .n = n, .x = x, .ldx = ldx, .y = y, .ldy = ldy, .values = values, .threads = threads,
@@ -222,41 +222,47 @@ int spmm_f32_9x7_b1x1_dfaa5c3d(int64_t n, const float *x, int64_t ldx, float *y,
 }
 
 /* data[nnzb][1][1] -> blocks of 3x2 that cover them, zeros elsewhere; NULL: no memory. */
-static real *cover_0(const real *data)
+static element *cover_0(const element *data)
 {
     enum { R = 1, C = 1, HIGH = 1, WIDE = 1 }; /* pieces of a block */
-    real *blocks = calloc(11, sizeof(real) * 6);
+    element *blocks = calloc(11, sizeof(element) * 6);
     for (int64_t q = 0; blocks && q < 14; q++) {
         const uint32_t to = spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_moves[q];
         if (to == UINT32_MAX) continue; /* outside of the matrix */
         const int64_t high = q / WIDE % HIGH, wide = q % WIDE;
-        const real *piece = data + (q / (HIGH * WIDE) * 1 + high * R) * 1 + wide * C;
-        real *place = blocks + ((int64_t)to / 2 * R) * 2 + to % 2 * C;
-        for (int r = 0; r < R; r++) memcpy(place + r * 2, piece + r * 1, sizeof(real) * C);
+        const element *piece = data + (q / (HIGH * WIDE) * 1 + high * R) * 1 + wide * C;
+        element *place = blocks + ((int64_t)to / 2 * R) * 2 + to % 2 * C;
+        for (int r = 0; r < R; r++) memcpy(place + r * 2, piece + r * 1, sizeof(element) * C);
     }
     return blocks;
 }
 
 /* data[nnzb][R][C] -> packed, in the order that the micro-kernels stream; -1: no memory. */
-static int pack_0(const real *data, real *packed)
+static int pack_0(const element *data, void *packed)
 {
-    enum { R = 3, C = 2, STEP = 1, SEGMENTS = 6 };
+    /* C counts units of GROUP columns; STEP units lie side by side */
+    enum { R = 3, C = 2, GROUP = 1, STEP = 1, SEGMENTS = 6 };
     static const struct { int row, rows, slots; } groups[] = { { 0, 3, 3 } };
-    real *blocks = cover_0(data);
+    element *blocks = cover_0(data);
     if (!blocks) return BSRGEN_PACK_NO_MEMORY;
+    float *to = packed;
     for (int64_t s = 0; s < SEGMENTS; s++)
         for (size_t g = 0; g < sizeof groups / sizeof *groups; g++)
             for (int64_t b = spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_pointers[s]; b < spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_pointers[s + 1]; b++) {
-                const real *block = blocks + spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_order[b] * ((int64_t)R * C) + groups[g].row * C;
+                const element *block = blocks + spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_order[b] * ((int64_t)R * C * GROUP) + groups[g].row * C * GROUP;
                 for (int c = 0; c < C; c += STEP)
                     for (int r = 0; r < groups[g].slots; r++)
-                        for (int q = 0; q < STEP; q++) *packed++ = r < groups[g].rows ? block[r * C + c + q] : 0;
+                        for (int q = 0; q < STEP * GROUP; q++) {
+                            element value = 0;
+                            if (r < groups[g].rows) value = block[(r * C + c) * GROUP + q];
+                            *to++ = value;
+                        }
             }
     free(blocks);
     return 0;
 }
 
-int64_t spmm_f32_9x7_b1x1_dfaa5c3d_pack(const float *data, float *packed, int level)
+int64_t spmm_f32_9x7_b1x1_dfaa5c3d_pack(const float *data, void *packed, int level)
 {
     if (level < 0) {
         const struct level *chosen = choose_level();
@@ -264,7 +270,7 @@ int64_t spmm_f32_9x7_b1x1_dfaa5c3d_pack(const float *data, float *packed, int le
     }
     switch (level) {
     case 0:
-        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : 66;
+        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : 264;
     }
     return BSRGEN_PACK_NO_LEVEL;
 }

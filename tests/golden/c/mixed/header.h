@@ -32,16 +32,15 @@ struct bsrgen_call; /* bsrgen.h: one call as a struct, the same for every artifa
  *   values   made by linear_f64_16x18_b4x4_77bea486_pack, 64-byte aligned; NULL: the values in this library
  *   threads  at most so many; 0: all usable cores
  * Returns 0, 1 (this CPU lacks what every kernel here needs), 2 (a bad argument) or 3 (out of memory). */
-int linear_f64_16x18_b4x4_77bea486(int64_t n, const double *x, int64_t ldx, double *y, int64_t ldy, const double *bias, const double *residual, int64_t ld_residual, double lo, double hi, const double *values, int threads);
+int linear_f64_16x18_b4x4_77bea486(int64_t n, const double *x, int64_t ldx, double *y, int64_t ldy, const double *bias, const double *residual, int64_t ld_residual, double lo, double hi, const void *values, int threads);
 
 /* The same through one struct. */
 int linear_f64_16x18_b4x4_77bea486_call(const struct bsrgen_call *call);
 
 /* New values, same pattern: data is [4][4][4], block rows in order, columns ascending.  `level` counts
- * the ISA levels from the best, -1 is the one in use.  Returns the elements of `packed` (NULL: only count), -2 where there
- * is no memory, -1 where there
- * is no such level. */
-int64_t linear_f64_16x18_b4x4_77bea486_pack(const double *data, double *packed, int level);
+ * the ISA levels from the best, -1 is the one in use.  Returns the bytes of `packed` (NULL: only count), -2 where there
+ * is no memory, -1 where there is no such level. */
+int64_t linear_f64_16x18_b4x4_77bea486_pack(const double *data, void *packed, int level);
 
 /* 0: the manifest as JSON.  1: the CPU features that are missing here, "" when none.  2: the ISA level in use. */
 const char *linear_f64_16x18_b4x4_77bea486_info(int what);

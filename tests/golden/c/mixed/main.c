@@ -19,7 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef double real;
+typedef double element; /* of W as it comes */
 
 /* Packed values and tables enter as they lie in their files: compile time does not grow with the matrix. */
 __asm__(".pushsection .rodata\n"
@@ -48,7 +48,7 @@ struct level {
     const char *target;
     struct kernel many, few; /* the second for calls of less than few_n tokens */
     int few_n;
-    const real *values;
+    const void *values;
     const uint64_t *work; /* running cost of the block rows */
     int64_t block_rows;
 };
@@ -85,7 +85,7 @@ struct region {
     const struct bsrgen_call *call;
     const struct level *level;
     const struct kernel *kernel;
-    const real *values;
+    const void *values;
     int64_t units;
     int status;
 };
@@ -182,7 +182,7 @@ int linear_f64_16x18_b4x4_77bea486_call(const struct bsrgen_call *call)
     return r.status;
 }
 
-int linear_f64_16x18_b4x4_77bea486(int64_t n, const double *x, int64_t ldx, double *y, int64_t ldy, const double *bias, const double *residual, int64_t ld_residual, double lo, double hi, const double *values, int threads)
+int linear_f64_16x18_b4x4_77bea486(int64_t n, const double *x, int64_t ldx, double *y, int64_t ldy, const double *bias, const double *residual, int64_t ld_residual, double lo, double hi, const void *values, int threads)
 {
     const struct bsrgen_operand operands[] = {
         {.data = bias},
@@ -197,23 +197,29 @@ int linear_f64_16x18_b4x4_77bea486(int64_t n, const double *x, int64_t ldx, doub
 }
 
 /* data[nnzb][R][C] -> packed, in the order that the micro-kernels stream. */
-static int pack_0(const real *data, real *packed)
+static int pack_0(const element *data, void *packed)
 {
-    enum { R = 4, C = 4, STEP = 1, SEGMENTS = 4 };
+    /* C counts units of GROUP columns; STEP units lie side by side */
+    enum { R = 4, C = 4, GROUP = 1, STEP = 1, SEGMENTS = 4 };
     static const struct { int row, rows, slots; } groups[] = { { 0, 4, 4 } };
-    const real *blocks = data;
+    const element *blocks = data;
+    double *to = packed;
     for (int64_t s = 0; s < SEGMENTS; s++)
         for (size_t g = 0; g < sizeof groups / sizeof *groups; g++)
             for (int64_t b = linear_f64_16x18_b4x4_77bea486_u16_pointers[s]; b < linear_f64_16x18_b4x4_77bea486_u16_pointers[s + 1]; b++) {
-                const real *block = blocks + b * ((int64_t)R * C) + groups[g].row * C;
+                const element *block = blocks + b * ((int64_t)R * C * GROUP) + groups[g].row * C * GROUP;
                 for (int c = 0; c < C; c += STEP)
                     for (int r = 0; r < groups[g].slots; r++)
-                        for (int q = 0; q < STEP; q++) *packed++ = r < groups[g].rows ? block[r * C + c + q] : 0;
+                        for (int q = 0; q < STEP * GROUP; q++) {
+                            element value = 0;
+                            if (r < groups[g].rows) value = block[(r * C + c) * GROUP + q];
+                            *to++ = value;
+                        }
             }
     return 0;
 }
 
-int64_t linear_f64_16x18_b4x4_77bea486_pack(const double *data, double *packed, int level)
+int64_t linear_f64_16x18_b4x4_77bea486_pack(const double *data, void *packed, int level)
 {
     if (level < 0) {
         const struct level *chosen = choose_level();
@@ -221,7 +227,7 @@ int64_t linear_f64_16x18_b4x4_77bea486_pack(const double *data, double *packed, 
     }
     switch (level) {
     case 0:
-        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : 64;
+        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : 512;
     }
     return BSRGEN_PACK_NO_LEVEL;
 }

@@ -13,12 +13,22 @@
 #define REAL_BYTES 4
 #define LANES 8
 #define R(c) ((real)(c))
+#define REAL_KIND f32
+#define X_KIND f32
+#define W_KIND f32
+#define Y_KIND f32
+#define E_KIND f32
+#define GROUP 1
+#define INTEGER 0
+#define GATHER 0
 #include "bsrgen.h"
 #include "bsrgen_simd.h"
+#include "bsrgen_types.h"
+#include "bsrgen_product.h"
 #include "bsrgen_scratch.h"
 
-enum { M = 6, K = 12, BLOCK_ROWS = 3, PANELS = 1, K_PANEL = 12 };
-/* One packed block: 6 values; K_STEP = k lanes, packed side by side. */
+enum { M = 6, K = 12, K_CELLS = K, BLOCK_ROWS = 3, PANELS = 1, K_PANEL = 12 };
+/* One packed block: 6 units of W; K_STEP = k lanes, packed side by side. */
 enum { BLOCK_R = 2, BLOCK_C = 3, BLOCK_VALUES = 6, K_STEP = 1 };
 
 typedef uint16_t offset; /* first feature of a block, from the start of its panel */
@@ -28,12 +38,11 @@ extern const offset spmm_f32_6x12_b2x3_57b350f9_u16_offsets[] __attribute__((vis
 #define OFFSETS spmm_f32_6x12_b2x3_57b350f9_u16_offsets
 
 /* Y[m, n:n+LANES] = epilogue(v), lanes along tokens; nothing is written past the last token. */
-INLINE void put_tokens(const struct bsrgen_call *call, int64_t m, int64_t n, vec v)
+INLINE void put_tokens(const struct bsrgen_call *call, int64_t m, int64_t n, avec sum)
 {
     const int count = call->n - n < LANES ? (int)(call->n - n) : LANES;
-    real *y = (real *)call->y + m * call->ldy + n;
-    if (count == LANES) store(y, v);
-    else store_part(y, v, count);
+    vec v = to_real(sum);
+    put_y((y_t *)call->y + m * call->ldy + n, v, count);
 }
 
 /* `total` cut into `parts` nearly equal pieces: where piece p starts. */
@@ -48,17 +57,17 @@ enum { T_VECTORS = 2, T_ROWS = 2 };
 #define T_SUMS(r, v) ((r) * (v) >= 8 ? 1 : (r) * (v) >= 4 ? 2 : (r) * (v) >= 2 ? 4 : 8)
 
 /* sum[rows][V] += W[rows, 1] @ X[1, V vectors of tokens]: column c of a block. */
-INLINE void token_step(const int rows, const int V, const int slots, vec *sum, const real *w, const real *x, int64_t ldp, int c)
+INLINE void token_step(const int rows, const int V, const int slots, avec *sum, const w_t *w, const cell *x, int64_t ldp, int c)
 {
-    const real *wc = w + c / K_STEP * K_STEP * slots + c % K_STEP;
-    vec xv[T_VECTORS];
+    const w_t *wc = w + c / K_STEP * K_STEP * slots + c % K_STEP;
+    xvec xv[T_VECTORS];
     UNROLL
-    for (int v = 0; v < V; v++) xv[v] = load(x + c * ldp + v * LANES);
+    for (int v = 0; v < V; v++) xv[v] = unit_load(x + c * ldp + v * LANES);
     UNROLL
     for (int r = 0; r < rows; r++) {
-        const vec wr = splat(wc[r * K_STEP]);
+        const xvec wr = w_splat(wc + r * K_STEP);
         UNROLL
-        for (int v = 0; v < V; v++) sum[r * V + v] += wr * xv[v];
+        for (int v = 0; v < V; v++) sum[r * V + v] = mac(sum[r * V + v], wr, xv[v]);
     }
 }
 
@@ -66,7 +75,7 @@ INLINE void token_step(const int rows, const int V, const int slots, vec *sum, c
 #define T_ALONG(S) (BLOCK_C % (S) == 0)
 
 /* One stored block: sum[rows][V] += W[rows, C] @ X[C, V vectors of tokens]. */
-INLINE void token_block(const int rows, const int V, const int slots, vec *sum, const real *w, const real *x, int64_t ldp)
+INLINE void token_block(const int rows, const int V, const int slots, avec *sum, const w_t *w, const cell *x, int64_t ldp)
 {
     const int S = T_ALONG(T_SUMS(rows, V)) ? T_SUMS(rows, V) : 1;
     UNROLL
@@ -77,7 +86,7 @@ INLINE void token_block(const int rows, const int V, const int slots, vec *sum, 
 }
 
 /* Adds up the S partial sums, always in the same order. */
-INLINE void token_reduce(const int rows, const int V, vec *sum)
+INLINE void token_reduce(const int rows, const int V, avec *sum)
 {
     const int S = T_SUMS(rows, V);
     UNROLL
@@ -89,34 +98,34 @@ INLINE void token_reduce(const int rows, const int V, vec *sum)
 
 /* The pattern as code: sum[T_ROWS][V] over the blocks of one block row, one line per stored block. */
 #define T_SUM(q) (sum + (T_ALONG(T_SUMS(T_ROWS, V)) ? 0 : (q) % T_SUMS(T_ROWS, V)) * T_ROWS * V)
-INLINE void code_0(const int V, vec *sum, const real *values, const real *x, int64_t ldp)
+INLINE void code_0(const int V, avec *sum, const w_t *values, const cell *x, int64_t ldp)
 {
     token_block(T_ROWS, V, 2, T_SUM(0), values + 0, x + 0 * ldp, ldp); /* (0,0) */
     (void)V, (void)sum, (void)values, (void)x, (void)ldp;
 }
 
-INLINE void code_1(const int V, vec *sum, const real *values, const real *x, int64_t ldp)
+INLINE void code_1(const int V, avec *sum, const w_t *values, const cell *x, int64_t ldp)
 {
     (void)V, (void)sum, (void)values, (void)x, (void)ldp;
 }
 
-INLINE void code_2(const int V, vec *sum, const real *values, const real *x, int64_t ldp)
+INLINE void code_2(const int V, avec *sum, const w_t *values, const cell *x, int64_t ldp)
 {
     token_block(T_ROWS, V, 2, T_SUM(0), values + 6, x + 6 * ldp, ldp); /* (2,2) */
     (void)V, (void)sum, (void)values, (void)x, (void)ldp;
 }
 
 /* Where a tile's sums start: zero, or what earlier panels left. */
-INLINE void token_begin(const int rows, const int V, vec *sum, const real *sums)
+INLINE void token_begin(const int rows, const int V, avec *sum, const acc *sums)
 {
     const int all = T_SUMS(rows, V) * rows * V;
     UNROLL
-    for (int s = 0; s < all; s++) sum[s] = zero();
+    for (int s = 0; s < all; s++) sum[s] = acc_zero();
     (void)sums;
 }
 
 /* Where they go: Y, through the epilogue. */
-INLINE void token_end(const struct bsrgen_call *call, const int rows, const int V, vec *sum, int64_t m, int64_t n, real *sums)
+INLINE void token_end(const struct bsrgen_call *call, const int rows, const int V, avec *sum, int64_t m, int64_t n, acc *sums)
 {
     token_reduce(rows, V, sum);
     UNROLL
@@ -128,35 +137,35 @@ INLINE void token_end(const struct bsrgen_call *call, const int rows, const int 
     (void)sums;
 }
 
-NOINLINE void row_0_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, real *sums)
+NOINLINE void row_0_1(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t n, acc *sums)
 {
     enum { ldp = 1 * LANES };
-    vec sum[16];
+    avec sum[16];
     token_begin(T_ROWS, 1, sum, sums);
     code_0(1, sum, values, x, ldp);
     token_end(call, T_ROWS, 1, sum, 0 * BLOCK_R, n, sums);
 }
 
-NOINLINE void row_1_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, real *sums)
+NOINLINE void row_1_1(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t n, acc *sums)
 {
     enum { ldp = 1 * LANES };
-    vec sum[16];
+    avec sum[16];
     token_begin(T_ROWS, 1, sum, sums);
     code_1(1, sum, values, x, ldp);
     token_end(call, T_ROWS, 1, sum, 1 * BLOCK_R, n, sums);
 }
 
-NOINLINE void row_2_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, real *sums)
+NOINLINE void row_2_1(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t n, acc *sums)
 {
     enum { ldp = 1 * LANES };
-    vec sum[16];
+    avec sum[16];
     token_begin(T_ROWS, 1, sum, sums);
     code_2(1, sum, values, x, ldp);
     token_end(call, T_ROWS, 1, sum, 2 * BLOCK_R, n, sums);
 }
 
 /* Block rows [i, end), 1 vector of tokens. */
-static void token_rows_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t i, int64_t end, real *sums)
+static void token_rows_1(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t n, int64_t i, int64_t end, acc *sums)
 {
     for (; i < end; i++)
         switch (i) {
@@ -166,32 +175,32 @@ static void token_rows_1(const struct bsrgen_call *call, const real *values, con
         }
 }
 
-NOINLINE void row_0_1x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, real *sums)
+NOINLINE void row_0_1x(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t ldp, int64_t n, acc *sums)
 {
-    vec sum[16];
+    avec sum[16];
     token_begin(T_ROWS, 1, sum, sums);
     code_0(1, sum, values, x, ldp);
     token_end(call, T_ROWS, 1, sum, 0 * BLOCK_R, n, sums);
 }
 
-NOINLINE void row_1_1x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, real *sums)
+NOINLINE void row_1_1x(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t ldp, int64_t n, acc *sums)
 {
-    vec sum[16];
+    avec sum[16];
     token_begin(T_ROWS, 1, sum, sums);
     code_1(1, sum, values, x, ldp);
     token_end(call, T_ROWS, 1, sum, 1 * BLOCK_R, n, sums);
 }
 
-NOINLINE void row_2_1x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, real *sums)
+NOINLINE void row_2_1x(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t ldp, int64_t n, acc *sums)
 {
-    vec sum[16];
+    avec sum[16];
     token_begin(T_ROWS, 1, sum, sums);
     code_2(1, sum, values, x, ldp);
     token_end(call, T_ROWS, 1, sum, 2 * BLOCK_R, n, sums);
 }
 
 /* Block rows [i, end), 1 vector of tokens, X as it lies. */
-static void token_rows_1x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, int64_t i, int64_t end, real *sums)
+static void token_rows_1x(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t ldp, int64_t n, int64_t i, int64_t end, acc *sums)
 {
     for (; i < end; i++)
         switch (i) {
@@ -201,35 +210,35 @@ static void token_rows_1x(const struct bsrgen_call *call, const real *values, co
         }
 }
 
-NOINLINE void row_0_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, real *sums)
+NOINLINE void row_0_2(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t n, acc *sums)
 {
     enum { ldp = 2 * LANES };
-    vec sum[16];
+    avec sum[16];
     token_begin(T_ROWS, 2, sum, sums);
     code_0(2, sum, values, x, ldp);
     token_end(call, T_ROWS, 2, sum, 0 * BLOCK_R, n, sums);
 }
 
-NOINLINE void row_1_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, real *sums)
+NOINLINE void row_1_2(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t n, acc *sums)
 {
     enum { ldp = 2 * LANES };
-    vec sum[16];
+    avec sum[16];
     token_begin(T_ROWS, 2, sum, sums);
     code_1(2, sum, values, x, ldp);
     token_end(call, T_ROWS, 2, sum, 1 * BLOCK_R, n, sums);
 }
 
-NOINLINE void row_2_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, real *sums)
+NOINLINE void row_2_2(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t n, acc *sums)
 {
     enum { ldp = 2 * LANES };
-    vec sum[16];
+    avec sum[16];
     token_begin(T_ROWS, 2, sum, sums);
     code_2(2, sum, values, x, ldp);
     token_end(call, T_ROWS, 2, sum, 2 * BLOCK_R, n, sums);
 }
 
 /* Block rows [i, end), 2 vectors of tokens. */
-static void token_rows_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t i, int64_t end, real *sums)
+static void token_rows_2(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t n, int64_t i, int64_t end, acc *sums)
 {
     for (; i < end; i++)
         switch (i) {
@@ -239,32 +248,32 @@ static void token_rows_2(const struct bsrgen_call *call, const real *values, con
         }
 }
 
-NOINLINE void row_0_2x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, real *sums)
+NOINLINE void row_0_2x(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t ldp, int64_t n, acc *sums)
 {
-    vec sum[16];
+    avec sum[16];
     token_begin(T_ROWS, 2, sum, sums);
     code_0(2, sum, values, x, ldp);
     token_end(call, T_ROWS, 2, sum, 0 * BLOCK_R, n, sums);
 }
 
-NOINLINE void row_1_2x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, real *sums)
+NOINLINE void row_1_2x(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t ldp, int64_t n, acc *sums)
 {
-    vec sum[16];
+    avec sum[16];
     token_begin(T_ROWS, 2, sum, sums);
     code_1(2, sum, values, x, ldp);
     token_end(call, T_ROWS, 2, sum, 1 * BLOCK_R, n, sums);
 }
 
-NOINLINE void row_2_2x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, real *sums)
+NOINLINE void row_2_2x(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t ldp, int64_t n, acc *sums)
 {
-    vec sum[16];
+    avec sum[16];
     token_begin(T_ROWS, 2, sum, sums);
     code_2(2, sum, values, x, ldp);
     token_end(call, T_ROWS, 2, sum, 2 * BLOCK_R, n, sums);
 }
 
 /* Block rows [i, end), 2 vectors of tokens, X as it lies. */
-static void token_rows_2x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, int64_t i, int64_t end, real *sums)
+static void token_rows_2x(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t ldp, int64_t n, int64_t i, int64_t end, acc *sums)
 {
     for (; i < end; i++)
         switch (i) {
@@ -274,19 +283,18 @@ static void token_rows_2x(const struct bsrgen_call *call, const real *values, co
         }
 }
 
-/* panel[k1 - k0][ldp] = X of tokens [n0, n1) and features [k0, k1), zeros behind the last token and feature. */
-static void token_pack(const struct bsrgen_call *call, int64_t n0, int64_t n1, int64_t k0, int64_t k1, real *panel, int64_t ldp)
+/* panel[k1 - k0][ldp] = cells [k0, k1) of X of tokens [n0, n1), zeros behind the last token and feature. */
+static void token_pack(const struct bsrgen_call *call, int64_t n0, int64_t n1, int64_t k0, int64_t k1, cell *panel, int64_t ldp)
 {
-    const real *x = call->x;
-    const int64_t live = k1 < K ? k1 : K;
-    for (int64_t f = k0; f < live; f++) {
-        const real *row = x + f * call->ldx + n0;
-        real *to = panel + (f - k0) * ldp;
-        int64_t n = 0;
-        for (; n + LANES <= n1 - n0; n += LANES) store(to + n, load(row + n));
-        if (n < n1 - n0) store(to + n, load_part(row + n, (int)(n1 - n0 - n)));
-    }
-    for (int64_t f = live; f < k1; f++) memset(panel + (f - k0) * ldp, 0, sizeof(real) * (size_t)ldp);
+    const x_t *x = call->x;
+    const int64_t live = k1 < K_CELLS ? k1 : K_CELLS;
+    for (int64_t f = k0; f < live; f++)
+        for (int64_t n = 0; n < n1 - n0; n += LANES) {
+            const int64_t left = n1 - n0 - n;
+            const xvec v = x_tokens(x + f * GROUP * call->ldx + n0 + n, call->ldx, K - f * GROUP, left < LANES ? (int)left : LANES);
+            memcpy(panel + (f - k0) * ldp + n, &v, sizeof v);
+        }
+    for (int64_t f = live; f < k1; f++) memset(panel + (f - k0) * ldp, 0, sizeof(cell) * (size_t)ldp);
 }
 
 /* Units of tokens: as many full tiles as there are, then single vectors. */
@@ -299,8 +307,8 @@ INLINE int64_t token_start(int64_t n, int64_t u)
 }
 
 /* Block rows [i0, i1) for `width` tokens, whole vectors; ldp from feature to feature of x. */
-static void token_rows(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, int64_t width,
-                       int64_t i0, int64_t i1, real *sums)
+static void token_rows(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t ldp, int64_t n, int64_t width,
+                       int64_t i0, int64_t i1, acc *sums)
 {
     switch (width / LANES) {
     case 1:
@@ -316,7 +324,7 @@ static void token_rows(const struct bsrgen_call *call, const real *values, const
 }
 
 /* Token units [u0, u1) x block rows [i0, i1). */
-static int token_run(const struct bsrgen_call *call, const real *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
+static int token_run(const struct bsrgen_call *call, const w_t *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
 {
     enum { FINISH_ROWS = 4 }; /* block rows whose sums wait */
     const int64_t vectors = token_vectors(call->n), most = LANES * (vectors < T_VECTORS ? vectors : T_VECTORS); /* tokens of a unit */
@@ -324,14 +332,15 @@ static int token_run(const struct bsrgen_call *call, const real *values, int64_t
     const int as_it_lies = K <= 16 || call->ldx * (int64_t)sizeof(real) % 2048 != 0;
     const int packs = !as_it_lies || token_start(call->n, u1) > call->n;
     const int64_t panel_size = !packs ? 0 : most * 12, sums_size = most * 0;
-    real *panel = bsrgen_scratch_take(sizeof(real) * (size_t)(panel_size + sums_size + LANES)), *sums = panel + panel_size;
+    cell *panel = bsrgen_scratch_take(sizeof(cell) * (size_t)(panel_size + LANES) + sizeof(acc) * (size_t)sums_size);
     if (!panel) return BSRGEN_NO_MEMORY;
+    acc *sums = (acc *)(panel + panel_size);
     for (int64_t u = u0; u < u1; u++) {
         const int64_t n0 = token_start(call->n, u), end = token_start(call->n, u + 1), width = end - n0;
         const int64_t n1 = end < call->n ? end : call->n;
-        const real *x = panel;
+        const cell *x = panel;
         int64_t ldp = width;
-        if (end <= call->n && as_it_lies) x = (const real *)call->x + n0, ldp = call->ldx; /* whole vectors: X as it lies */
+        if (end <= call->n && as_it_lies) x = (const cell *)call->x + n0, ldp = call->ldx; /* whole vectors: X as it lies */
         else
         token_pack(call, n0, n1, 0, 12, panel, width);
         token_rows(call, values, x, ldp, n0, width, i0, i1, sums);

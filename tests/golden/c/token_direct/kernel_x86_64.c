@@ -13,13 +13,23 @@
 #define REAL_BYTES 8
 #define LANES 2
 #define R(c) ((real)(c))
+#define REAL_KIND f64
+#define X_KIND f64
+#define W_KIND f64
+#define Y_KIND f64
+#define E_KIND f64
+#define GROUP 1
+#define INTEGER 0
+#define GATHER 0
 #include "bsrgen.h"
 #include "bsrgen_simd.h"
+#include "bsrgen_types.h"
+#include "bsrgen_product.h"
 #include "bsrgen_math.h"
 #include "bsrgen_scratch.h"
 
-enum { M = 10, K = 12, BLOCK_ROWS = 4, PANELS = 1, K_PANEL = 15 };
-/* One packed block: 15 values; K_STEP = k lanes, packed side by side. */
+enum { M = 10, K = 12, K_CELLS = K, BLOCK_ROWS = 4, PANELS = 1, K_PANEL = 15 };
+/* One packed block: 15 units of W; K_STEP = k lanes, packed side by side. */
 enum { BLOCK_R = 3, BLOCK_C = 5, BLOCK_VALUES = 15, K_STEP = 1 };
 
 typedef uint16_t offset; /* first feature of a block, from the start of its panel */
@@ -29,9 +39,10 @@ extern const offset spmm_f64_10x12_b3x5_5fb770f1_u16_offsets[] __attribute__((vi
 #define OFFSETS spmm_f64_10x12_b3x5_5fb770f1_u16_offsets
 
 /* Y[m, n:n+LANES] = epilogue(v), lanes along tokens; nothing is written past the last token. */
-INLINE void put_tokens(const struct bsrgen_call *call, int64_t m, int64_t n, vec v)
+INLINE void put_tokens(const struct bsrgen_call *call, int64_t m, int64_t n, avec sum)
 {
     const int count = call->n - n < LANES ? (int)(call->n - n) : LANES;
+    vec v = to_real(sum);
     { /* clamp */
         const real lo = (real)call->operands[0].scalar;
         const real hi = (real)call->operands[1].scalar;
@@ -40,12 +51,10 @@ INLINE void put_tokens(const struct bsrgen_call *call, int64_t m, int64_t n, vec
     { /* accumulate */
         const real alpha = (real)call->operands[2].scalar;
         const real beta = (real)call->operands[3].scalar;
-        const vec out = load_part((const real *)call->y + m * call->ldy + n, count);
+        const vec out = get_y((const y_t *)call->y + m * call->ldy + n, count);
         v = beta == 0 ? alpha * v : alpha * v + beta * out;
     }
-    real *y = (real *)call->y + m * call->ldy + n;
-    if (count == LANES) store(y, v);
-    else store_part(y, v, count);
+    put_y((y_t *)call->y + m * call->ldy + n, v, count);
 }
 
 /* `total` cut into `parts` nearly equal pieces: where piece p starts. */
@@ -60,17 +69,17 @@ enum { T_VECTORS = 2, T_ROWS = 3 };
 #define T_SUMS(r, v) ((r) * (v) >= 8 ? 1 : (r) * (v) >= 4 ? 2 : (r) * (v) >= 2 ? 4 : 8)
 
 /* sum[rows][V] += W[rows, 1] @ X[1, V vectors of tokens]: column c of a block. */
-INLINE void token_step(const int rows, const int V, const int slots, vec *sum, const real *w, const real *x, int64_t ldp, int c)
+INLINE void token_step(const int rows, const int V, const int slots, avec *sum, const w_t *w, const cell *x, int64_t ldp, int c)
 {
-    const real *wc = w + c / K_STEP * K_STEP * slots + c % K_STEP;
-    vec xv[T_VECTORS];
+    const w_t *wc = w + c / K_STEP * K_STEP * slots + c % K_STEP;
+    xvec xv[T_VECTORS];
     UNROLL
-    for (int v = 0; v < V; v++) xv[v] = load(x + c * ldp + v * LANES);
+    for (int v = 0; v < V; v++) xv[v] = unit_load(x + c * ldp + v * LANES);
     UNROLL
     for (int r = 0; r < rows; r++) {
-        const vec wr = splat(wc[r * K_STEP]);
+        const xvec wr = w_splat(wc + r * K_STEP);
         UNROLL
-        for (int v = 0; v < V; v++) sum[r * V + v] += wr * xv[v];
+        for (int v = 0; v < V; v++) sum[r * V + v] = mac(sum[r * V + v], wr, xv[v]);
     }
 }
 
@@ -78,7 +87,7 @@ INLINE void token_step(const int rows, const int V, const int slots, vec *sum, c
 #define T_ALONG(S) (BLOCK_C % (S) == 0)
 
 /* One stored block: sum[rows][V] += W[rows, C] @ X[C, V vectors of tokens]. */
-INLINE void token_block(const int rows, const int V, const int slots, vec *sum, const real *w, const real *x, int64_t ldp)
+INLINE void token_block(const int rows, const int V, const int slots, avec *sum, const w_t *w, const cell *x, int64_t ldp)
 {
     const int S = T_ALONG(T_SUMS(rows, V)) ? T_SUMS(rows, V) : 1;
     UNROLL
@@ -89,7 +98,7 @@ INLINE void token_block(const int rows, const int V, const int slots, vec *sum, 
 }
 
 /* Adds up the S partial sums, always in the same order. */
-INLINE void token_reduce(const int rows, const int V, vec *sum)
+INLINE void token_reduce(const int rows, const int V, avec *sum)
 {
     const int S = T_SUMS(rows, V);
     UNROLL
@@ -100,8 +109,8 @@ INLINE void token_reduce(const int rows, const int V, vec *sum)
 }
 
 /* sum[rows][V] over the blocks [at, end) of one block row. */
-INLINE void token_sum(const int rows, const int V, const int slots, vec *sum, const real *w, const offset *at,
-                      const offset *end, const real *x, int64_t ldp)
+INLINE void token_sum(const int rows, const int V, const int slots, avec *sum, const w_t *w, const offset *at,
+                      const offset *end, const cell *x, int64_t ldp)
 {
     const int S = T_ALONG(T_SUMS(rows, V)) ? 1 : T_SUMS(rows, V), size = BLOCK_C * slots;
     for (; S > 1 && at + S <= end; at += S, w += S * size) {
@@ -112,16 +121,16 @@ INLINE void token_sum(const int rows, const int V, const int slots, vec *sum, co
 }
 
 /* Where a tile's sums start: zero, or what earlier panels left. */
-INLINE void token_begin(const int rows, const int V, vec *sum, const real *sums)
+INLINE void token_begin(const int rows, const int V, avec *sum, const acc *sums)
 {
     const int all = T_SUMS(rows, V) * rows * V;
     UNROLL
-    for (int s = 0; s < all; s++) sum[s] = zero();
+    for (int s = 0; s < all; s++) sum[s] = acc_zero();
     (void)sums;
 }
 
 /* Where they go: Y, through the epilogue. */
-INLINE void token_end(const struct bsrgen_call *call, const int rows, const int V, vec *sum, int64_t m, int64_t n, real *sums)
+INLINE void token_end(const struct bsrgen_call *call, const int rows, const int V, avec *sum, int64_t m, int64_t n, acc *sums)
 {
     token_reduce(rows, V, sum);
     UNROLL
@@ -134,23 +143,23 @@ INLINE void token_end(const struct bsrgen_call *call, const int rows, const int 
 }
 
 /* Rows m and on of one group; w: the group's first value. */
-INLINE void token_tile(const struct bsrgen_call *call, const int rows, const int V, const int slots, const real *w,
-                       const offset *at, const offset *end, const real *x, int64_t ldp, int64_t m, int64_t n, real *sums)
+INLINE void token_tile(const struct bsrgen_call *call, const int rows, const int V, const int slots, const w_t *w,
+                       const offset *at, const offset *end, const cell *x, int64_t ldp, int64_t m, int64_t n, acc *sums)
 {
-    vec sum[16];
+    avec sum[16];
     token_begin(rows, V, sum, sums);
     token_sum(rows, V, slots, sum, w, at, end, x, ldp);
     token_end(call, rows, V, sum, m, n, sums);
 }
 
 /* Segments [s, end), 1 vector of tokens; sums: those of block row i. */
-NOINLINE void token_rows_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t s, int64_t end, real *sums)
+NOINLINE void token_rows_1(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t n, int64_t s, int64_t end, acc *sums)
 {
     enum { ldp = 1 * LANES };
-    const real *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
-    const offset *at = OFFSETS + POINTERS[s], *last;
+    const w_t *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
+    const offset *at = OFFSETS + POINTERS[s] , *last;
     for (; s < end; s++, w += (last - at) * BLOCK_VALUES, at = last) {
-        last = OFFSETS + POINTERS[s + 1];
+        last = OFFSETS + POINTERS[s + 1] ;
         const int64_t i = s;
         token_tile(call, 3, 1, 3, w, at, last, x, ldp,
                    i * BLOCK_R, n, sums);
@@ -158,12 +167,12 @@ NOINLINE void token_rows_1(const struct bsrgen_call *call, const real *values, c
 }
 
 /* Segments [s, end), 1 vector of tokens, X as it lies; sums: those of block row i. */
-NOINLINE void token_rows_1x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, int64_t s, int64_t end, real *sums)
+NOINLINE void token_rows_1x(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t ldp, int64_t n, int64_t s, int64_t end, acc *sums)
 {
-    const real *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
-    const offset *at = OFFSETS + POINTERS[s], *last;
+    const w_t *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
+    const offset *at = OFFSETS + POINTERS[s] , *last;
     for (; s < end; s++, w += (last - at) * BLOCK_VALUES, at = last) {
-        last = OFFSETS + POINTERS[s + 1];
+        last = OFFSETS + POINTERS[s + 1] ;
         const int64_t i = s;
         token_tile(call, 3, 1, 3, w, at, last, x, ldp,
                    i * BLOCK_R, n, sums);
@@ -171,13 +180,13 @@ NOINLINE void token_rows_1x(const struct bsrgen_call *call, const real *values, 
 }
 
 /* Segments [s, end), 2 vectors of tokens; sums: those of block row i. */
-NOINLINE void token_rows_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t s, int64_t end, real *sums)
+NOINLINE void token_rows_2(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t n, int64_t s, int64_t end, acc *sums)
 {
     enum { ldp = 2 * LANES };
-    const real *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
-    const offset *at = OFFSETS + POINTERS[s], *last;
+    const w_t *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
+    const offset *at = OFFSETS + POINTERS[s] , *last;
     for (; s < end; s++, w += (last - at) * BLOCK_VALUES, at = last) {
-        last = OFFSETS + POINTERS[s + 1];
+        last = OFFSETS + POINTERS[s + 1] ;
         const int64_t i = s;
         token_tile(call, 3, 2, 3, w, at, last, x, ldp,
                    i * BLOCK_R, n, sums);
@@ -185,41 +194,41 @@ NOINLINE void token_rows_2(const struct bsrgen_call *call, const real *values, c
 }
 
 /* Segments [s, end), 2 vectors of tokens, X as it lies; sums: those of block row i. */
-NOINLINE void token_rows_2x(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, int64_t s, int64_t end, real *sums)
+NOINLINE void token_rows_2x(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t ldp, int64_t n, int64_t s, int64_t end, acc *sums)
 {
-    const real *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
-    const offset *at = OFFSETS + POINTERS[s], *last;
+    const w_t *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
+    const offset *at = OFFSETS + POINTERS[s] , *last;
     for (; s < end; s++, w += (last - at) * BLOCK_VALUES, at = last) {
-        last = OFFSETS + POINTERS[s + 1];
+        last = OFFSETS + POINTERS[s + 1] ;
         const int64_t i = s;
         token_tile(call, 3, 2, 3, w, at, last, x, ldp,
                    i * BLOCK_R, n, sums);
     }
 }
 
-/* panel[k1 - k0][ldp] = X of tokens [n0, n1) and features [k0, k1), zeros behind the last token and feature. */
-static void token_pack(const struct bsrgen_call *call, int64_t n0, int64_t n1, int64_t k0, int64_t k1, real *panel, int64_t ldp)
+/* panel[k1 - k0][ldp] = cells [k0, k1) of X of tokens [n0, n1), zeros behind the last token and feature. */
+static void token_pack(const struct bsrgen_call *call, int64_t n0, int64_t n1, int64_t k0, int64_t k1, cell *panel, int64_t ldp)
 {
-    const real *x = call->x;
-    const int64_t live = k1 < K ? k1 : K;
-    for (int64_t f = k0; f < live; f++) {
-        const real *row = x + f * call->ldx + n0;
-        real *to = panel + (f - k0) * ldp;
-        int64_t n = 0;
-        for (; n + LANES <= n1 - n0; n += LANES) store(to + n, load(row + n));
-        if (n < n1 - n0) store(to + n, load_part(row + n, (int)(n1 - n0 - n)));
-    }
-    for (int64_t f = live; f < k1; f++) memset(panel + (f - k0) * ldp, 0, sizeof(real) * (size_t)ldp);
+    const x_t *x = call->x;
+    const int64_t live = k1 < K_CELLS ? k1 : K_CELLS;
+    for (int64_t f = k0; f < live; f++)
+        for (int64_t n = 0; n < n1 - n0; n += LANES) {
+            const int64_t left = n1 - n0 - n;
+            const xvec v = x_tokens(x + f * GROUP * call->ldx + n0 + n, call->ldx, K - f * GROUP, left < LANES ? (int)left : LANES);
+            memcpy(panel + (f - k0) * ldp + n, &v, sizeof v);
+        }
+    for (int64_t f = live; f < k1; f++) memset(panel + (f - k0) * ldp, 0, sizeof(cell) * (size_t)ldp);
 }
 
 /* Units of tokens: register tiles, whole vectors, nearly equal. */
-INLINE int64_t token_vectors(int64_t n) { return (n + LANES - 1) / LANES; }
+enum { T_STEP = 1 };
+INLINE int64_t token_vectors(int64_t n) { return T_STEP * pieces(n, LANES * T_STEP); }
 INLINE int64_t token_units(int64_t n) { return pieces(token_vectors(n), T_VECTORS); }
-INLINE int64_t token_start(int64_t n, int64_t u) { return LANES * cut(token_vectors(n), token_units(n), u); }
+INLINE int64_t token_start(int64_t n, int64_t u) { return LANES * T_STEP * cut(token_vectors(n) / T_STEP, token_units(n), u); }
 
 /* Block rows [i0, i1) for `width` tokens, whole vectors; ldp from feature to feature of x. */
-static void token_rows(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, int64_t width,
-                       int64_t i0, int64_t i1, real *sums)
+static void token_rows(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t ldp, int64_t n, int64_t width,
+                       int64_t i0, int64_t i1, acc *sums)
 {
     switch (width / LANES) {
     case 1:
@@ -235,7 +244,7 @@ static void token_rows(const struct bsrgen_call *call, const real *values, const
 }
 
 /* Token units [u0, u1) x block rows [i0, i1). */
-static int token_run(const struct bsrgen_call *call, const real *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
+static int token_run(const struct bsrgen_call *call, const w_t *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
 {
     enum { FINISH_ROWS = 2 }; /* block rows whose sums wait */
     const int64_t vectors = token_vectors(call->n), most = LANES * (vectors < T_VECTORS ? vectors : T_VECTORS); /* tokens of a unit */
@@ -243,14 +252,15 @@ static int token_run(const struct bsrgen_call *call, const real *values, int64_t
     const int as_it_lies = 0;
     const int packs = !as_it_lies || token_start(call->n, u1) > call->n;
     const int64_t panel_size = !packs ? 0 : most * 15, sums_size = most * 0;
-    real *panel = bsrgen_scratch_take(sizeof(real) * (size_t)(panel_size + sums_size + LANES)), *sums = panel + panel_size;
+    cell *panel = bsrgen_scratch_take(sizeof(cell) * (size_t)(panel_size + LANES) + sizeof(acc) * (size_t)sums_size);
     if (!panel) return BSRGEN_NO_MEMORY;
+    acc *sums = (acc *)(panel + panel_size);
     for (int64_t u = u0; u < u1; u++) {
         const int64_t n0 = token_start(call->n, u), end = token_start(call->n, u + 1), width = end - n0;
         const int64_t n1 = end < call->n ? end : call->n;
-        const real *x = panel;
+        const cell *x = panel;
         int64_t ldp = width;
-        if (end <= call->n && as_it_lies) x = (const real *)call->x + n0, ldp = call->ldx; /* whole vectors: X as it lies */
+        if (end <= call->n && as_it_lies) x = (const cell *)call->x + n0, ldp = call->ldx; /* whole vectors: X as it lies */
         else
         token_pack(call, n0, n1, 0, 15, panel, width);
         token_rows(call, values, x, ldp, n0, width, i0, i1, sums);

@@ -15,12 +15,22 @@
 #define REAL_BYTES 4
 #define LANES 8
 #define R(c) ((real)(c))
+#define REAL_KIND f32
+#define X_KIND f32
+#define W_KIND f32
+#define Y_KIND f32
+#define E_KIND f32
+#define GROUP 1
+#define INTEGER 0
+#define GATHER 0
 #include "bsrgen.h"
 #include "bsrgen_simd.h"
+#include "bsrgen_types.h"
+#include "bsrgen_product.h"
 #include "bsrgen_scratch.h"
 
-enum { M = 12, K = 24, BLOCK_ROWS = 6, PANELS = 3, K_PANEL = 8 };
-/* One packed block: 4 values; K_STEP = k lanes, packed side by side. */
+enum { M = 12, K = 24, K_CELLS = K, BLOCK_ROWS = 6, PANELS = 3, K_PANEL = 8 };
+/* One packed block: 4 units of W; K_STEP = k lanes, packed side by side. */
 enum { BLOCK_R = 2, BLOCK_C = 2, BLOCK_VALUES = 4, K_STEP = 1 };
 
 typedef uint16_t offset; /* first feature of a block, from the start of its panel */
@@ -47,11 +57,10 @@ INLINE int64_t segment_of(int64_t p, int64_t i)
 }
 
 /* Y[n, m:m+count] = epilogue(v), lanes along rows. */
-INLINE void put_rows(const struct bsrgen_call *call, int64_t m, int64_t n, vec v, int count)
+INLINE void put_rows(const struct bsrgen_call *call, int64_t m, int64_t n, avec sum, int count)
 {
-    real *y = (real *)call->y + n * call->ldy + m;
-    if (count == LANES) store(y, v);
-    else store_part(y, v, count);
+    vec v = to_real(sum);
+    put_y((y_t *)call->y + n * call->ldy + m, v, count);
 }
 
 /* `total` cut into `parts` nearly equal pieces: where piece p starts. */
@@ -66,17 +75,17 @@ enum { T_VECTORS = 2, T_ROWS = 2 };
 #define T_SUMS(r, v) ((r) * (v) >= 8 ? 1 : (r) * (v) >= 4 ? 2 : (r) * (v) >= 2 ? 4 : 8)
 
 /* sum[rows][V] += W[rows, 1] @ X[1, V vectors of tokens]: column c of a block. */
-INLINE void token_step(const int rows, const int V, const int slots, vec *sum, const real *w, const real *x, int64_t ldp, int c)
+INLINE void token_step(const int rows, const int V, const int slots, avec *sum, const w_t *w, const cell *x, int64_t ldp, int c)
 {
-    const real *wc = w + c / K_STEP * K_STEP * slots + c % K_STEP;
-    vec xv[T_VECTORS];
+    const w_t *wc = w + c / K_STEP * K_STEP * slots + c % K_STEP;
+    xvec xv[T_VECTORS];
     UNROLL
-    for (int v = 0; v < V; v++) xv[v] = load(x + c * ldp + v * LANES);
+    for (int v = 0; v < V; v++) xv[v] = unit_load(x + c * ldp + v * LANES);
     UNROLL
     for (int r = 0; r < rows; r++) {
-        const vec wr = splat(wc[r * K_STEP]);
+        const xvec wr = w_splat(wc + r * K_STEP);
         UNROLL
-        for (int v = 0; v < V; v++) sum[r * V + v] += wr * xv[v];
+        for (int v = 0; v < V; v++) sum[r * V + v] = mac(sum[r * V + v], wr, xv[v]);
     }
 }
 
@@ -84,7 +93,7 @@ INLINE void token_step(const int rows, const int V, const int slots, vec *sum, c
 #define T_ALONG(S) (BLOCK_C % (S) == 0)
 
 /* One stored block: sum[rows][V] += W[rows, C] @ X[C, V vectors of tokens]. */
-INLINE void token_block(const int rows, const int V, const int slots, vec *sum, const real *w, const real *x, int64_t ldp)
+INLINE void token_block(const int rows, const int V, const int slots, avec *sum, const w_t *w, const cell *x, int64_t ldp)
 {
     const int S = T_ALONG(T_SUMS(rows, V)) ? T_SUMS(rows, V) : 1;
     UNROLL
@@ -95,7 +104,7 @@ INLINE void token_block(const int rows, const int V, const int slots, vec *sum, 
 }
 
 /* Adds up the S partial sums, always in the same order. */
-INLINE void token_reduce(const int rows, const int V, vec *sum)
+INLINE void token_reduce(const int rows, const int V, avec *sum)
 {
     const int S = T_SUMS(rows, V);
     UNROLL
@@ -106,8 +115,8 @@ INLINE void token_reduce(const int rows, const int V, vec *sum)
 }
 
 /* sum[rows][V] over the blocks [at, end) of one block row. */
-INLINE void token_sum(const int rows, const int V, const int slots, vec *sum, const real *w, const offset *at,
-                      const offset *end, const real *x, int64_t ldp)
+INLINE void token_sum(const int rows, const int V, const int slots, avec *sum, const w_t *w, const offset *at,
+                      const offset *end, const cell *x, int64_t ldp)
 {
     const int S = T_ALONG(T_SUMS(rows, V)) ? 1 : T_SUMS(rows, V), size = BLOCK_C * slots;
     for (; S > 1 && at + S <= end; at += S, w += S * size) {
@@ -118,93 +127,91 @@ INLINE void token_sum(const int rows, const int V, const int slots, vec *sum, co
 }
 
 /* Where a tile's sums start: zero, or what earlier panels left. */
-INLINE void token_begin(const int rows, const int V, vec *sum, const real *sums)
+INLINE void token_begin(const int rows, const int V, avec *sum, const acc *sums)
 {
     const int all = T_SUMS(rows, V) * rows * V;
     UNROLL
-    for (int s = 0; s < all; s++) sum[s] = zero();
+    for (int s = 0; s < all; s++) sum[s] = acc_zero();
     UNROLL
-    for (int q = 0; q < rows * V; q++) sum[q] = load(sums + q * LANES);
+    for (int q = 0; q < rows * V; q++) sum[q] = acc_load(sums + q * LANES);
     (void)sums;
 }
 
 /* Where they go: the rows of sums that wait for the epilogue. */
-INLINE void token_end(const struct bsrgen_call *call, const int rows, const int V, vec *sum, int64_t m, int64_t n, real *sums)
+INLINE void token_end(const struct bsrgen_call *call, const int rows, const int V, avec *sum, int64_t m, int64_t n, acc *sums)
 {
     token_reduce(rows, V, sum);
     UNROLL
-    for (int q = 0; q < rows * V; q++) store(sums + q * LANES, sum[q]);
+    for (int q = 0; q < rows * V; q++) acc_store(sums + q * LANES, sum[q]);
     (void)call, (void)m, (void)n;
 }
 
 /* Rows m and on of one group; w: the group's first value. */
-INLINE void token_tile(const struct bsrgen_call *call, const int rows, const int V, const int slots, const real *w,
-                       const offset *at, const offset *end, const real *x, int64_t ldp, int64_t m, int64_t n, real *sums)
+INLINE void token_tile(const struct bsrgen_call *call, const int rows, const int V, const int slots, const w_t *w,
+                       const offset *at, const offset *end, const cell *x, int64_t ldp, int64_t m, int64_t n, acc *sums)
 {
-    vec sum[16];
+    avec sum[16];
     token_begin(rows, V, sum, sums);
     token_sum(rows, V, slots, sum, w, at, end, x, ldp);
     token_end(call, rows, V, sum, m, n, sums);
 }
 
 /* Segments [s, end), 1 vector of tokens; sums: those of block row i. */
-NOINLINE void token_rows_1(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t s, int64_t end, int64_t base, real *base_sums)
+NOINLINE void token_rows_1(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t n, int64_t s, int64_t end, int64_t base, acc *base_sums)
 {
     enum { ldp = 1 * LANES };
-    const real *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
-    const offset *at = OFFSETS + POINTERS[s], *last;
+    const w_t *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
+    const offset *at = OFFSETS + POINTERS[s] , *last;
     for (; s < end; s++, w += (last - at) * BLOCK_VALUES, at = last) {
-        last = OFFSETS + POINTERS[s + 1];
+        last = OFFSETS + POINTERS[s + 1] ;
         const int64_t i = SEGMENT_ROWS[s];
-        real *sums = base_sums + (i - base) * BLOCK_R * 1 * LANES;
+        acc *sums = base_sums + (i - base) * BLOCK_R * 1 * LANES;
         token_tile(call, 2, 1, 2, w, at, last, x, ldp,
                    i * BLOCK_R, n, sums);
     }
 }
 
 /* Segments [s, end), 2 vectors of tokens; sums: those of block row i. */
-NOINLINE void token_rows_2(const struct bsrgen_call *call, const real *values, const real *x, int64_t n, int64_t s, int64_t end, int64_t base, real *base_sums)
+NOINLINE void token_rows_2(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t n, int64_t s, int64_t end, int64_t base, acc *base_sums)
 {
     enum { ldp = 2 * LANES };
-    const real *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
-    const offset *at = OFFSETS + POINTERS[s], *last;
+    const w_t *w = values + (int64_t)POINTERS[s] * BLOCK_VALUES;
+    const offset *at = OFFSETS + POINTERS[s] , *last;
     for (; s < end; s++, w += (last - at) * BLOCK_VALUES, at = last) {
-        last = OFFSETS + POINTERS[s + 1];
+        last = OFFSETS + POINTERS[s + 1] ;
         const int64_t i = SEGMENT_ROWS[s];
-        real *sums = base_sums + (i - base) * BLOCK_R * 2 * LANES;
+        acc *sums = base_sums + (i - base) * BLOCK_R * 2 * LANES;
         token_tile(call, 2, 2, 2, w, at, last, x, ldp,
                    i * BLOCK_R, n, sums);
     }
 }
 
-/* panel[k1 - k0][ldp] = X of tokens [n0, n1) and features [k0, k1), zeros behind the last token and feature. */
-static void token_pack(const struct bsrgen_call *call, int64_t n0, int64_t n1, int64_t k0, int64_t k1, real *panel, int64_t ldp)
+/* panel[k1 - k0][ldp] = cells [k0, k1) of X of tokens [n0, n1), zeros behind the last token and feature. */
+static void token_pack(const struct bsrgen_call *call, int64_t n0, int64_t n1, int64_t k0, int64_t k1, cell *panel, int64_t ldp)
 {
-    const real *x = call->x;
-    const int64_t live = k1 < K ? k1 : K;
+    const x_t *x = call->x;
+    const int64_t live = k1 < K_CELLS ? k1 : K_CELLS;
     for (int64_t n = 0; n < ldp; n += LANES)
         for (int64_t f = k0; f < live; f += LANES) {
             const int count = live - f < LANES ? (int)(live - f) : LANES;
             vec v[LANES];
             UNROLL
-            for (int t = 0; t < LANES; t++) {
-                const real *row = x + (n0 + n + t) * call->ldx + f;
-                v[t] = n0 + n + t >= n1 ? zero() : count == LANES ? load(row) : load_part(row, count);
-            }
+            for (int t = 0; t < LANES; t++)
+                v[t] = n0 + n + t < n1 ? (vec)x_units(x + (n0 + n + t) * call->ldx + f * GROUP, K - f * GROUP) : zero();
             transpose(v);
-            real *to = panel + (f - k0) * ldp + n;
+            cell *to = panel + (f - k0) * ldp + n;
             if (count == LANES) {
                 UNROLL
-                for (int t = 0; t < LANES; t++) store(to + t * ldp, v[t]);
+                for (int t = 0; t < LANES; t++) memcpy(to + t * ldp, &v[t], sizeof v[t]);
             } else {
-                for (int t = 0; t < count; t++) store(to + t * ldp, v[t]);
+                for (int t = 0; t < count; t++) memcpy(to + t * ldp, &v[t], sizeof v[t]);
             }
         }
-    for (int64_t f = live; f < k1; f++) memset(panel + (f - k0) * ldp, 0, sizeof(real) * (size_t)ldp);
+    for (int64_t f = live; f < k1; f++) memset(panel + (f - k0) * ldp, 0, sizeof(cell) * (size_t)ldp);
 }
 
 /* Y of rows [m0, m1) and tokens [n0, n1) from sums[m1 - m0][ldp]. */
-static void token_finish(const struct bsrgen_call *call, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const real *sums, int64_t ldp)
+static void token_finish(const struct bsrgen_call *call, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const acc *sums, int64_t ldp)
 {
     if (m1 > M) m1 = M;
     for (int64_t m = m0; m < m1; m += LANES) {
@@ -212,26 +219,27 @@ static void token_finish(const struct bsrgen_call *call, int64_t m0, int64_t m1,
         for (int64_t n = n0; n < n1; n += LANES) {
             vec v[LANES];
             UNROLL
-            for (int r = 0; r < LANES; r++) v[r] = load(sums + (m - m0 + (r < rows ? r : 0)) * ldp + n - n0);
+            for (int r = 0; r < LANES; r++) v[r] = (vec)acc_load(sums + (m - m0 + (r < rows ? r : 0)) * ldp + n - n0);
             transpose(v);
             if (n1 - n >= LANES && rows == LANES) {
                 UNROLL
-                for (int t = 0; t < LANES; t++) put_rows(call, m, n + t, v[t], LANES);
+                for (int t = 0; t < LANES; t++) put_rows(call, m, n + t, (avec)v[t], LANES);
             } else {
-                for (int t = 0; t < LANES && n + t < n1; t++) put_rows(call, m, n + t, v[t], rows);
+                for (int t = 0; t < LANES && n + t < n1; t++) put_rows(call, m, n + t, (avec)v[t], rows);
             }
         }
     }
 }
 
 /* Units of tokens: register tiles, whole vectors, nearly equal. */
-INLINE int64_t token_vectors(int64_t n) { return (n + LANES - 1) / LANES; }
+enum { T_STEP = 1 };
+INLINE int64_t token_vectors(int64_t n) { return T_STEP * pieces(n, LANES * T_STEP); }
 INLINE int64_t token_units(int64_t n) { return pieces(token_vectors(n), T_VECTORS); }
-INLINE int64_t token_start(int64_t n, int64_t u) { return LANES * cut(token_vectors(n), token_units(n), u); }
+INLINE int64_t token_start(int64_t n, int64_t u) { return LANES * T_STEP * cut(token_vectors(n) / T_STEP, token_units(n), u); }
 
 /* Segments [s0, s1) for `width` tokens, whole vectors; ldp from feature to feature of x. */
-static void token_rows(const struct bsrgen_call *call, const real *values, const real *x, int64_t ldp, int64_t n, int64_t width,
-                       int64_t s0, int64_t s1, int64_t i0, real *sums)
+static void token_rows(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t ldp, int64_t n, int64_t width,
+                       int64_t s0, int64_t s1, int64_t i0, acc *sums)
 {
     switch (width / LANES) {
     case 1: token_rows_1(call, values, x, n, s0, s1, i0, sums); break;
@@ -241,22 +249,23 @@ static void token_rows(const struct bsrgen_call *call, const real *values, const
 }
 
 /* Token units [u0, u1) x block rows [i0, i1). */
-static int token_run(const struct bsrgen_call *call, const real *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
+static int token_run(const struct bsrgen_call *call, const w_t *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
 {
     enum { FINISH_ROWS = 6 }; /* block rows whose sums wait */
     const int64_t vectors = token_vectors(call->n), most = LANES * (vectors < T_VECTORS ? vectors : T_VECTORS); /* tokens of a unit */
     const int64_t panel_size = most * 24, sums_size = most * FINISH_ROWS * BLOCK_R;
-    real *panel = bsrgen_scratch_take(sizeof(real) * (size_t)(panel_size + sums_size + LANES)), *sums = panel + panel_size;
+    cell *panel = bsrgen_scratch_take(sizeof(cell) * (size_t)(panel_size + LANES) + sizeof(acc) * (size_t)sums_size);
     if (!panel) return BSRGEN_NO_MEMORY;
+    acc *sums = (acc *)(panel + panel_size);
     for (int64_t u = u0; u < u1; u++) {
         const int64_t n0 = token_start(call->n, u), end = token_start(call->n, u + 1), width = end - n0;
         const int64_t n1 = end < call->n ? end : call->n;
-        const real *x = panel;
+        const cell *x = panel;
         int64_t ldp = width;
         token_pack(call, n0, n1, 0, 24, panel, width);
         for (int64_t i = i0; i < i1; i += FINISH_ROWS) {
             const int64_t stop = i + FINISH_ROWS < i1 ? i + FINISH_ROWS : i1;
-            memset(sums, 0, sizeof(real) * (size_t)((stop - i) * BLOCK_R * width));
+            memset(sums, 0, sizeof(acc) * (size_t)((stop - i) * BLOCK_R * width));
             for (int64_t p = 0; p < PANELS; p++) {
                 token_rows(call, values, x + p * K_PANEL * ldp, ldp, n0, width, segment_of(p, i), segment_of(p, stop), i, sums);
             }

@@ -13,12 +13,22 @@
 #define REAL_BYTES 4
 #define LANES 4
 #define R(c) ((real)(c))
+#define REAL_KIND f32
+#define X_KIND f32
+#define W_KIND f32
+#define Y_KIND f32
+#define E_KIND f32
+#define GROUP 1
+#define INTEGER 0
+#define GATHER 0
 #include "bsrgen.h"
 #include "bsrgen_simd.h"
+#include "bsrgen_types.h"
+#include "bsrgen_product.h"
 #include "bsrgen_scratch.h"
 
-enum { M = 12, K = 16, BLOCK_ROWS = 3, PANELS = 1, K_PANEL = 16 };
-/* One packed block: 4 values; K_STEP = k lanes, packed side by side. */
+enum { M = 12, K = 16, K_CELLS = K, BLOCK_ROWS = 3, PANELS = 1, K_PANEL = 16 };
+/* One packed block: 4 units of W; K_STEP = k lanes, packed side by side. */
 enum { BLOCK_R = 4, BLOCK_C = 1, BLOCK_VALUES = 4, K_STEP = 1 };
 
 typedef uint16_t offset; /* first feature of a block, from the start of its panel */
@@ -28,9 +38,10 @@ extern const offset spmm_f32_12x16_b4x1_6d89d2d2_u16_offsets[] __attribute__((vi
 #define OFFSETS spmm_f32_12x16_b4x1_6d89d2d2_u16_offsets
 
 /* Y[m:m+count, n] = epilogue(v), lanes along rows. */
-INLINE void put_rows(const struct bsrgen_call *call, int64_t m, int64_t n, vec v, int count)
+INLINE void put_rows(const struct bsrgen_call *call, int64_t m, int64_t n, avec sum, int count)
 {
-    store_strided((real *)call->y + m * call->ldy + n, call->ldy, v, count);
+    vec v = to_real(sum);
+    put_y_strided((y_t *)call->y + m * call->ldy + n, call->ldy, v, count);
 }
 
 /* `total` cut into `parts` nearly equal pieces: where piece p starts. */
@@ -45,21 +56,21 @@ enum { W_TOKENS = 4, W_LDX = 16, K_STEPS = BLOCK_C / K_STEP };
 #define W_SUMS(t, v) ((t) * (v) >= 8 ? 1 : (t) * (v) >= 4 ? 2 : (t) * (v) >= 2 ? 4 : 8)
 
 /* sum[T][V] += X[T tokens, K_STEP] x W[V vectors of 4 rows, K_STEP]: one step along k. */
-INLINE void weight_step(const int T, const int V, vec *sum, const real *w, const real *x)
+INLINE void weight_step(const int T, const int V, avec *sum, const w_t *w, const cell *x)
 {
-    vec wv[1];
+    xvec wv[1];
     UNROLL
-    for (int v = 0; v < V; v++) wv[v] = load(w + v * LANES);
+    for (int v = 0; v < V; v++) wv[v] = w_load(w + v * LANES);
     UNROLL
     for (int t = 0; t < T; t++) {
-        const vec xt = load_group(x + t * W_LDX, K_STEP);
+        const xvec xt = unit_group(x + t * W_LDX, K_STEP);
         UNROLL
-        for (int v = 0; v < V; v++) sum[t * V + v] += wv[v] * xt;
+        for (int v = 0; v < V; v++) sum[t * V + v] = mac_x(sum[t * V + v], wv[v], xt);
     }
 }
 
 /* One stored block: sum[S][T][V] += X[T, C] @ W[rows, C].T, S partial sums taken in turn along k. */
-INLINE void weight_block(const int T, const int V, const int S, vec *sum, const real *w, const real *x)
+INLINE void weight_block(const int T, const int V, const int S, avec *sum, const w_t *w, const cell *x)
 {
     int c = 0;
     for (; c + S <= K_STEPS; c += S) {
@@ -72,12 +83,12 @@ INLINE void weight_block(const int T, const int V, const int S, vec *sum, const 
 }
 
 /* sum[S][T][V] over the blocks of segment i; `before`: values of the groups of rows ahead of this one. */
-INLINE void weight_sum(const int T, const int V, vec *sum, const int before, const real *values, const real *x, int64_t i)
+INLINE void weight_sum(const int T, const int V, avec *sum, const int before, const w_t *values, const cell *x, int64_t i)
 {
     enum { BY_BLOCK = K_STEPS < 8 };
     const int S = W_SUMS(T, V);
     const int64_t first = POINTERS[i], last = POINTERS[i + 1];
-    const real *w = values + first * BLOCK_VALUES + (last - first) * before;
+    const w_t *w = values + first * BLOCK_VALUES + (last - first) * before;
     const offset *at = OFFSETS + first, *end = OFFSETS + last;
     if (!BY_BLOCK || S == 1) {
         for (; at < end; at++, w += K_STEPS * V * LANES) weight_block(T, V, S, sum, w, x + *at);
@@ -92,12 +103,12 @@ INLINE void weight_sum(const int T, const int V, vec *sum, const int before, con
 }
 
 /* Y of T tokens from n on = X[T tokens, K] @ W[`rows` rows of block row i, K].T, from row m on. */
-INLINE void weight_tile(const int T, const int V, const int rows, const int before, const real *values, const real *x, int64_t i, int64_t m, const struct bsrgen_call *call, int64_t n)
+INLINE void weight_tile(const int T, const int V, const int rows, const int before, const w_t *values, const cell *x, int64_t i, int64_t m, const struct bsrgen_call *call, int64_t n)
 {
     const int S = W_SUMS(T, V);
-    vec sum[16];
+    avec sum[16];
     UNROLL
-    for (int s = 0; s < S * T * V; s++) sum[s] = zero();
+    for (int s = 0; s < S * T * V; s++) sum[s] = acc_zero();
     weight_sum(T, V, sum, before, values, x, i);
     UNROLL
     for (int s = S / 2; s > 0; s /= 2) {
@@ -113,31 +124,31 @@ INLINE void weight_tile(const int T, const int V, const int rows, const int befo
 }
 
 /* 1 token x block row i. */
-NOINLINE void weight_row_1(const real *values, const real *x, int64_t i, const struct bsrgen_call *call, int64_t n)
+NOINLINE void weight_row_1(const w_t *values, const cell *x, int64_t i, const struct bsrgen_call *call, int64_t n)
 {
     weight_tile(1, 1, 4, 0, values, x, i, i * BLOCK_R, call, n);
 }
 
 /* 2 tokens x block row i. */
-NOINLINE void weight_row_2(const real *values, const real *x, int64_t i, const struct bsrgen_call *call, int64_t n)
+NOINLINE void weight_row_2(const w_t *values, const cell *x, int64_t i, const struct bsrgen_call *call, int64_t n)
 {
     weight_tile(2, 1, 4, 0, values, x, i, i * BLOCK_R, call, n);
 }
 
 /* 3 tokens x block row i. */
-NOINLINE void weight_row_3(const real *values, const real *x, int64_t i, const struct bsrgen_call *call, int64_t n)
+NOINLINE void weight_row_3(const w_t *values, const cell *x, int64_t i, const struct bsrgen_call *call, int64_t n)
 {
     weight_tile(3, 1, 4, 0, values, x, i, i * BLOCK_R, call, n);
 }
 
 /* 4 tokens x block row i. */
-NOINLINE void weight_row_4(const real *values, const real *x, int64_t i, const struct bsrgen_call *call, int64_t n)
+NOINLINE void weight_row_4(const w_t *values, const cell *x, int64_t i, const struct bsrgen_call *call, int64_t n)
 {
     weight_tile(4, 1, 4, 0, values, x, i, i * BLOCK_R, call, n);
 }
 
 /* `count` tokens x block row i. */
-INLINE void weight_row(const real *values, const real *x, int64_t count, int64_t i, const struct bsrgen_call *call, int64_t n)
+INLINE void weight_row(const w_t *values, const cell *x, int64_t count, int64_t i, const struct bsrgen_call *call, int64_t n)
 {
     switch (count) {
     case 1: weight_row_1(values, x, i, call, n); break;
@@ -147,12 +158,12 @@ INLINE void weight_row(const real *values, const real *x, int64_t count, int64_t
     }
 }
 
-/* X of tokens [n0, n1) with the constant leading dimension and zeros behind feature K. */
-static void weight_copy(const struct bsrgen_call *call, int64_t n0, int64_t n1, real *to)
+/* X of tokens [n0, n1) as cells, with the constant leading dimension and zeros behind feature K. */
+static void weight_copy(const struct bsrgen_call *call, int64_t n0, int64_t n1, cell *to)
 {
-    const real *x = call->x;
+    const x_t *x = call->x;
     for (int64_t n = n0; n < n1; n++, to += W_LDX) {
-        for (int64_t c = 0; c < K; c++) to[c] = x[c * call->ldx + n];
+        for (int64_t c = 0; c < K; c++) to[c] = x_unit(x + c * call->ldx + n);
         for (int64_t c = K; c < W_LDX; c++) to[c] = 0;
     }
 }
@@ -162,29 +173,30 @@ INLINE int64_t weight_units(int64_t n) { return pieces(n, W_TOKENS); }
 enum { W_CHUNK = 1, W_ROWS = 3 }; /* units that share the weights of W_ROWS block rows while they are in L2 */
 
 /* Token units [u, stop) x block rows [i, end); x: the first token's. */
-static void weight_share(const struct bsrgen_call *call, const real *values, const real *x, int64_t u, int64_t stop,
+static void weight_share(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t u, int64_t stop,
                           int64_t i, int64_t end)
 {
     const int64_t units = weight_units(call->n), n0 = cut(call->n, units, u);
     for (int64_t v = u; v < stop; v++) {
         const int64_t n = cut(call->n, units, v), count = cut(call->n, units, v + 1) - n;
-        const real *xv = x + (n - n0) * W_LDX;
+        const cell *xv = x + (n - n0) * W_LDX;
         for (int64_t j = i; j < end; j++) weight_row(values, xv, count, j, call, n);
     }
 }
 
 /* Token units [u0, u1) x block rows [i0, i1).  X of a unit stays in L1. */
-static int weight_run(const struct bsrgen_call *call, const real *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
+static int weight_run(const struct bsrgen_call *call, const w_t *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
 {
     const int64_t units = weight_units(call->n), tokens = call->n < W_CHUNK * W_TOKENS ? call->n : W_CHUNK * W_TOKENS;
     const int copy = (call->n > 1 || call->ldx > 1);
     const int64_t all_sums = 0;
-    real *tile = bsrgen_scratch_take(sizeof(real) * (size_t)(all_sums + (copy ? W_LDX * tokens : 0) + 1)), *copied = tile + all_sums;
+    acc *tile = bsrgen_scratch_take(sizeof(acc) * (size_t)(all_sums + LANES) + sizeof(cell) * (size_t)(copy ? W_LDX * tokens : 0));
     if (!tile) return BSRGEN_NO_MEMORY;
+    cell *copied = (cell *)(tile + (all_sums + LANES - 1) / LANES * LANES);
     for (int64_t u = u0; u < u1; u += W_CHUNK) {
         const int64_t stop = u + W_CHUNK < u1 ? u + W_CHUNK : u1, n0 = cut(call->n, units, u);
         if (copy) weight_copy(call, n0, cut(call->n, units, stop), copied);
-        const real *x = copy ? copied : (const real *)call->x + n0 * W_LDX;
+        const cell *x = copy ? copied : (const cell *)call->x + n0 * W_LDX;
         for (int64_t i = i0; i < i1; i += W_ROWS)
             weight_share(call, values, x, u, stop, i, i + W_ROWS < i1 ? i + W_ROWS : i1);
     }

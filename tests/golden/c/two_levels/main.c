@@ -18,7 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef float real;
+typedef float element; /* of W as it comes */
 
 /* Packed values and tables enter as they lie in their files: compile time does not grow with the matrix. */
 __asm__(".pushsection .rodata\n"
@@ -47,7 +47,7 @@ struct level {
     const char *target;
     struct kernel many, few; /* the second for calls of less than few_n tokens */
     int few_n;
-    const real *values;
+    const void *values;
     const uint64_t *work; /* running cost of the block rows */
     int64_t block_rows;
 };
@@ -98,7 +98,7 @@ struct region {
     const struct bsrgen_call *call;
     const struct level *level;
     const struct kernel *kernel;
-    const real *values;
+    const void *values;
     int64_t units;
     int status;
 };
@@ -192,7 +192,7 @@ int spmm_f32_12x16_b4x1_6d89d2d2_call(const struct bsrgen_call *call)
     return r.status;
 }
 
-int spmm_f32_12x16_b4x1_6d89d2d2(int64_t n, const float *x, int64_t ldx, float *y, int64_t ldy, const float *values, int threads)
+int spmm_f32_12x16_b4x1_6d89d2d2(int64_t n, const float *x, int64_t ldx, float *y, int64_t ldy, const void *values, int threads)
 {
     const struct bsrgen_call call = {
         .n = n, .x = x, .ldx = ldx, .y = y, .ldy = ldy, .values = values, .threads = threads,
@@ -201,23 +201,29 @@ int spmm_f32_12x16_b4x1_6d89d2d2(int64_t n, const float *x, int64_t ldx, float *
 }
 
 /* data[nnzb][R][C] -> packed, in the order that the micro-kernels stream. */
-static int pack_0(const real *data, real *packed)
+static int pack_0(const element *data, void *packed)
 {
-    enum { R = 4, C = 1, STEP = 1, SEGMENTS = 3 };
+    /* C counts units of GROUP columns; STEP units lie side by side */
+    enum { R = 4, C = 1, GROUP = 1, STEP = 1, SEGMENTS = 3 };
     static const struct { int row, rows, slots; } groups[] = { { 0, 4, 4 } };
-    const real *blocks = data;
+    const element *blocks = data;
+    float *to = packed;
     for (int64_t s = 0; s < SEGMENTS; s++)
         for (size_t g = 0; g < sizeof groups / sizeof *groups; g++)
             for (int64_t b = spmm_f32_12x16_b4x1_6d89d2d2_u16_pointers[s]; b < spmm_f32_12x16_b4x1_6d89d2d2_u16_pointers[s + 1]; b++) {
-                const real *block = blocks + b * ((int64_t)R * C) + groups[g].row * C;
+                const element *block = blocks + b * ((int64_t)R * C * GROUP) + groups[g].row * C * GROUP;
                 for (int c = 0; c < C; c += STEP)
                     for (int r = 0; r < groups[g].slots; r++)
-                        for (int q = 0; q < STEP; q++) *packed++ = r < groups[g].rows ? block[r * C + c + q] : 0;
+                        for (int q = 0; q < STEP * GROUP; q++) {
+                            element value = 0;
+                            if (r < groups[g].rows) value = block[(r * C + c) * GROUP + q];
+                            *to++ = value;
+                        }
             }
     return 0;
 }
 
-int64_t spmm_f32_12x16_b4x1_6d89d2d2_pack(const float *data, float *packed, int level)
+int64_t spmm_f32_12x16_b4x1_6d89d2d2_pack(const float *data, void *packed, int level)
 {
     if (level < 0) {
         const struct level *chosen = choose_level();
@@ -225,9 +231,9 @@ int64_t spmm_f32_12x16_b4x1_6d89d2d2_pack(const float *data, float *packed, int 
     }
     switch (level) {
     case 0:
-        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : 32;
+        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : 128;
     case 1:
-        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : 32;
+        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : 128;
     }
     return BSRGEN_PACK_NO_LEVEL;
 }

@@ -12,12 +12,22 @@
 #define REAL_BYTES 4
 #define LANES 16
 #define R(c) ((real)(c))
+#define REAL_KIND f32
+#define X_KIND f32
+#define W_KIND f32
+#define Y_KIND f32
+#define E_KIND f32
+#define GROUP 1
+#define INTEGER 0
+#define GATHER 0
 #include "bsrgen.h"
 #include "bsrgen_simd.h"
+#include "bsrgen_types.h"
+#include "bsrgen_product.h"
 #include "bsrgen_scratch.h"
 
-enum { M = 32, K = 12, BLOCK_ROWS = 2, PANELS = 3, K_PANEL = 4 };
-/* One packed block: 32 values; K_STEP = k lanes, packed side by side. */
+enum { M = 32, K = 12, K_CELLS = K, BLOCK_ROWS = 2, PANELS = 3, K_PANEL = 4 };
+/* One packed block: 32 units of W; K_STEP = k lanes, packed side by side. */
 enum { BLOCK_R = 16, BLOCK_C = 2, BLOCK_VALUES = 32, K_STEP = 1 };
 
 typedef uint16_t offset; /* first feature of a block, from the start of its panel */
@@ -44,11 +54,10 @@ INLINE int64_t segment_of(int64_t p, int64_t i)
 }
 
 /* Y[n, m:m+count] = epilogue(v), lanes along rows. */
-INLINE void put_rows(const struct bsrgen_call *call, int64_t m, int64_t n, vec v, int count)
+INLINE void put_rows(const struct bsrgen_call *call, int64_t m, int64_t n, avec sum, int count)
 {
-    real *y = (real *)call->y + n * call->ldy + m;
-    if (count == LANES) store(y, v);
-    else store_part(y, v, count);
+    vec v = to_real(sum);
+    put_y((y_t *)call->y + n * call->ldy + m, v, count);
 }
 
 /* `total` cut into `parts` nearly equal pieces: where piece p starts. */
@@ -58,28 +67,28 @@ INLINE int64_t cut(int64_t total, int64_t parts, int64_t p) { return parts ? tot
 INLINE int64_t pieces(int64_t total, int64_t most) { return (total + most - 1) / most; }
 
 enum { W_TOKENS = 2, W_LDX = 12, K_STEPS = BLOCK_C / K_STEP };
-/* Reals that the sums of one block row take; block rows whose sums are finished together. */
+/* Sums of one block row, in elements; block rows whose sums are finished together. */
 enum { W_SUM = 1 * W_TOKENS * LANES, W_WINDOW = 1 };
 
 /* Sums kept per tile: with few accumulators, several partial sums hide the latency of the multiply-add. */
 #define W_SUMS(t, v) ((t) * (v) >= 8 ? 1 : (t) * (v) >= 4 ? 2 : (t) * (v) >= 2 ? 4 : 8)
 
 /* sum[T][V] += X[T tokens, K_STEP] x W[V vectors of 16 rows, K_STEP]: one step along k. */
-INLINE void weight_step(const int T, const int V, vec *sum, const real *w, const real *x)
+INLINE void weight_step(const int T, const int V, avec *sum, const w_t *w, const cell *x)
 {
-    vec wv[1];
+    xvec wv[1];
     UNROLL
-    for (int v = 0; v < V; v++) wv[v] = load(w + v * LANES);
+    for (int v = 0; v < V; v++) wv[v] = w_load(w + v * LANES);
     UNROLL
     for (int t = 0; t < T; t++) {
-        const vec xt = load_group(x + t * W_LDX, K_STEP);
+        const xvec xt = unit_group(x + t * W_LDX, K_STEP);
         UNROLL
-        for (int v = 0; v < V; v++) sum[t * V + v] += wv[v] * xt;
+        for (int v = 0; v < V; v++) sum[t * V + v] = mac_x(sum[t * V + v], wv[v], xt);
     }
 }
 
 /* One stored block: sum[S][T][V] += X[T, C] @ W[rows, C].T, S partial sums taken in turn along k. */
-INLINE void weight_block(const int T, const int V, const int S, vec *sum, const real *w, const real *x)
+INLINE void weight_block(const int T, const int V, const int S, avec *sum, const w_t *w, const cell *x)
 {
     int c = 0;
     for (; c + S <= K_STEPS; c += S) {
@@ -92,12 +101,12 @@ INLINE void weight_block(const int T, const int V, const int S, vec *sum, const 
 }
 
 /* sum[S][T][V] over the blocks of segment i; `before`: values of the groups of rows ahead of this one. */
-INLINE void weight_sum(const int T, const int V, vec *sum, const int before, const real *values, const real *x, int64_t i)
+INLINE void weight_sum(const int T, const int V, avec *sum, const int before, const w_t *values, const cell *x, int64_t i)
 {
     enum { BY_BLOCK = K_STEPS < 8 };
     const int S = W_SUMS(T, V);
     const int64_t first = POINTERS[i], last = POINTERS[i + 1];
-    const real *w = values + first * BLOCK_VALUES + (last - first) * before;
+    const w_t *w = values + first * BLOCK_VALUES + (last - first) * before;
     const offset *at = OFFSETS + first, *end = OFFSETS + last;
     if (!BY_BLOCK || S == 1) {
         for (; at < end; at++, w += K_STEPS * V * LANES) weight_block(T, V, S, sum, w, x + *at);
@@ -112,14 +121,14 @@ INLINE void weight_sum(const int T, const int V, vec *sum, const int before, con
 }
 
 /* tile[V][W_TOKENS] += X[T tokens, K_PANEL] @ W[one group of segment i].T, partial sums of a row side by side. */
-INLINE void weight_tile(const int T, const int V, const int before, const real *values, const real *x, int64_t i, real *tile)
+INLINE void weight_tile(const int T, const int V, const int before, const w_t *values, const cell *x, int64_t i, acc *tile)
 {
     const int S = W_SUMS(T, V);
-    vec sum[16];
+    avec sum[16];
     UNROLL
-    for (int s = 0; s < S * T * V; s++) sum[s] = zero();
+    for (int s = 0; s < S * T * V; s++) sum[s] = acc_zero();
     UNROLL
-    for (int q = 0; q < T * V; q++) sum[q] = load(tile + (q % V * W_TOKENS + q / V) * LANES);
+    for (int q = 0; q < T * V; q++) sum[q] = acc_load(tile + (q % V * W_TOKENS + q / V) * LANES);
     weight_sum(T, V, sum, before, values, x, i);
     UNROLL
     for (int s = S / 2; s > 0; s /= 2) {
@@ -127,23 +136,23 @@ INLINE void weight_tile(const int T, const int V, const int before, const real *
         for (int q = 0; q < s * T * V; q++) sum[q] += sum[s * T * V + q];
     }
     UNROLL
-    for (int q = 0; q < T * V; q++) store(tile + (q % V * W_TOKENS + q / V) * LANES, sum[q]);
+    for (int q = 0; q < T * V; q++) acc_store(tile + (q % V * W_TOKENS + q / V) * LANES, sum[q]);
 }
 
 /* 1 token x segment i. */
-NOINLINE void weight_row_1(const real *values, const real *x, int64_t i, real *tile)
+NOINLINE void weight_row_1(const w_t *values, const cell *x, int64_t i, acc *tile)
 {
     weight_tile(1, 1, 0, values, x, i, tile);
 }
 
 /* 2 tokens x segment i. */
-NOINLINE void weight_row_2(const real *values, const real *x, int64_t i, real *tile)
+NOINLINE void weight_row_2(const w_t *values, const cell *x, int64_t i, acc *tile)
 {
     weight_tile(2, 1, 0, values, x, i, tile);
 }
 
 /* `count` tokens x segment i. */
-INLINE void weight_row(const real *values, const real *x, int64_t count, int64_t i, real *tile)
+INLINE void weight_row(const w_t *values, const cell *x, int64_t count, int64_t i, acc *tile)
 {
     switch (count) {
     case 1: weight_row_1(values, x, i, tile); break;
@@ -152,24 +161,24 @@ INLINE void weight_row(const real *values, const real *x, int64_t count, int64_t
 }
 
 /* Y of `count` tokens from n on and rows [m, m + rows): K_STEP vectors of partial sums become one of LANES rows. */
-static void weight_finish(const struct bsrgen_call *call, int64_t n, int64_t count, int64_t m, int64_t rows, const real *tile)
+static void weight_finish(const struct bsrgen_call *call, int64_t n, int64_t count, int64_t m, int64_t rows, const acc *tile)
 {
     if (rows > M - m) rows = M - m;
     for (int64_t t = 0; t < count; t++)
         for (int64_t r = 0; r < rows; r += LANES) {
-            const real *part = tile + (r / 16 * W_TOKENS + t) * LANES;
-            const vec sum = load(part);
+            const acc *part = tile + (r / 16 * W_TOKENS + t) * LANES;
+            const avec sum = acc_load(part);
             put_rows(call, m + r, n + t, sum, rows - r < LANES ? (int)(rows - r) : LANES);
         }
 }
 
-/* X of tokens [n0, n1) with the constant leading dimension and zeros behind feature K. */
-static void weight_copy(const struct bsrgen_call *call, int64_t n0, int64_t n1, real *to)
+/* X of tokens [n0, n1) as cells, with the constant leading dimension and zeros behind feature K. */
+static void weight_copy(const struct bsrgen_call *call, int64_t n0, int64_t n1, cell *to)
 {
-    const real *x = call->x;
+    const x_t *x = call->x;
     for (int64_t n = n0; n < n1; n++, to += W_LDX) {
-        memcpy(to, x + n * call->ldx, sizeof(real) * K);
-        for (int64_t c = K; c < W_LDX; c++) to[c] = 0;
+        memcpy(to, x + n * call->ldx, sizeof(x_t) * K);
+        memset((x_t *)to + K, 0, sizeof *to * W_LDX - sizeof(x_t) * K);
     }
 }
 
@@ -179,35 +188,36 @@ enum { W_CHUNK = 2, W_ROWS = 6144 }; /* units that share the weights of W_ROWS b
 enum { W_SLAB = 2048 }; /* block rows whose sums wait for the next panel */
 
 /* Token units [u, stop) x block rows [i, end) in panel p; x: the first token's; tile: sums of block row `base` and on, unit by unit. */
-static void weight_share(const struct bsrgen_call *call, const real *values, const real *x, int64_t u, int64_t stop,
-                          int64_t i, int64_t end, int64_t p, int64_t base, int64_t sums, real *tile)
+static void weight_share(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t u, int64_t stop,
+                          int64_t i, int64_t end, int64_t p, int64_t base, int64_t sums, acc *tile)
 {
     const int64_t units = weight_units(call->n), n0 = cut(call->n, units, u);
     const int64_t first = segment_of(p, i), last = segment_of(p, end);
     for (int64_t v = u; v < stop; v++) {
         const int64_t n = cut(call->n, units, v), count = cut(call->n, units, v + 1) - n;
-        const real *xv = x + (n - n0) * W_LDX + p * K_PANEL;
+        const cell *xv = x + (n - n0) * W_LDX + p * K_PANEL;
         for (int64_t s = first; s < last; s++)
             weight_row(values, xv, count, s, tile + (v - u) * sums + (SEGMENT_ROWS[s] - base) * W_SUM);
     }
 }
 
 /* Token units [u0, u1) x block rows [i0, i1).  X of a unit and panel stays in L1. */
-static int weight_run(const struct bsrgen_call *call, const real *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
+static int weight_run(const struct bsrgen_call *call, const w_t *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
 {
     const int64_t units = weight_units(call->n), tokens = call->n < W_CHUNK * W_TOKENS ? call->n : W_CHUNK * W_TOKENS;
-    const int copy = (call->ldx != W_LDX && call->n > 1);
+    const int copy = (call->ldx != W_LDX * GROUP && call->n > 1);
     const int64_t rows = i1 - i0 < W_SLAB ? i1 - i0 : W_SLAB, sums = rows * W_SUM; /* whose sums wait; of one unit */
     const int64_t all_sums = sums * (u1 - u0 < W_CHUNK ? u1 - u0 : W_CHUNK);
-    real *tile = bsrgen_scratch_take(sizeof(real) * (size_t)(all_sums + (copy ? W_LDX * tokens : 0) + 1)), *copied = tile + all_sums;
+    acc *tile = bsrgen_scratch_take(sizeof(acc) * (size_t)(all_sums + LANES) + sizeof(cell) * (size_t)(copy ? W_LDX * tokens : 0));
     if (!tile) return BSRGEN_NO_MEMORY;
+    cell *copied = (cell *)(tile + (all_sums + LANES - 1) / LANES * LANES);
     for (int64_t u = u0; u < u1; u += W_CHUNK) {
         const int64_t stop = u + W_CHUNK < u1 ? u + W_CHUNK : u1, n0 = cut(call->n, units, u);
         if (copy) weight_copy(call, n0, cut(call->n, units, stop), copied);
-        const real *x = copy ? copied : (const real *)call->x + n0 * W_LDX;
+        const cell *x = copy ? copied : (const cell *)call->x + n0 * W_LDX;
         for (int64_t b = i0; b < i1; b += W_SLAB) {
             const int64_t last = b + W_SLAB < i1 ? b + W_SLAB : i1;
-            memset(tile, 0, sizeof(real) * (size_t)(sums * (stop - u)));
+            memset(tile, 0, sizeof(acc) * (size_t)(sums * (stop - u)));
             for (int64_t p = 0; p < PANELS; p++)
                 for (int64_t i = b; i < last; i += W_ROWS)
                     weight_share(call, values, x, u, stop, i, i + W_ROWS < last ? i + W_ROWS : last, p, b, sums, tile);
