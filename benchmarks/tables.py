@@ -131,9 +131,8 @@ def break_evens(figures: Sequence[Figure]) -> list[Table]:
     lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for f in figures:
         p = f.point
-        where = f"{p.operator} {p.dtype} {p.shape[0]}x{p.shape[1]} N={p.n}" + (
-            f" {p.kind}" if p.kind != "uniform" else ""
-        )
+        where = f"{p.operator} {p.dtype} {p.shape[0]}x{p.shape[1]} N={p.n}"
+        where += f" {p.kind}" if p.kind != "uniform" else ""
         where += f" {p.threads} threads" if p.threads > 1 else ""
         lines.setdefault(where, {}).setdefault(f.block, []).append((p.density, f.best("dense").over))
     lines = {where: kept for where, all_ in lines.items() if (kept := {b: v for b, v in all_.items() if len(v) > 2})}
