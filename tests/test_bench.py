@@ -127,7 +127,7 @@ def test_every_peer_is_right_or_says_why_not(operator: str, dtype: str, blocksiz
     case = random_case(operator, (50, 70), blocksize, 0.3, n, dtype)
     libraries = [peer for peer in peers.PEERS if peer.kind != "bsrgen"]
     runs, reasons = peers.prepare(case, libraries)
-    assert set(runs) | set(reasons) == {p.name for p in libraries}
+    assert set(runs) | set(reasons) == {p.name for p in libraries if dtype in p.dtypes}
     assert {"numpy dense", "scipy bsr", "scipy csr"} <= set(runs)
     assert not [why for why in reasons.values() if why.startswith(("wrong", "fails"))], reasons
     for run in runs.values():
@@ -150,7 +150,7 @@ def test_every_peer_of_reduced_types_is_right_or_says_why_not(
     assert all(run.result().dtype == case.out().dtype for run in runs.values())
     kinds = {peer.name: peer.kind for peer in libraries}
     assert {kinds[name] for name in runs} == {"dense", "sparse"}
-    assert reasons["numpy dense"] == f"takes float32, float64, not {dtype}"
+    assert "numpy dense" not in reasons  # whose types are others
 
 
 def test_int8_case_is_on_the_grid_that_every_row_fills() -> None:
@@ -187,7 +187,7 @@ def test_bsrgen_is_a_row_of_the_table() -> None:
     case = random_case("linear", (50, 70), (5, 2), 0.3, 7)
     runs, reasons = peers.prepare(case)
     assert next(iter(runs)) == "bsrgen"
-    assert set(runs) | set(reasons) == {p.name for p in peers.PEERS}
+    assert set(runs) | set(reasons) == {p.name for p in peers.PEERS if "float32" in p.dtypes}
 
 
 def test_check_refuses_a_wrong_result() -> None:

@@ -25,7 +25,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One way of calling one library; `declines` gives the reason why it cannot take a case, or None."""
+    """One way of calling one library; `declines` gives the reason why it cannot take a case of its types, or None."""
 
     name: str
     library: str
@@ -33,12 +33,6 @@ class Peer:
     declines: Callable[[Case], str | None]
     prepare: Callable[[Case], Run]
     dtypes: tuple[str, ...] = FULL
-
-    def why_not(self, case: Case) -> str | None:
-        """The reason why this peer is not timed, or None."""
-        if case.dtype.name not in self.dtypes:
-            return f"takes {', '.join(self.dtypes)}, not {case.dtype.name}"
-        return self.declines(case)
 
 
 def shown(case: Case, Y: Array) -> Array:

@@ -213,12 +213,12 @@ def check(y: Array, expected: Array, bound: Array, slack: float = SLACK) -> floa
 
 
 def prepare(case: Case, peers: Sequence[Peer] = PEERS) -> tuple[dict[str, Run], dict[str, str]]:
-    """The peers that take this case, checked against float64, and for every other one the reason why not."""
+    """The peers that take this case, checked against float64, and for every other one of its type the reason why not."""
     runs: dict[str, Run] = {}
     reasons: dict[str, str] = {}
     expected, bound = case.reference()
-    for peer in peers:
-        reason = peer.why_not(case)
+    for peer in (peer for peer in peers if case.dtype.name in peer.dtypes):
+        reason = peer.declines(case)
         if reason is None:
             try:
                 run = peer.prepare(case)
