@@ -213,7 +213,7 @@ def check(y: Array, expected: Array, bound: Array, slack: float = SLACK) -> floa
 
 
 def prepare(case: Case, peers: Sequence[Peer] = PEERS) -> tuple[dict[str, Run], dict[str, str]]:
-    """The peers that take this case, checked against float64, and for every other one of its type the reason why not."""
+    """The peers that take this case, checked against float64, and the reason why not for all others of its type."""
     runs: dict[str, Run] = {}
     reasons: dict[str, str] = {}
     expected, bound = case.reference()
