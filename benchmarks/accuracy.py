@@ -95,7 +95,7 @@ def examine(point: Point, top: int, others: int, jobs: int, rounds: int, ceiling
     """Build, check and time the plans of one matrix in alternation, with the FMA peak in the same rounds."""
     case = point.case()
     candidates, placed = contenders(case, top, others, point.seed)
-    expected, bound = case.problem.reference(case.weight, case.x)
+    expected, bound = case.reference()
     peak = ceilings.fma(case.problem.dtype.short)
     with tempfile.TemporaryDirectory(prefix="bsrgen-accuracy-") as root:
 

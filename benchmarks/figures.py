@@ -1,6 +1,8 @@
 """What a run keeps: one Figure a point, all of them in a Run, which is the JSON file."""
 
-from collections.abc import Iterable
+import itertools
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,3 +135,13 @@ def merged(runs: Iterable[Run]) -> Run:
     first, *rest = runs
     figures = first.figures + tuple(figure for run in rest for figure in run.figures)
     return replace(first, figures=figures)
+
+
+def break_even(line: Sequence[tuple[float, float]]) -> float | None:
+    """The density at which a speed-up falls through 1, between the points in logarithms; None where it does not."""
+    line = sorted(line)
+    for (d0, g0), (d1, g1) in itertools.pairwise(line):
+        if g0 >= 1 > g1:
+            t = math.log(g0) / math.log(g0 / g1)
+            return math.exp((1 - t) * math.log(d0) + t * math.log(d1))
+    return None

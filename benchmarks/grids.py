@@ -140,6 +140,16 @@ def _dense() -> Iterator[Point]:
         yield from _crossed(["linear"], [(768, 768)], [block], [tenth / 10 for tenth in range(1, 11)], [128])
 
 
+def _reduced() -> Iterator[Point]:
+    tiles = blocks("64x64 32x32 16x16 8x8 4x4 64x1 32x1 16x1 4x1 1x1 1x16")
+    for dtype in ("bfloat16", "int8"):
+        yield from _crossed(BOTH, [(768, 768)], tiles, (0.5, 0.3, 0.2, 0.1, 0.05), [128], dtype=dtype)
+        yield from _crossed(["linear"], [(4096, 4096)], tiles, [0.2], [1], dtype=dtype)
+        yield from _crossed(BOTH, [(4096, 4096)], blocks("16x16"), [1 / 8], [512], dtype=dtype)
+    yield from _crossed(BOTH, [(768, 768)], blocks("32x32 16x16 32x1 1x1"), [0.2], [128], dtype="float16")
+    yield Point("linear", (1536, 512), (16, 1), 0.05, 1, dtype="bfloat16")  # WaveRNN's GRU
+
+
 GRIDS = {
     row.name: row
     for row in (
@@ -147,6 +157,7 @@ GRIDS = {
         Grid("smalln", "Few tokens, blocks of 16 rows or more, 768x768", "bsrgen's own", "n", _smalln),
         Grid("threads", "One and two threads", "bsrgen's own", "block", _threads),
         Grid("dense", "Density up to 1: where dense wins", "bsrgen's own", "density", _dense),
+        Grid("reduced", "bfloat16 and int8, a few points of float16", "bsrgen's own", "density", _reduced),
         Grid("big", "4096x4096, N = 512", "bsrgen's own", "block", _big),
         Grid("patterns", "Uniform, power-law and banded patterns", "bsrgen's own", "block", _patterns),
         Grid(

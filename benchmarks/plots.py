@@ -1,12 +1,11 @@
 """The plots of a run, one function a kind."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.figures import Contender, Figure, Run
+from benchmarks.figures import Contender, Figure, Run, break_even
 from benchmarks.style import HUES, KIND, Plot, Theme, say, spread, ticks
 from bsrgen.bench.peers import SHAPES
 
@@ -179,16 +178,6 @@ def _ends(values: Iterable[float]) -> tuple[float, float]:
 
 def _gain(f: Figure) -> float:
     return f.best("dense").over
-
-
-def break_even(line: Sequence[tuple[float, float]]) -> float | None:
-    """The density at which a speed-up falls through 1, between the points in logarithms; None where it does not."""
-    line = sorted(line)
-    for (d0, g0), (d1, g1) in itertools.pairwise(line):
-        if g0 >= 1 > g1:
-            t = math.log(g0) / math.log(g0 / g1)
-            return math.exp((1 - t) * math.log(d0) + t * math.log(d1))
-    return None
 
 
 # ── matrices of all shapes ───────────────────────────────────────────────────────────────────────────────────────────

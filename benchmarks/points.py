@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from benchmarks.matrices import operator_matrix
-from bsrgen.bench.case import Case, case_of
+from bsrgen.bench.case import FULL, Case, case_of
 from bsrgen.pattern import Weight, as_weight, random_weight
 
 SEED = 20261120
@@ -20,7 +20,7 @@ class Point:
     density: float
     n: int
     kind: str = "uniform"  # one of DRAWN, or the name of an operator matrix (benchmarks/matrices.py)
-    dtype: str = "float32"
+    dtype: str = "float32"  # of W and X; Y is float32 where that is int8
     threads: int = 1
     seed: int = SEED
 
@@ -31,11 +31,12 @@ class Point:
         return " ".join(parts + ([f"{self.threads} threads"] if self.threads > 1 else []))
 
     def weight(self) -> Weight:
-        """The matrix."""
+        """The matrix; in float32 where the type is a reduced one, which rounding is the case's."""
         if self.kind not in DRAWN:
             return as_weight(operator_matrix(self.kind), blocksize=self.block, dtype=self.dtype)
-        return random_weight(self.seed, self.shape, self.block, self.density, kind=self.kind, dtype=self.dtype)
+        made = self.dtype if self.dtype in FULL else "float32"  # the same values in all reduced types, before rounding
+        return random_weight(self.seed, self.shape, self.block, self.density, kind=self.kind, dtype=made)
 
     def case(self) -> Case:
         """The matrix with its activations."""
-        return case_of(self.weight(), self.operator, self.n, self.threads)
+        return case_of(self.weight(), self.operator, self.n, self.threads, dtype=self.dtype)

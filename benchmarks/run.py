@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cffi
 import click
+import numpy as np
 
 from benchmarks import tables
 from benchmarks.figures import Figure, Limit, Run, contenders, load, merged, save
@@ -24,9 +25,10 @@ from bsrgen import api
 from bsrgen.bench.case import Case
 from bsrgen.bench.ceilings import Ceiling, Ceilings
 from bsrgen.bench.clock import Timing, at_their_best, measure, peer_threads
-from bsrgen.bench.peers import PEERS, Peer, kernel_run, prepare
-from bsrgen.bench.peers import Run as Prepared
-from bsrgen.dtypes import as_dtype
+from bsrgen.bench.peer import Peer
+from bsrgen.bench.peer import Run as Prepared
+from bsrgen.bench.peers import PEERS, kernel_run, prepare
+from bsrgen.dtypes import DTYPES, as_dtype
 from bsrgen.errors import BsrgenError
 from bsrgen.kernel import Kernel
 from bsrgen.machine import cache_bytes, usable_cores
@@ -54,8 +56,8 @@ def figure(grid: str, point: Point, settings: Settings, ceilings: Ceilings) -> F
     kernel = api.compile(
         case.weight, case.operator, dtype=point.dtype, n=point.n, threads=point.threads, tune=settings.tune
     )
-    own = Peer(OURS, OURS, "bsrgen", lambda _: None, lambda c: kernel_run(kernel, c))
-    in_c = Peer(IN_C, OURS, "bsrgen", lambda _: None, lambda c: c_run(kernel, c))
+    own = Peer(OURS, OURS, "bsrgen", lambda _: None, lambda c: kernel_run(kernel, c), tuple(DTYPES))
+    in_c = Peer(IN_C, OURS, "bsrgen", lambda _: None, lambda c: c_run(kernel, c), tuple(DTYPES.keys() - {"int8"}))
     runs, absent = prepare(case, (own, in_c, *(peer for peer in PEERS if peer.kind != "bsrgen")))
     kinds = {name: KINDS.get(name, "bsrgen") for name in runs}
     runs, slow = without_slow(runs, kinds)
@@ -67,7 +69,7 @@ def figure(grid: str, point: Point, settings: Settings, ceilings: Ceilings) -> F
     bytes_ = kernel.plan.values.bytes
     return Figure(
         grid=grid, point=point, nnz=case.weight.pattern.nnz, weight_bytes=bytes_,
-        moved_bytes=case.weight.data.nbytes + case.x.nbytes + case.out().nbytes, plan=str(kernel.plan),
+        moved_bytes=case.moved_bytes, plan=str(kernel.plan),
         verdict=str(kernel.verdict),
         predicted_s=kernel.cost.seconds,
         contenders=contenders({name: kinds[name] for name in runs}, times), absent=absent | slow,
@@ -79,10 +81,9 @@ def figure(grid: str, point: Point, settings: Settings, ceilings: Ceilings) -> F
 def c_run(kernel: Kernel, case: Case) -> Prepared:
     """The kernel's C entry through cffi, as a C program calls it: what Python's checks cost is the difference."""
     x, y, ffi = case.x, case.out(), cffi.FFI()
-    real = {"float32": "float", "float64": "double"}[x.dtype.name]
-    ffi.cdef(f"int {kernel.name}(int64_t, const {real} *, int64_t, {real} *, int64_t, const {real} *, int);")
+    ffi.cdef(f"int {kernel.name}(int64_t, const void *, int64_t, void *, int64_t, const void *, int);")
     library = ffi.dlopen(str(kernel.artifact.library.absolute()))
-    pointers = ffi.from_buffer(f"{real}[]", x), x.shape[1], ffi.from_buffer(f"{real}[]", y), y.shape[1]
+    pointers = ffi.from_buffer(x.view(np.uint8)), x.shape[1], ffi.from_buffer(y.view(np.uint8)), y.shape[1]
     entry = functools.partial(getattr(library, kernel.name), case.n, *pointers, ffi.NULL, case.threads)
     if status := entry():
         raise BsrgenError(f"{kernel.name}: status {status}")

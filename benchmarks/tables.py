@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.figures import Figure, Run
+from benchmarks.figures import Figure, Run, break_even
 from benchmarks.grids import Grid
+from benchmarks.points import Point
 
 Column = tuple[str, Callable[[Figure], str]]
 
@@ -89,7 +90,8 @@ def tables(run: Run, grid: Grid) -> list[Table]:
     for f in run.figures:
         grouped.setdefault(tuple(getattr(f.point, key) for key in keys), []).append(f)
     all_peers = everyone(run.figures) if run.grid == "shapes" else []
-    return [*side_by_side(run.figures), *all_peers, *(section(members) for members in grouped.values())]
+    evens = break_evens(run.figures) if grid.over == "density" else []
+    return [*side_by_side(run.figures), *evens, *all_peers, *(section(members) for members in grouped.values())]
 
 
 def section(figures: Sequence[Figure]) -> Table:
@@ -104,17 +106,51 @@ def section(figures: Sequence[Figure]) -> Table:
 
 
 def side_by_side(figures: Sequence[Figure]) -> list[Table]:
-    """README's table: both operators at density 0.2, a row for each block; none where not both were taken."""
-    pairs: dict[str, dict[str, Figure]] = {}
+    """README's table: both operators at density 0.2, a row for each block; one a type, none where more varies."""
+    grouped: dict[Point, dict[str, dict[str, Figure]]] = {}
     for f in (f for f in figures if abs(f.point.density - SIDE) < 1e-9):
-        pairs.setdefault(f.block, {})[f.point.operator] = f
-    both = {block: found for block, found in pairs.items() if set(BOTH) <= set(found)}
-    rest = {replace(f.point, operator="", block=(1, 1)) for found in both.values() for f in found.values()}
-    if len(rest) != 1:
+        rest = replace(f.point, operator="", block=(1, 1))
+        grouped.setdefault(rest, {}).setdefault(f.block, {})[f.point.operator] = f
+    both = {rest: {b: ops for b, ops in pairs.items() if set(BOTH) <= set(ops)} for rest, pairs in grouped.items()}
+    both = {rest: found for rest, found in both.items() if found}
+    if len({replace(rest, dtype="") for rest in both}) != 1:
         return []
     head = ("block", *(name for op in BOTH for name in (f"`{op}` GFLOP/s", "over dense", "over sparse")))
-    rows = tuple((block, *(cell for op in BOTH for cell in _cells(found[op]))) for block, found in both.items())
-    return [Table(f"Both operators, density {SIDE}", head, rows)]
+    return [
+        Table(
+            f"Both operators, density {SIDE}" + (f", {rest.dtype}" if len(both) > 1 else ""),
+            head,
+            tuple((block, *(cell for op in BOTH for cell in _cells(ops[op]))) for block, ops in found.items()),
+        )
+        for rest, found in both.items()
+    ]
+
+
+def break_evens(figures: Sequence[Figure]) -> list[Table]:
+    """Density at which the best dense of the same type is as fast, by block; for lines of at least three densities."""
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for f in figures:
+        p = f.point
+        where = f"{p.operator} {p.dtype} {p.shape[0]}x{p.shape[1]} N={p.n}"
+        where += f" {p.kind}" if p.kind != "uniform" else ""
+        where += f" {p.threads} threads" if p.threads > 1 else ""
+        lines.setdefault(where, {}).setdefault(f.block, []).append((p.density, f.best("dense").over))
+    lines = {where: kept for where, all_ in lines.items() if (kept := {b: v for b, v in all_.items() if len(v) > 2})}
+    if not lines:
+        return []
+    names = dict.fromkeys(block for kept in lines.values() for block in kept)
+    rows = tuple((block, *(_even(kept.get(block)) for kept in lines.values())) for block in names)
+    return [Table("Break-even density against the best dense of the same type", ("block", *lines), rows)]
+
+
+def _even(line: list[tuple[float, float]] | None) -> str:
+    """The density, or beyond which one of those timed it must lie."""
+    if line is None:
+        return "-"
+    if (even := break_even(line)) is not None:
+        return f"{even:.2g}"
+    densities, faster = [density for density, _ in line], all(gain >= 1 for _, gain in line)
+    return f"> {max(densities):.2g}" if faster else f"< {min(densities):.2g}"
 
 
 def everyone(figures: Sequence[Figure]) -> list[Table]:

@@ -12,6 +12,7 @@ import pytest
 
 from bsrgen.bench import ceilings, clock, peers
 from bsrgen.bench.case import case_of, random_case
+from bsrgen.bench.peer import Peer, Run
 from bsrgen.bench.report import Comparison, Request, Row, compare, document, verdict
 from bsrgen.operators import OPERATORS
 from bsrgen.pattern import random_weight
@@ -126,11 +127,59 @@ def test_every_peer_is_right_or_says_why_not(operator: str, dtype: str, blocksiz
     case = random_case(operator, (50, 70), blocksize, 0.3, n, dtype)
     libraries = [peer for peer in peers.PEERS if peer.kind != "bsrgen"]
     runs, reasons = peers.prepare(case, libraries)
-    assert set(runs) | set(reasons) == {p.name for p in libraries}
+    assert set(runs) | set(reasons) == {p.name for p in libraries if dtype in p.dtypes}
     assert {"numpy dense", "scipy bsr", "scipy csr"} <= set(runs)
     assert not [why for why in reasons.values() if why.startswith(("wrong", "fails"))], reasons
     for run in runs.values():
         assert run.result().shape == case.out().shape
+
+
+@pytest.mark.parametrize("n", [1, 7])
+@pytest.mark.parametrize("blocksize", [(1, 1), (3, 5), (4, 4)], ids=lambda b: f"{b[0]}x{b[1]}")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("operator", list(OPERATORS))
+def test_every_peer_of_reduced_types_is_right_or_says_why_not(
+    operator: str, dtype: str, blocksize: tuple[int, int], n: int
+) -> None:
+    case = random_case(operator, (50, 70), blocksize, 0.3, n, dtype)
+    assert (case.dtype.name, case.out().dtype.name) == (dtype, "float32" if dtype == "int8" else dtype)
+    libraries = [peer for peer in peers.PEERS if peer.kind != "bsrgen"]
+    runs, reasons = peers.prepare(case, libraries)
+    assert {"numpy dense, by float32", "scipy csr, by float32"} <= set(runs)
+    assert not [why for why in reasons.values() if why.startswith(("wrong", "fails"))], reasons
+    assert all(run.result().dtype == case.out().dtype for run in runs.values())
+    kinds = {peer.name: peer.kind for peer in libraries}
+    assert {kinds[name] for name in runs} == {"dense", "sparse"}
+    assert "numpy dense" not in reasons  # whose types are others
+
+
+def test_int8_case_is_on_the_grid_that_every_row_fills() -> None:
+    """Whoever quantises by the largest of a row finds the case's integers and scales."""
+    case = random_case("linear", (50, 70), (4, 4), 0.3, 7, "int8")
+    W, dense = case.dense(), case.weight.todense()
+    assert case.w_scale is not None
+    assert np.abs(case.x.astype(int)).max() == 127
+    filled = np.abs(dense).max(axis=1) > 0
+    assert filled.sum() > 0
+    assert (np.abs(W.astype(int)).max(axis=1) == 127 * filled).all()
+    np.testing.assert_array_equal(W * case.w_scale[:, None], dense)
+    found = np.abs(dense).max(axis=1, initial=1e-30) / 127
+    np.testing.assert_array_equal(np.rint(dense / found[:, None]), W)
+    expected, bound = case.reference()
+    exact = (case.x.astype(np.int64) @ W.T.astype(np.int64)) * case.w_scale.astype(float) * case.x_scale
+    assert peers.check(exact.astype(np.float32), expected, bound) < 0.5
+    assert case.given == {"x_scale": np.float32(case.x_scale)}
+    np.testing.assert_array_equal(case_of(case.weight, "linear", 7, dtype="int8").dense(), W)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_bound_has_room_for_one_rounding(dtype: str) -> None:
+    case = random_case("spmm", (50, 70), (4, 4), 0.3, 7, dtype)
+    expected, bound = case.reference()
+    assert 0.1 < peers.check(expected.astype(case.x.dtype), expected, bound) <= 1
+    coarse = expected * (1 + 4 * case.dtype.unit_roundoff)
+    with pytest.raises(ArithmeticError, match="x the bound"):
+        peers.check(coarse.astype(case.x.dtype), expected, bound)
 
 
 @needs_cc
@@ -138,7 +187,7 @@ def test_bsrgen_is_a_row_of_the_table() -> None:
     case = random_case("linear", (50, 70), (5, 2), 0.3, 7)
     runs, reasons = peers.prepare(case)
     assert next(iter(runs)) == "bsrgen"
-    assert set(runs) | set(reasons) == {p.name for p in peers.PEERS}
+    assert set(runs) | set(reasons) == {p.name for p in peers.PEERS if "float32" in p.dtypes}
 
 
 def test_check_refuses_a_wrong_result() -> None:
@@ -153,10 +202,10 @@ def test_check_refuses_a_wrong_result() -> None:
 
 
 def test_a_library_that_fails_is_left_out_with_its_words() -> None:
-    def prepare(case: object) -> peers.Run:
+    def prepare(case: object) -> Run:
         raise RuntimeError("out of order")
 
-    broken = peers.Peer("broken", "none", "dense", lambda case: None, prepare)
+    broken = Peer("broken", "none", "dense", lambda case: None, prepare)
     runs, reasons = peers.prepare(random_case("linear", (8, 8), (2, 2), 0.5, 3), [broken])
     assert (runs, reasons) == ({}, {"broken": "fails: out of order"})
 

@@ -15,15 +15,16 @@ from click.testing import CliRunner
 from support import REPOSITORY
 
 from benchmarks import accuracy, matrices, report, run, tables
-from benchmarks.figures import Contender, Figure, Limit, Run, load, save
+from benchmarks.figures import Contender, Figure, Limit, Run, break_even, load, save
 from benchmarks.grids import DEFAULT, GRIDS
 from benchmarks.machine import machine
-from benchmarks.plots import break_even, plots
+from benchmarks.plots import plots
 from benchmarks.points import DRAWN, Point
-from bsrgen.bench import peers
 from bsrgen.bench.case import random_case
 from bsrgen.bench.ceilings import Ceilings
 from bsrgen.bench.clock import peer_threads
+from bsrgen.bench.peer import Run as Prepared
+from bsrgen.dtypes import as_dtype
 
 needs_cc = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
 ELEMENTS = ("quad1", "quad3", "hex1", "hex3", "tri2", "tet2")
@@ -39,7 +40,10 @@ def test_points_are_distinct_and_make_their_matrix(name: str) -> None:
         assert 0 < point.density <= 1
         W = replace(point, n=min(point.n, 8)).case().weight
         p = W.pattern
-        assert (p.shape, p.blocksize, W.data.dtype) == (point.shape, point.block, point.dtype)
+        held = (
+            np.float32 if point.dtype == "int8" else as_dtype(point.dtype).numpy
+        )  # int8: on a grid, quantised by compile
+        assert (p.shape, p.blocksize, W.data.dtype) == (point.shape, point.block, held)
         assert abs(p.nnzb - point.density * p.block_rows * p.block_cols) <= 0.5 + 1e-6
 
 
@@ -117,8 +121,8 @@ def test_figure_of_a_tiny_point(operator: str, tmp_path: Path) -> None:
 def test_slow_peers_are_left_out_but_never_the_last_of_a_kind() -> None:
     import time
 
-    def contender(seconds: float) -> peers.Run:
-        return peers.Run(lambda: time.sleep(seconds), lambda: np.zeros(1))
+    def contender(seconds: float) -> Prepared:
+        return Prepared(lambda: time.sleep(seconds), lambda: np.zeros(1))
 
     seconds = {"bsrgen": 1e-3, "a": 2e-3, "b": 0.1, "c": 0.1, "d": 0.2}
     kinds = {"bsrgen": "bsrgen", "a": "dense", "b": "dense", "c": "sparse", "d": "sparse"}
@@ -185,6 +189,31 @@ def test_tables_name_what_varies_only() -> None:
     assert "Both operators" not in tables.markdown(synthetic("smalln"), GRIDS["smalln"])
 
 
+def test_reduced_types_have_tables_and_break_evens_of_their_own() -> None:
+    text = tables.markdown(synthetic("reduced"), GRIDS["reduced"])
+    assert all(f"## Both operators, density 0.2, {dtype}\n" in text for dtype in ("bfloat16", "int8", "float16"))
+    table = text.split("## Break-even density against the best dense of the same type\n\n")[1].split("\n\n")[0]
+    head, _, *rows = table.splitlines()
+    assert head.count("768x768 N=128") == 4
+    assert "4096" not in head
+    assert "float16 " not in head.replace("bfloat16 ", "")
+    assert len(rows) == 11
+    assert rows[0].startswith("| 64x64 | > 0.5 |")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ([(0.1, 2.0), (0.4, 0.5)], "0.2"),
+        ([(0.1, 0.9), (0.4, 0.5)], "< 0.1"),
+        ([(0.1, 2.0), (0.4, 1.5)], "> 0.4"),
+        (None, "-"),
+    ],
+)
+def test_break_even_beyond_what_was_timed(line: list[tuple[float, float]] | None, said: str) -> None:
+    assert tables._even(line) == said
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 def test_every_grid_has_two_plots(grid: str) -> None:
     names = [plot.name for plot in plots(synthetic(grid, 9), GRIDS[grid].over)]
@@ -192,7 +221,7 @@ def test_every_grid_has_two_plots(grid: str) -> None:
     assert names[1] == f"{grid}-roofline"
 
 
-@pytest.mark.parametrize("grid", ["shapes", "smalln", "dense", "pyfr"])  # bars, tokens, density, two types
+@pytest.mark.parametrize("grid", ["shapes", "smalln", "dense", "pyfr", "reduced"])  # bars, tokens, density, types
 def test_report(grid: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     save(synthetic(grid, 4), tmp_path / f"2026-01-01-{grid}.json")

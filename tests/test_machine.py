@@ -48,3 +48,19 @@ def test_version_one(group: Path, quota: str, cores: float | None) -> None:
     (group / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
     (group / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     assert machine.core_quota() == cores
+
+
+def test_tiles_are_asked_for_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux on x86-64 answers; nobody else is asked, nor is a process without a C library an error."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    assert machine.tiles_permitted() in ((True, False) if "amx_tile" in flags else (False,))
+    for where, value in (("platform.machine", lambda: "aarch64"), ("ctypes.CDLL", broken)):
+        machine.tiles_permitted.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(where, value)
+            assert not machine.tiles_permitted()
+    machine.tiles_permitted.cache_clear()
+
+
+def broken(name: object) -> None:
+    raise OSError("no library")

@@ -60,16 +60,33 @@ def gimmik_spmm(W: Array, X: Array, Y: Array) -> Call:
 
 def onnxruntime_linear(W: Array, x: Array, y: Array, threads: int) -> Call:
     """y = x @ W.T as a MatMul whose weight is an initializer, which ONNX Runtime packs; arrays bound, not copied."""
+    from onnx import helper
+
+    return _session(helper.make_node("MatMul", ["x", "w"], ["y"]), {"w": np.ascontiguousarray(W.T)}, x, y, threads)
+
+
+def onnxruntime_int8(W: Array, w_scale: Array, x_scale: float, x: Array, y: Array, threads: int) -> Call:
+    """y (float32) = x_scale * (x - 128) @ (w_scale * W).T, x of uint8 and W of int8, packed, as one node."""
+    from onnx import helper
+
+    names = ["x", "w", "x_scale", "w_scale", "x_zero"]
+    node = helper.make_node("MatMulIntegerToFloat", names, ["y"], domain="com.microsoft")
+    kept = {"w": np.ascontiguousarray(W.T), "x_scale": np.array(x_scale, np.float32), "w_scale": np.asarray(w_scale)}
+    return _session(node, kept | {"x_zero": np.array(128, np.uint8)}, x, y, threads)
+
+
+def _session(node: Any, kept: dict[str, Array], x: Array, y: Array, threads: int) -> Call:
+    """A graph of one node on x and y, all else initializers."""
     import onnx
     import onnxruntime
     from onnx import helper, numpy_helper
 
-    kind = helper.np_dtype_to_tensor_dtype(x.dtype)
-    ends = [helper.make_tensor_value_info(name, kind, a.shape) for name, a in (("x", x), ("y", y))]
-    weight = numpy_helper.from_array(np.ascontiguousarray(W.T), "w")
-    node = helper.make_node("MatMul", ["x", "w"], ["y"])
-    graph = helper.make_graph([node], "linear", ends[:1], ends[1:], [weight])
-    model: onnx.ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    types = ((name, a, helper.np_dtype_to_tensor_dtype(a.dtype)) for name, a in (("x", x), ("y", y)))
+    ends = [helper.make_tensor_value_info(name, kind, a.shape) for name, a, kind in types]
+    weights = [numpy_helper.from_array(a, name) for name, a in kept.items()]
+    graph = helper.make_graph([node], "linear", ends[:1], ends[1:], weights)
+    domains = [helper.make_opsetid("", 13), helper.make_opsetid("com.microsoft", 1)]
+    model: onnx.ModelProto = helper.make_model(graph, opset_imports=domains, ir_version=8)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -79,17 +96,30 @@ def onnxruntime_linear(W: Array, x: Array, y: Array, threads: int) -> Call:
     return functools.partial(session.run_with_iobinding, bound)
 
 
+OPENVINO = {"float32": ("f32", "f32"), "bfloat16": ("bf16", "bf16"), "float16": ("f16", "f32")}  # type, and inside
+
+
 def openvino_linear(W: Array, x: Array, y: Array, threads: int) -> Call:
-    """y = x @ W.T as a MatMul with a constant weight, in float32 and not in what OpenVINO would choose."""
+    """y = x @ W.T as a MatMul with a constant weight; inside in the type of x, and not in what OpenVINO would choose
+    (for float16 bfloat16, where the CPU has that and not the other)."""
     import openvino
     from openvino import opset13
 
-    given = opset13.parameter(x.shape, x.dtype.type)
-    product = opset13.matmul(given, opset13.constant(W), False, True)
+    kind, inside = OPENVINO[x.dtype.name]
+    element = getattr(openvino.Type, kind)
+    tensors = [
+        openvino.Tensor(a.view(np.uint8) if a.dtype.name == "bfloat16" else a, a.shape, element) for a in (x, y, W)
+    ]
+    given = opset13.parameter(x.shape, element)
+    product = opset13.matmul(given, opset13.constant(tensors[2]), False, True)
     how = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-    how["INFERENCE_PRECISION_HINT"] = "f32"
+    how["INFERENCE_PRECISION_HINT"] = inside
     model = openvino.Core().compile_model(openvino.Model([product], [given], "linear"), "CPU", how)
     request = model.create_infer_request()
-    request.set_input_tensor(openvino.Tensor(x, shared_memory=True))
-    request.set_output_tensor(openvino.Tensor(y, shared_memory=True))
-    return functools.partial(request.infer)
+    request.set_input_tensor(tensors[0])
+    request.set_output_tensor(tensors[1])
+
+    def call(keep: object = (x, y, W)) -> None:
+        request.infer()
+
+    return call

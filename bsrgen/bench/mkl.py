@@ -21,6 +21,7 @@ from bsrgen.errors import BsrgenError
 
 Array = NDArray[Any]
 ROW_MAJOR, COL_MAJOR, NO_TRANS, TRANS, PACKED, A_MATRIX, B_MATRIX = 101, 102, 111, 112, 151, 161, 162
+FIX_OFFSET, ZERO_POINT = 173, 128  # of the activations, which MKL takes as unsigned bytes
 SEQUENTIAL, TBB = 1, 4  # not MKL's OpenMP layers: beside torch's libgomp their products are wrong or crash
 NON_TRANSPOSE, GENERAL, AGGRESSIVE, MANY_CALLS = 10, 20, 81, 1_000_000
 CTYPE = {"s": "float", "d": "double"}
@@ -42,6 +43,14 @@ int mkl_sparse_{p}_mv(int, {t}, void *, descr, const {t} *, {t}, {t} *);
     for p, t in CTYPE.items()
 )
 CDEF += """
+size_t cblas_gemm_bf16bf16f32_pack_get_size(int, int, int, int);
+void cblas_gemm_bf16bf16f32_pack(int, int, int, int, int, int, const void *, int, void *);
+void cblas_gemm_bf16bf16f32_compute(int, int, int, int, int, int, float, const void *, int, const void *, int, float,
+                                    float *, int);
+size_t cblas_gemm_s8u8s32_pack_get_size(int, int, int, int);
+void cblas_gemm_s8u8s32_pack(int, int, int, int, int, int, const void *, int, void *);
+void cblas_gemm_s8u8s32_compute(int, int, int, int, int, int, int, float, const void *, int, signed char,
+                                const void *, int, signed char, float, int *, int, const int *);
 int mkl_sparse_set_mm_hint(void *, int, descr, int, int, int);
 int mkl_sparse_set_mv_hint(void *, int, descr, int);
 int mkl_sparse_set_memory_hint(void *, int);
@@ -118,6 +127,27 @@ def gemm_packed(W: Array, x: Array, y: Array, *, linear: bool) -> Callable[[], o
     if linear:
         return lambda: fn(ROW_MAJOR, NO_TRANS, PACKED, m, n, K, a, K, pw, K, 0.0, b, n)
     return lambda: fn(ROW_MAJOR, PACKED, NO_TRANS, m, n, K, pw, K, a, n, 0.0, b, n)
+
+
+def linear_bf16(W: Array, x: Array, y: Array) -> Callable[[], object]:
+    """y[N,M] (float32) = x[N,K] @ W[M,K].T of bfloat16, the weight packed once."""
+    lib, (M, K), N = library(), W.shape, len(x)
+    packed = np.empty(lib.cblas_gemm_bf16bf16f32_pack_get_size(B_MATRIX, N, M, K), np.uint8)
+    w, p, a, b = (ffi.from_buffer(v.view(np.uint8)) for v in (W, packed, x, y))
+    lib.cblas_gemm_bf16bf16f32_pack(ROW_MAJOR, B_MATRIX, TRANS, N, M, K, w, K, p)
+    fn, out = lib.cblas_gemm_bf16bf16f32_compute, ffi.cast("float *", b)
+    return lambda keep=b: fn(ROW_MAJOR, NO_TRANS, PACKED, N, M, K, 1.0, a, K, p, K, 0.0, out, M)  # type: ignore[misc]
+
+
+def linear_int8(W: Array, x: Array, y: Array) -> Callable[[], object]:
+    """y[N,M] (int32) = (x[N,K] - ZERO_POINT) @ W[M,K].T of uint8 and int8, the weight packed once."""
+    lib, (M, K), N = library(), W.shape, len(x)
+    packed, zero = np.empty(lib.cblas_gemm_s8u8s32_pack_get_size(B_MATRIX, N, M, K), np.uint8), ffi.new("int[1]")
+    w, p, a, b = map(ffi.from_buffer, (W, packed, x, y))
+    lib.cblas_gemm_s8u8s32_pack(ROW_MAJOR, B_MATRIX, TRANS, N, M, K, w, K, p)
+    shape, out = (ROW_MAJOR, NO_TRANS, PACKED, FIX_OFFSET, N, M, K), ffi.cast("int *", b)
+    fn = lib.cblas_gemm_s8u8s32_compute
+    return lambda keep=b: fn(*shape, 1.0, a, K, -ZERO_POINT, p, K, 0, 0.0, out, M, zero)  # type: ignore[misc]
 
 
 def sparse(W: Any, X: Array, Y: Array) -> Callable[[], object]:

@@ -8,48 +8,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bsrgen import api
-from bsrgen.bench import engines, mkl
-from bsrgen.bench.case import Case
+from bsrgen.bench import engines, mkl, reduced
+from bsrgen.bench.case import Array, Case
 from bsrgen.bench.clock import importable
+from bsrgen.bench.peer import Peer, Run, shown
+from bsrgen.dtypes import DTYPES
 from bsrgen.exam import error_share
 from bsrgen.kernel import Kernel
 
-Array = NDArray[Any]
 SAME = "the same as"  # how the reason begins where nothing is lost
 SLACK = 2.0  # of the bound that bsrgen keeps: what a peer may use, since no library promises one
 SHAPES = "1x1 1x4 1x16 1x32 2x2 4x1 8x1 16x1 32x1 3x5 4x4 8x8 16x16 32x32 64x64 48x48"
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A peer, prepared: `call()` computes, `result()` shows the latest output in the operator's shape."""
-
-    call: Callable[[], object]
-    result: Callable[[], Array]
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """One way of calling one library; `declines` gives the reason why it cannot take a case, or None."""
-
-    name: str
-    library: str
-    kind: Literal["bsrgen", "dense", "sparse"]
-    declines: Callable[[Case], str | None]
-    prepare: Callable[[Case], Run]
-
-
-def _shown(case: Case, Y: Array) -> Array:
-    """An (M, N) output, perhaps of padded rows, as the operator's output."""
-    Y = Y.reshape(-1, case.n)[: case.weight.pattern.M]
-    return Y.T if case.linear else Y
 
 
 def _torch(case: Case) -> str | None:
@@ -79,7 +53,7 @@ def _scipy(case: Case, W: Any, X: Array) -> Run:
     def call() -> None:
         latest[0] = W @ X  # scipy has no out=
 
-    return Run(call, lambda: _shown(case, latest[0]))
+    return Run(call, lambda: shown(case, latest[0]))
 
 
 def _gimmik(case: Case) -> str | None:
@@ -92,7 +66,7 @@ def _gimmik(case: Case) -> str | None:
 def _gimmik_spmm(case: Case) -> Run:
     X = case.features()
     Y = np.zeros((case.weight.pattern.M, case.n), X.dtype)
-    return Run(engines.gimmik_spmm(case.dense(), X, Y), lambda: _shown(case, Y))
+    return Run(engines.gimmik_spmm(case.dense(), X, Y), lambda: shown(case, Y))
 
 
 def _engine(case: Case, *packages: str) -> str | None:
@@ -119,7 +93,7 @@ def _mkl_dense(case: Case, gemm: Callable[..., Callable[[], object]]) -> Run:
 def _mkl_sparse(case: Case, W: Any, X: Array) -> Run:
     """On (K, N): C-contiguous is feature-major, Fortran-contiguous is the row-major X of `linear`."""
     Y = np.zeros((W.shape[0], case.n), case.x.dtype, order="C" if X.flags.c_contiguous else "F")
-    return Run(mkl.sparse(W, X, Y), lambda: _shown(case, Y))
+    return Run(mkl.sparse(W, X, Y), lambda: shown(case, Y))
 
 
 def _torch_dense(case: Case) -> Run:
@@ -163,22 +137,23 @@ def _torch_bsr(case: Case) -> Run:
         warnings.simplefilter("ignore", UserWarning)  # "BSR tensor support is in beta state"
         W = torch.sparse_bsr_tensor(*parts, size=B.shape, check_invariants=True)
     Y = torch.zeros(B.shape[0], case.n, dtype=X.dtype)
-    return Run(lambda: torch.mm(W, X, out=Y), lambda: _shown(case, Y.numpy()))
+    return Run(lambda: torch.mm(W, X, out=Y), lambda: shown(case, Y.numpy()))
 
 
 def kernel_run(kernel: Kernel, case: Case) -> Run:
     """A kernel as a contender: what a caller writes, checks and cffi included."""
     x, y = case.x, case.out()
-    return Run(lambda: kernel(x, out=y), lambda: y)
+    given = case.given
+    return Run(lambda: kernel(x, out=y, **given), lambda: y)
 
 
 def _bsrgen(case: Case) -> Run:
-    kernel = api.compile(case.weight, case.operator, dtype=case.x.dtype, n=case.n, threads=case.threads)
+    kernel = api.compile(case.weight, case.operator, dtype=case.dtype.name, n=case.n, threads=case.threads)
     return kernel_run(kernel, case)
 
 
-PEERS = (
-    Peer("bsrgen", "bsrgen", "bsrgen", lambda _: None, _bsrgen),
+_FULL = (
+    Peer("bsrgen", "bsrgen", "bsrgen", lambda _: None, _bsrgen, tuple(DTYPES)),
     Peer("numpy dense", "numpy", "dense", lambda _: None, lambda c: _numpy(c, stored_transposed=False)),
     Peer(
         "numpy dense, W.T stored",
@@ -225,10 +200,12 @@ PEERS = (
     Peer("torch bsr", "torch", "sparse", lambda c: _torch(c) or _square(c), _torch_bsr),
     Peer("gimmik", "gimmik", "sparse", _gimmik, _gimmik_spmm),
 )
+PEERS = (*_FULL, *reduced.ROWS, *reduced.by_float32(_FULL, reduced.BY_FLOAT32))
 
 
 def check(y: Array, expected: Array, bound: Array, slack: float = SLACK) -> float:
     """The largest error of `y` as a share of `bound` (of Problem.reference).  ArithmeticError above `slack`."""
+    y = y if y.dtype in (np.float32, np.float64) else y.astype(np.float32)  # whose limits numpy does not know
     share = error_share(y, expected, bound)
     if share > slack:
         raise ArithmeticError(f"the largest error is {share:.1f} x the bound")
@@ -236,11 +213,11 @@ def check(y: Array, expected: Array, bound: Array, slack: float = SLACK) -> floa
 
 
 def prepare(case: Case, peers: Sequence[Peer] = PEERS) -> tuple[dict[str, Run], dict[str, str]]:
-    """The peers that take this case, checked against float64, and for every other one the reason why not."""
+    """The peers that take this case, checked against float64, and the reason why not for all others of its type."""
     runs: dict[str, Run] = {}
     reasons: dict[str, str] = {}
-    expected, bound = case.problem.reference(case.weight, case.x)
-    for peer in peers:
+    expected, bound = case.reference()
+    for peer in (peer for peer in peers if case.dtype.name in peer.dtypes):
         reason = peer.declines(case)
         if reason is None:
             try:

@@ -11,10 +11,11 @@ from msgspec import to_builtins
 from bsrgen import api
 from bsrgen.advice import break_even
 from bsrgen.backends import BACKENDS
-from bsrgen.bench.case import case_of
+from bsrgen.bench.case import Case, case_of
 from bsrgen.bench.ceilings import Ceiling, Ceilings
 from bsrgen.bench.clock import Timing, measure
-from bsrgen.bench.peers import PEERS, Run, check, kernel_run, prepare
+from bsrgen.bench.peer import Run
+from bsrgen.bench.peers import PEERS, check, kernel_run, prepare
 from bsrgen.errors import BuildError
 from bsrgen.exam import error_share
 from bsrgen.kernel import Kernel
@@ -38,6 +39,7 @@ class Request:
     tune: Literal["off", "model", "measure"] = "model"
     threads: int = 1
     rounds: int = 30
+    dtype: str | None = None  # of W and X; None: the weight's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +95,13 @@ def compare(
 
     Call it within clock.peer_threads(request.threads).  BuildError where bsrgen's own result exceeds its bound.
     """
-    case = case_of(weight, request.operator, n, request.threads)
-    kernel = _compiled(weight, request, n, ())
+    case = case_of(weight, request.operator, n, request.threads, request.dtype)
+    kernel = _compiled(case, request, ())
     runs, absent = prepare(case, PEERS[1:])
     own = {PEERS[0].name: kernel_run(kernel, case)}
-    share = _own_error(own[PEERS[0].name], *case.problem.reference(weight, case.x))
+    share = _own_error(own[PEERS[0].name], *case.reference())
     if request.epilogue:
-        own[f"bsrgen + {', '.join(request.epilogue)}"] = _fused(weight, request, n)
+        own[f"bsrgen + {', '.join(request.epilogue)}"] = _fused(case, request)
     peak = ceilings.fma(case.problem.dtype.short)
     read = ceilings.read(max(kernel.plan.values.bytes, 1))
     calls = {name: run.call for name, run in (own | runs).items()} | {PEAK: peak.call, READ: read.call}
@@ -136,9 +138,9 @@ def _gain(mine: Timing, other: Timing) -> float:
     return min(other.min_s / mine.min_s, mine.ratio(other))
 
 
-def _compiled(weight: Weight, request: Request, n: int, epilogue: tuple[str, ...]) -> Kernel:
+def _compiled(case: Case, request: Request, epilogue: tuple[str, ...]) -> Kernel:
     return api.compile(
-        weight, request.operator, dtype=weight.data.dtype, epilogue=epilogue, target=request.target, n=n,
+        case.weight, request.operator, dtype=case.dtype.name, epilogue=epilogue, target=request.target, n=case.n,
         threads=request.threads, tune=request.tune,
     )  # fmt: skip
 
@@ -151,16 +153,16 @@ def _own_error(run: Run, expected: Any, bound: Any) -> float:
         raise BuildError(f"bsrgen: {e}; the compiler or bsrgen is at fault, please report it") from e
 
 
-def _fused(weight: Weight, request: Request, n: int) -> Run:
+def _fused(case: Case, request: Request) -> Run:
     """bsrgen with the epilogue: what the fused steps cost; the peers compute the product alone."""
     import numpy as np
 
-    kernel = _compiled(weight, request, n, request.epilogue)
-    case = case_of(weight, request.operator, n, request.threads)
-    _, given = kernel.problem.sample(np.random.default_rng(0), n)
+    kernel = _compiled(case, request, request.epilogue)
+    _, given = kernel.problem.sample(np.random.default_rng(0), case.n)
+    given |= case.given
     y = case.out()
     call = functools.partial(kernel, case.x, out=y, **given)
-    expected, bound = kernel.problem.reference(weight, case.x, given, y.copy())
+    expected, bound = kernel.problem.reference(case.weight, case.x, given, y.copy())
     call()
     if error_share(y, expected, bound) > 1:
         raise BuildError(f"{kernel.name}: its result exceeds the error bound; please report it")
