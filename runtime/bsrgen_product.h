@@ -134,7 +134,7 @@ INLINE xvec x_units(const x_t *p, int64_t left)
     UNROLL
     for (int half = 0; half < GROUP; half++) {
         typedef int16_t shorts __attribute__((vector_size(LANES * 2)));
-        const shorts s = __builtin_convertvector(load_bytes(p + half * LANES, LANES), shorts);
+        const shorts s = __builtin_convertvector(load_octets(p + half * LANES, LANES), shorts);
         memcpy(wide + half * LANES, &s, sizeof s);
     }
     return unit_load(wide);

@@ -27,7 +27,7 @@ INLINE void NAME_OF(put_, REAL_KIND)(real *p, vec v, int count)
 #if REAL_BYTES == 4
 typedef uint32_t ubits32 __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
-typedef int8_t bytes __attribute__((vector_size(LANES)));
+typedef int8_t octets __attribute__((vector_size(LANES)));
 
 /* The first `count` of LANES elements, zeros behind them. */
 INLINE halves load_halves(const uint16_t *p, int count)
@@ -50,11 +50,11 @@ INLINE void store_halves(uint16_t *p, halves h, int count)
     else for (int i = 0; i < count; i++) p[i] = h[i];
 }
 
-INLINE bytes load_bytes(const int8_t *p, int count)
+INLINE octets load_octets(const int8_t *p, int count)
 {
-    bytes b = {0};
+    octets b = {0};
 #if defined __AVX512BW__ && defined __AVX512VL__ && LANES == 16
-    if (count < LANES) return (bytes)_mm_maskz_loadu_epi8((__mmask16)((1u << count) - 1), p);
+    if (count < LANES) return (octets)_mm_maskz_loadu_epi8((__mmask16)((1u << count) - 1), p);
 #endif
     if (count == LANES) memcpy(&b, p, sizeof b);
     else for (int i = 0; i < count; i++) b[i] = p[i];
@@ -110,13 +110,13 @@ INLINE void put_f16(f16_t *p, vec v, int count)
     store_halves(p, h, count);
 }
 
-INLINE ivec load_integers(const s8_t *p, int count) { return __builtin_convertvector(load_bytes(p, count), ivec); }
+INLINE ivec load_integers(const s8_t *p, int count) { return __builtin_convertvector(load_octets(p, count), ivec); }
 INLINE vec get_s8(const s8_t *p, int count) { return __builtin_convertvector(load_integers(p, count), vec); }
 INLINE void put_s8(s8_t *p, vec v, int count)
 {
     const vec low = choose(v < (real)-127, splat(-127), choose(v == v, v, zero()));
     const ivec i = (ivec)(choose(low > (real)127, splat(127), low) + (real)0x1.8p23); /* the sum rounds at 1 */
-    const bytes b = __builtin_convertvector(i, bytes);
+    const octets b = __builtin_convertvector(i, octets);
     if (count == LANES) memcpy(p, &b, sizeof b);
     else for (int j = 0; j < count; j++) p[j] = b[j];
 }
