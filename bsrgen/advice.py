@@ -9,13 +9,13 @@ from numpy.typing import DTypeLike
 
 from bsrgen.backends import BACKENDS, Backend
 from bsrgen.cost import DENSE_SHARE, Cost, estimate
-from bsrgen.dtypes import as_dtype
+from bsrgen.dtypes import as_types
 from bsrgen.errors import ArgumentError, UnsupportedError
 from bsrgen.occupancy import EvenPattern, Occupancy, occupancies
-from bsrgen.operators import as_operator
-from bsrgen.pattern import Weight, as_weight
+from bsrgen.pattern import Weight
 from bsrgen.plan import Plan
-from bsrgen.problem import Problem
+from bsrgen.problem import Problem, as_problem
+from bsrgen.quantize import source_of
 from bsrgen.targets import Target, as_targets
 from bsrgen.tune import PLANNED_N, rank
 from bsrgen.verdict import WORTH, Advice, Verdict
@@ -36,19 +36,20 @@ def advise(
     n: int | None = None,
     target: str | tuple[str, ...] = "native",
     *,
+    x_dtype: DTypeLike | None = None,
     shape: tuple[int, int] | None = None,
 ) -> tuple[Advice, ...]:
     """Block shapes for the nonzeros of W [M, K] by predicted time, fastest first, the given one among them.
 
-    W, operator, blocksize, dtype, n, target, shape: as `bsrgen.compile` takes them, but W without blocks of its own
-    (dense, CSR) is taken in blocks of 1x1, and of several targets the best counts.  Densities are exact, times are the
-    model's for one core.  Nothing is compiled.  Errors: ArgumentError, ArgumentTypeError, PatternError,
-    UnsupportedError.
+    The arguments are those of `bsrgen.compile`, but W without blocks of its own (dense, CSR) is taken in blocks of 1x1,
+    and of several targets the best counts.  Densities are exact, times are the model's for one core.  Nothing is
+    compiled.  Errors: ArgumentError, ArgumentTypeError, PatternError, UnsupportedError.
     """
-    weight = as_weight(W, blocksize=blocksize, shape=shape, dtype=as_dtype(dtype).numpy, otherwise=(1, 1))
+    types = as_types(dtype, x_dtype)
+    weight = source_of(W, types[0], blocksize=blocksize, shape=shape, otherwise=(1, 1))
     if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
         raise ArgumentError(f"n={n!r}: a number of tokens from 1 up, or None")
-    problem = Problem(as_operator(operator), weight.pattern, as_dtype(dtype), (), None if n is None else int(n))
+    problem = as_problem(operator, weight.pattern, *types, n=None if n is None else int(n))
     best = as_targets(target)[0]
     found = block_shapes(BACKENDS["c"], problem, weight, best)
     if not found:

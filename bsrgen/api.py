@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from bsrgen.arguments import bind, default_threads
 from bsrgen.artifact import Artifact, write_manifest
 from bsrgen.backends import BACKENDS, Backend
 from bsrgen.choose import Tuning, as_tuning, choose
-from bsrgen.dtypes import as_dtype
+from bsrgen.dtypes import DTYPES, INT8, as_types
 from bsrgen.epilogues import as_epilogues
 from bsrgen.errors import (
     ArgumentError,
@@ -36,8 +36,9 @@ from bsrgen.integrity import MANIFEST
 from bsrgen.kernel import Kernel
 from bsrgen.manifest import ABI, CheckRecord, parse_manifest
 from bsrgen.operators import as_operator
-from bsrgen.pattern import Weight, as_weight
-from bsrgen.problem import Problem
+from bsrgen.pattern import Weight
+from bsrgen.problem import Problem, as_problem
+from bsrgen.quantize import quantized, source_of
 from bsrgen.store import Store
 from bsrgen.targets import Target, as_targets, native
 from bsrgen.trampoline import trampoline
@@ -60,6 +61,7 @@ def compile(
     tune: Literal["off", "model", "measure"] = "model",
     strict: bool = False,
     *,
+    x_dtype: DTypeLike | None = None,
     shape: tuple[int, int] | None = None,
     tune_seconds: float | None = None,
     executor: Executor | None = None,
@@ -71,9 +73,23 @@ def compile(
     W: scipy sparse array or matrix, 2-D ndarray, torch sparse_bsr / sparse_csr / dense tensor, bsrgen Weight, or the
         triple (data, indices, indptr) with shape=.  What is not BSR needs blocksize=(R, C); BSR is re-blocked by it.
     operator: "linear", Y[N, M] = X[N, K] @ W.T, or "spmm", Y[M, N] = W @ X[K, N]; all row-major, N free at each call.
-    dtype: type of W, X and Y, sums included: "float32" or "float64".  out_dtype: the same.
-    epilogue: steps applied to the sums in this order, rows of bsrgen.epilogues; their operands come with the call, or
-        here by name (bias=b): converted to dtype like W, they become defaults of the kernel and of its artifact.
+    dtype, x_dtype, out_dtype: types of W as it is stored, of X and of Y, names or numpy dtypes (ml_dtypes.bfloat16):
+        W                 X                   Y, the default first
+        float32, float64  as W                as W            sums of the same type
+        bfloat16          bfloat16, float32   as X, the other one of these two       sums of float32, as all below
+        float16           float16             float16, float32
+        float16           float32             float32         for few tokens, as all of W shorter than X
+        int8              int8                float32, bfloat16, int8                sums of int32, exact
+        int8              float32             float32
+        int8              bfloat16            bfloat16, float32
+        None for x_dtype means dtype.
+    int8: symmetric, W[m] stands for w_scale[m] * w[m], w in [-127, 127].  Floating W is quantised,
+        w = round(W / w_scale), ties to even, clipped, with w_scale[m] = max |W[m]| / 127 (1 for a row of zeros) or the
+        calibrated w_scale= [M] given here.  Integer W is taken as it is, w_scale= or ones with it.  X of int8 stands
+        for x_scale * x, Y of int8 for y_scale * y: both come with the call or here as one number (1), see Kernel.
+    epilogue: steps applied to the (scaled) sums in this order, rows of bsrgen.epilogues; their operands come with the
+        call, or here by name (bias=b): converted like W, to float32 for reduced types, they become defaults of the
+        kernel and of its artifact.
     target: "native", an ISA level or microarchitecture, or several for one library that picks at run time.
     n, threads: hints.  n is the number of tokens to plan for (128); threads the default of calls, None all cores.
     tune: "off" takes the first legal plan, "model" the one the cost model likes best, "measure" times the best few.
@@ -85,28 +101,35 @@ def compile(
         blocks as zeros where that is faster: in finite X the results are the same but for the order of sums.
 
     The artifact is kept in the store (README, "The store"); the same request loads it from there.
-    Errors: ArgumentError, ArgumentTypeError, PatternError, UnsupportedError, BuildError, StoreError.
+    Errors: ArgumentError (scales that are not positive and finite), ArgumentTypeError, PatternError (W that float16 or
+    int8 cannot hold), UnsupportedError (types that do not go together), BuildError, StoreError.
     """
     chosen = _backend(backend, mode)
     if dtype is None:
-        raise ArgumentTypeError("dtype=None: 'float32' or 'float64'")
-    element = as_dtype(dtype)
-    if out_dtype is not None and as_dtype(out_dtype) != element:
-        raise UnsupportedError(
-            f"out_dtype={out_dtype!r} with dtype={element.name!r}: {element.name} kernels write {element.name}"
-        )
+        raise ArgumentTypeError(f"dtype=None: one of {', '.join(DTYPES)}")
+    w, x, y = as_types(dtype, x_dtype, out_dtype)
     tuning = as_tuning(tune, tune_seconds, executor, progress, strict)
     if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
         raise ArgumentError(f"n={n!r}: a number of tokens from 1 up, or None")
     default_threads(threads)
-    row = as_operator(operator)
-    steps = as_epilogues(epilogue)
+    as_operator(operator), as_epilogues(epilogue)
     targets = as_targets(target)
-    weight = as_weight(W, blocksize=blocksize, shape=shape, dtype=element.numpy)
-    problem = Problem(row, weight.pattern, element, steps, None if n is None else int(n))
-    bound = bind(problem, operands)
-    artifact = _artifact(chosen, problem, weight, targets, tuning, bound)
+    weight = source_of(W, w, blocksize=blocksize, shape=shape)
+    problem = as_problem(operator, weight.pattern, w, x, y, epilogue, None if n is None else int(n))
+    bound, how = bind(problem, operands), "none"
+    if w is INT8:
+        how = "given" if "w_scale" in bound else "none" if weight.data.dtype == w.numpy else "max"
+        weight, bound["w_scale"] = quantized(weight, bound.get("w_scale"))
+    artifact = _artifact(chosen, problem, weight, targets, tuning, Bound(bound, how))
     return Kernel(artifact, threads=threads, may_be_foreign=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Operands bound to an artifact, and where its weight_scale is from."""
+
+    arrays: dict[str, Any]
+    weight_scale: str
 
 
 def _backend(name: str, mode: str) -> Backend:
@@ -119,7 +142,7 @@ def _backend(name: str, mode: str) -> Backend:
 
 def _artifact(
     backend: Backend, problem: Problem, weight: Weight, targets: tuple[Target, ...], tuning: Tuning,
-    bound: dict[str, Any],
+    bound: Bound,
 ) -> Artifact:  # fmt: skip
     """From the store, or built into it."""
     compiler = build.find_compiler(targets[0])
@@ -154,15 +177,19 @@ def _prepare_calls() -> None:
 
 def _key(
     problem: Problem, weight: Weight, targets: tuple[Target, ...], tune: str, strict: bool, compiler: build.Compiler,
-    bound: dict[str, Any],
+    bound: Bound,
 ) -> str:  # fmt: skip
     """Everything that can change a byte of the artifact, or the choice of its plan."""
     request = {
         "bsrgen": [__version__, ABI, _own_digest()],
-        "problem": [problem.operator.name, problem.dtype.name, [step.name for step in problem.epilogue], problem.n],
+        "problem": [problem.operator.name, [step.name for step in problem.epilogue], problem.n],
+        "types": [row.name for row in (problem.dtype, problem.x_dtype, problem.out_dtype)],
         "weight": weight.digest,
         "notes": weight.notes,
-        "bound": {name: [array.shape, hashlib.sha256(array.tobytes()).hexdigest()] for name, array in bound.items()},
+        "bound": {
+            name: [array.shape, hashlib.sha256(array.tobytes()).hexdigest()] for name, array in bound.arrays.items()
+        },
+        "weight_scale": bound.weight_scale,
         "targets": [asdict(target) for target in targets],
         "tune": tune,
         "strict": strict,
@@ -187,7 +214,7 @@ def _own_digest() -> str:
 
 def _make(
     backend: Backend, problem: Problem, weight: Weight, targets: tuple[Target, ...], tuning: Tuning,
-    compiler: build.Compiler, bound: dict[str, Any], folder: Path,
+    compiler: build.Compiler, bound: Bound, folder: Path,
 ) -> None:  # fmt: skip
     """Build, check and describe one artifact in `folder`."""
     exam = Exam(problem, weight, tuple(dict.fromkeys(affordable(problem, n) for n in CHECK_N)))
@@ -199,11 +226,11 @@ def _make(
     source = backend.emit(plans, weight)
     build.build(source, folder, compiler)
     records = tuple(record for choice in choices for record in choice.records)
-    manifest = package.describe(source, weight, compiler, records, folder, bound)
+    manifest = package.describe(source, weight, compiler, records, folder, bound.arrays)
     times = [(r.dense, r.measured_seconds) for r in choices[0].records if r.n == manifest.cost.n and r.measured_seconds]
     sparse_s, dense_s = (min((s for d, s in times if d == dense), default=None) for dense in (False, True))
     verdict = advice.judge(backend, plans[0], choices[0].ranked, weight, sparse_s, dense_s)
-    manifest = msgspec.structs.replace(manifest, verdict=verdict, strict=tuning.strict)
+    manifest = msgspec.structs.replace(manifest, verdict=verdict, strict=tuning.strict, weight_scale=bound.weight_scale)
     check = _check(write_manifest(folder, manifest), exam)
     if check is not None:
         write_manifest(folder, msgspec.structs.replace(manifest, check=check))

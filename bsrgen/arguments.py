@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen.dtypes import DTYPES
+from bsrgen import strides
+from bsrgen.dtypes import DTYPES, INT8, DType
+from bsrgen.epilogues import Operand, operand_dtype, operands_of
 from bsrgen.errors import ArgumentError, ArgumentTypeError
+from bsrgen.foreign import host, view
 from bsrgen.machine import parallel_cores
-from bsrgen.manifest import Manifest, OperandRecord
+from bsrgen.manifest import Manifest
 from bsrgen.operators import OPERATORS
 from bsrgen.problem import Problem
 
 Array = NDArray[Any]
+COperand = tuple[Array | None, int, float]  # struct bsrgen_operand: data, ld, scalar
 MAX_THREADS = 1 << 16
 
 
@@ -29,7 +33,7 @@ class Prepared:
     ldx: int
     y: Array
     ldy: int
-    operands: list[tuple[Array | None, int, float]]
+    operands: list[COperand]
     threads: int
     out: Array  # what the caller gets
     target: Array  # `out` in two dimensions
@@ -42,60 +46,72 @@ class Prepared:
 
 
 class Call:
-    """The signature of one artifact and the operands bound to it."""
+    """The signature of one artifact."""
 
-    def __init__(self, manifest: Manifest, bound: Mapping[str, Any], threads: int) -> None:
+    def __init__(self, manifest: Manifest, threads: int) -> None:
         self.name = manifest.name
         self.rows, self.features = manifest.shape
         self.operator = OPERATORS[manifest.operator]
-        self.dtype = DTYPES[manifest.dtype].numpy
-        self.records = manifest.operands
+        self.types = manifest.types
+        self.real = DTYPES[self.types[0].real]
+        self.x_dtype, self.out_dtype = (row.numpy for row in self.types[1:])
+        self.operands = operands_of(manifest.steps)
         self.reads_out = "accumulate" in manifest.epilogue
         self.threads = threads
-        self.bound: dict[str, Any] = {}
-        self._known(bound)
-        self.bound = dict(bound)
 
     def prepare(self, x: Any, out: Any, threads: int | None, operands: Mapping[str, Any]) -> Prepared:
         """Check everything, copy what C cannot take as it lies.  Raises before any work starts."""
         self._known(operands)
-        x = self._array("x", x)
+        x = self._array("x", x, self.types[1])
         x2, batch = self._two_axes(x)
         n = x2.shape[self.operator.token_axis]
         shape = self.operator.shape(n, self.rows)
         out, target = self._target(out, shape, self._result_shape(x, batch, n))
-        given = self.bound | dict(operands)
-        values = [self._operand(record, given, shape, batch) for record in self.records]
-        x2, ldx = _rows(x2)
-        y, ldy = target, _leading(target)
+        values = [self._operand(operand, operands, shape, batch) for operand in self.operands]
+        x2, ldx = strides.rows(x2)
+        y, ldy = target, strides.leading(target)
         if ldy < 0 or self._overlaps(target, x2, values):
-            y = np.array(target, order="C") if self.reads_out else np.empty(shape, self.dtype)
+            y = np.array(target, order="C") if self.reads_out else np.empty(shape, self.out_dtype)
             ldy = shape[1]
         count = self.threads if threads is None else check_threads(threads)
         return Prepared(n, x2, ldx, y, ldy, values, count, out, target)
 
+    def settled(self, bound: Mapping[str, Any]) -> list[COperand] | None:
+        """The operands of a call that gives none; None where one must be given, or `out` is read."""
+        self._known(bound)
+        given = {operand.name for operand in self.operands if operand.default is not None} | bound.keys()
+        if self.reads_out or not given.issuperset(operand.name for operand in self.operands):
+            return None
+        return [self._operand(operand, bound, self.operator.shape(1, self.rows), None) for operand in self.operands]
+
     def _known(self, operands: Mapping[str, Any]) -> None:
-        names = [record.name for record in self.records]
+        names = [operand.name for operand in self.operands]
         for name in operands:
             if name not in names:
                 takes = f"takes {', '.join(names)}" if names else "takes no operands"
                 raise ArgumentTypeError(f"{self.name}: unexpected operand {name!r}: its epilogue {takes}")
 
-    def _array(self, what: str, value: Any) -> Array:
-        """A numpy view of `value` with the kernel's dtype."""
+    def _array(self, what: str, value: Any, dtype: DType, halves: bool = False) -> Array:
+        """A numpy view of `value`, which has that dtype; `halves`: or a shorter floating one, and becomes a copy."""
         if not isinstance(value, np.ndarray):
             if not hasattr(value, "__dlpack__"):
                 raise ArgumentTypeError(
                     f"{self.name}: {what} is {type(value).__name__}, not an array; try numpy.asarray"
                 )
             try:
-                value = np.from_dlpack(value)
+                value = view(value)
             except Exception as e:  # whatever the other library raises
                 raise ArgumentTypeError(f"{self.name}: {what} cannot be read as a CPU array: {e}") from e
-        if value.dtype != self.dtype:
+        want = dtype.numpy
+        if value.dtype != want:
+            if halves and value.dtype.name in _HALVES:
+                return np.asarray(value).astype(want)
+            way = "quantise it: rint(x / x_scale) in [-127, 127]" if dtype is INT8 else (
+                f"convert it with .astype('{want}')"
+            )  # fmt: skip
             raise ArgumentTypeError(
-                f"{self.name}: {what} has dtype {value.dtype}, the kernel {self.dtype}; convert it with "
-                f".astype('{self.dtype}'), or compile a kernel for its dtype"
+                f"{self.name}: {what} has dtype {value.dtype}, the kernel {want}; {way}, or compile a kernel for its "
+                "dtype"
             )
         return np.asarray(value)
 
@@ -125,55 +141,75 @@ class Call:
 
     def _target(self, out: Any, shape: tuple[int, int], full: tuple[int, ...]) -> tuple[Array, Array]:
         if out is None:
-            out = np.zeros(full, self.dtype) if self.reads_out else np.empty(full, self.dtype)
+            out = np.zeros(full, self.out_dtype) if self.reads_out else np.empty(full, self.out_dtype)
         elif not isinstance(out, np.ndarray):
             raise ArgumentTypeError(f"{self.name}: out is {type(out).__name__}, not a numpy array")
-        elif out.dtype != self.dtype:
-            raise ArgumentTypeError(f"{self.name}: out has dtype {out.dtype}, the result {self.dtype}")
+        elif out.dtype != self.out_dtype:
+            raise ArgumentTypeError(f"{self.name}: out has dtype {out.dtype}, the result {self.out_dtype}")
         elif out.shape != full:
             raise ArgumentError(f"{self.name}: out has shape {out.shape}, the result {full}")
         elif not out.flags.writeable:
             raise ArgumentError(f"{self.name}: out is read-only")
-        elif _self_overlapping(out):
+        elif strides.self_overlapping(out):
             raise ArgumentError(
                 f"{self.name}: out has strides {out.strides}: several results share one place in memory"
             )
-        return out, _reshaped(out, shape)
+        return out, strides.reshaped(out, shape)
 
     def _operand(
-        self, record: OperandRecord, given: Mapping[str, Any], shape: tuple[int, int], batch: tuple[int, ...] | None
-    ) -> tuple[Array | None, int, float]:
-        value = given.get(record.name)
-        if value is None and record.default is not None:
-            return None, 0, float(record.default)
-        if value is None:
-            raise ArgumentTypeError(f"{self.name}: operand {record.name!r} is missing: k(x, {record.name}=...)")
-        if record.kind == "scalar":
-            if np.ndim(value) != 0 or isinstance(value, (complex, np.complexfloating, str, bytes)):
-                raise ArgumentTypeError(f"{self.name}: {record.name} must be one real number, not {value!r}")
-            try:
-                return None, 0, float(value)
-            except (TypeError, ValueError, OverflowError) as e:
-                raise ArgumentTypeError(f"{self.name}: {record.name} must be one real number, not {value!r}") from e
-        array = self._array(record.name, value)
-        if record.kind == "row":
-            if array.shape != (self.rows,):
-                raise ArgumentError(f"{self.name}: {record.name} has shape {array.shape}, expected ({self.rows},)")
-            return np.require(array, requirements=["C", "A"]), 0, 0.0
-        full = (self.rows,) if batch is None else (*batch, self.rows) if self.operator.token_axis == 0 else shape
-        if array.shape != full:
-            raise ArgumentError(f"{self.name}: {record.name} has shape {array.shape}, expected {full}, like the result")
-        array, ld = _rows(array.reshape(shape))
-        return array, ld, 0.0
+        self, operand: Operand, given: Mapping[str, Any], shape: tuple[int, int], batch: tuple[int, ...] | None
+    ) -> COperand:
+        value = given.get(operand.name)
+        if value is None and operand.default is None:
+            raise ArgumentTypeError(f"{self.name}: operand {operand.name!r} is missing: k(x, {operand.name}=...)")
+        if operand.kind == "scalar" or value is None or (operand.kind == "token" and np.ndim(value) == 0):
+            number = self._number(operand, operand.default if value is None else value)
+            return (None, 0, number) if operand.kind == "scalar" else (np.array([number], self.real.numpy), 0, 0.0)
+        dtype = operand_dtype(operand, self.types[0], self.types[2])
+        array = self._array(operand.name, value, dtype, operand.kind != "element" and self.types[0] is not self.real)
+        if operand.positive and not _is_scale(array):
+            raise ArgumentError(f"{self.name}: {operand.name} holds values that are not positive and finite")
+        fits = self._shapes(operand, shape, batch)
+        if array.shape not in fits:
+            like = ", like the result" if operand.kind == "element" else ""
+            raise ArgumentError(f"{self.name}: {operand.name} has shape {array.shape}, expected {fits[0]}{like}")
+        if operand.kind == "element":
+            array, ld = strides.rows(array.reshape(shape))
+            return array, ld, 0.0
+        return np.require(array.reshape(-1), requirements=["C", "A"]), int(operand.kind == "token"), 0.0
 
-    def _overlaps(self, y: Array, x: Array, operands: list[tuple[Array | None, int, float]]) -> bool:
+    def _shapes(
+        self, operand: Operand, shape: tuple[int, int], batch: tuple[int, ...] | None
+    ) -> tuple[tuple[int, ...], ...]:
+        """What shapes an operand may have, the usual one first."""
+        linear = self.operator.token_axis == 0
+        if operand.kind == "row":
+            return ((self.rows,),)
+        if operand.kind == "element":
+            return ((self.rows,) if batch is None else (*batch, self.rows) if linear else shape,)
+        tokens = () if batch is None else batch if linear else shape[1:]
+        return tokens, (*tokens, 1) if linear else (1, *tokens)
+
+    def _number(self, operand: Operand, value: Any) -> float:
+        if np.ndim(value) != 0 or isinstance(value, (complex, np.complexfloating, str, bytes)):
+            raise ArgumentTypeError(f"{self.name}: {operand.name} must be one real number, not {value!r}")
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError) as e:
+            raise ArgumentTypeError(f"{self.name}: {operand.name} must be one real number, not {value!r}") from e
+        if operand.positive and not _is_scale(number, self.real):
+            raise ArgumentError(f"{self.name}: {operand.name} is {number}; it must be positive and finite")
+        return number
+
+    def _overlaps(self, y: Array, x: Array, operands: list[COperand]) -> bool:
         """Whether writing y could change an input; a residual that is y itself is read before it is written."""
-        arrays = [x, *(a for a, _, _ in operands if a is not None and not _same(a, y))]
+        arrays = [x, *(a for a, _, _ in operands if a is not None and not strides.same(a, y))]
         return any(np.may_share_memory(y, array) for array in arrays)
 
 
 def bind(problem: Problem, operands: Mapping[str, Any]) -> dict[str, Array]:
-    """Operands given when a kernel is compiled, as arrays of its dtype.  Scalars and "row" operands only."""
+    """Operands given when a kernel is compiled, as arrays of what its epilogue computes in.  One for each row, or one
+    number: of values per token, one for all."""
     known = {o.name: o for o in problem.operands}
     bound = {}
     for name, value in operands.items():
@@ -184,17 +220,30 @@ def bind(problem: Problem, operands: Mapping[str, Any]) -> dict[str, Array]:
             raise ArgumentError(f"{problem}: {name} depends on the number of tokens: give it with the call")
         shape = (problem.pattern.M,) if known[name].kind == "row" else ()
         try:
-            array = np.asarray(value)
+            array = host(name, value)
             with np.errstate(over="raise"):
-                array = array.astype(np.float64 if shape == () else problem.dtype.numpy, casting="same_kind", order="C")
+                array = array.astype(np.float64 if shape == () else problem.real.numpy, casting="same_kind", order="C")
         except FloatingPointError as e:
-            raise ArgumentError(f"{problem}: {name} has values beyond {problem.dtype.name}") from e
+            raise ArgumentError(f"{problem}: {name} has values beyond {problem.real.name}") from e
         except (TypeError, ValueError, RuntimeError) as e:
             raise ArgumentTypeError(f"{problem}: {name}={value!r}: expected real numbers") from e
         if array.shape != shape:
-            raise ArgumentError(f"{problem}: {name} has shape {array.shape}, expected {shape}")
+            each = "; give one for each token with the call" if known[name].kind == "token" else ""
+            raise ArgumentError(f"{problem}: {name} has shape {array.shape}, expected {shape}{each}")
+        if known[name].positive and not _is_scale(array, problem.real):
+            raise ArgumentError(f"{problem}: {name} holds values that are not positive and finite")
         bound[name] = array
     return bound
+
+
+_HALVES = {row.name for row in DTYPES.values() if row.unit_roundoff and row.accumulator == "float32"}
+
+
+def _is_scale(value: Any, dtype: DType | None = None) -> bool:
+    """Whether all values are positive and finite, also as `dtype`."""
+    with np.errstate(over="ignore", under="ignore"):
+        value = np.asarray(value, dtype.numpy if dtype else None)
+    return bool(((value > 0) & (value < np.inf)).all())
 
 
 def check_threads(threads: Any) -> int:
@@ -216,54 +265,3 @@ def default_threads(threads: int | None) -> int:
             raise ArgumentError(f"BSRGEN_NUM_THREADS={text!r}: a number from 1 to {MAX_THREADS}")
         return int(text)
     return parallel_cores()
-
-
-def _leading(a: Array) -> int:
-    """Leading dimension in elements of a matrix that C can walk as it lies; -1 when it cannot."""
-    rows, columns = (int(size) for size in a.shape)
-    item = a.itemsize
-    if not a.flags.aligned or (columns > 1 and a.strides[1] != item):
-        return -1
-    if rows <= 1 or columns == 0:
-        return max(columns, 1)
-    ld, rest = divmod(a.strides[0], item)
-    return int(ld) if rest == 0 and ld >= columns else -1
-
-
-def _rows(a: Array) -> tuple[Array, int]:
-    """`a` or a row-major copy of it, and its leading dimension."""
-    ld = _leading(a)
-    if ld >= 0:
-        return a, ld
-    a = np.array(a, order="C")
-    return a, max(a.shape[1], 1)
-
-
-def _reshaped(out: Array, shape: tuple[int, int]) -> Array:
-    """`out` as a matrix: a view of it wherever numpy can make one, else a copy that must be copied back."""
-    if out.shape == shape:
-        return out
-    view = out.view()
-    try:
-        view.shape = shape  # raises instead of copying
-    except AttributeError as e:
-        raise ArgumentError(
-            f"out has strides {out.strides}, which no matrix {shape} can have; pass a contiguous out"
-        ) from e
-    return view
-
-
-def _self_overlapping(a: Array) -> bool:
-    """Whether two elements may share memory: an axis steps by less than what lies within one of its steps."""
-    span = a.itemsize
-    for stride, size in sorted(
-        (abs(stride), size) for stride, size in zip(a.strides, a.shape, strict=True) if size > 1
-    ):
-        if stride < span:
-            return a.size > 0
-        span += stride * (size - 1)
-    return False
-
-
-def _same(a: Array, b: Array) -> bool:
-    return a.ctypes.data == b.ctypes.data and a.shape == b.shape and a.strides == b.strides

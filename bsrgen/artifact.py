@@ -116,7 +116,7 @@ def save_artifact(artifact: Artifact, target: Path, changed: Mapping[str, bytes]
         temp = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         temp.mkdir()  # not mkdtemp: others may read what is saved, as the umask says
         try:
-            for name in artifact.manifest.files:
+            for name in {**artifact.manifest.files, **changed}:
                 (temp / name).write_bytes(changed[name] if name in changed else artifact.read(name))
             write_manifest(temp, manifest)
             _exchange(temp, target)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bsrgen.dtypes import as_dtype
-from bsrgen.errors import ArgumentError, PatternError
+from bsrgen.dtypes import DTYPES, INT8, as_dtype
+from bsrgen.errors import ArgumentError, ArgumentTypeError, PatternError
 from bsrgen.foreign import Array, Pair, Raw, integers
 
 _DIM_MAX = 2**31 - 1  # block columns and the tables of the kernels are int32
@@ -90,17 +90,21 @@ def _check_padding(key: Array, data: Array, shape: Pair) -> None:
 
 
 def target(dtype: Any, have: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype to convert to: a row of DTYPES, or where None is asked `have` if it is a float32 or float64."""
+    """The dtype to convert to: a row of DTYPES, or where None is asked `have` if it is one, else float32."""
     if dtype is None:
-        dtype = have.name if have.name in ("float32", "float64") else "float32"
+        dtype = have.name if have.name in DTYPES else "float32"
     return as_dtype(dtype).numpy
 
 
 def cast(data: Array, to: np.dtype[Any], copy: bool) -> Array:
-    """`data` as a read-only C-contiguous array of `to`; PatternError where a number becomes Inf."""
+    """`data` as a read-only C-contiguous array of `to`; PatternError where a number becomes Inf, or none of int8."""
+    if to == INT8.numpy:
+        if data.dtype.kind not in "iu":
+            raise ArgumentTypeError(f"W has dtype {data.dtype}; bsrgen.compile(W, dtype='int8') quantises it")
+        symmetric(data)
     with np.errstate(over="ignore", invalid="ignore"):
         new: Array = np.array(data, dtype=to, order="C", copy=copy or None)
-    if not np.can_cast(data.dtype, to, "safe"):
+    if to.kind != "i" and not np.can_cast(data.dtype, to, "safe"):
         lost = np.isinf(new)
         if lost.any():
             lost &= np.isfinite(data.astype(np.float64))
@@ -109,6 +113,16 @@ def cast(data: Array, to: np.dtype[Any], copy: bool) -> Array:
             raise PatternError(f"value {data[at]} in block {at[0]} overflows {to}; scale W or ask for a wider dtype")
     new.setflags(write=False)
     return new
+
+
+def symmetric(data: Array) -> None:
+    """PatternError where an integer lies outside of the symmetric range of int8."""
+    out = (data < -INT8.largest) | (data > INT8.largest)
+    if out.any():
+        at = tuple(int(v[0]) for v in out.nonzero())
+        raise PatternError(
+            f"value {data[at]} in block {at[0]}: weights of int8 lie in the symmetric range [-127, 127]; clip W"
+        )
 
 
 def frozen(a: Array, dtype: npt.DTypeLike) -> Array:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from bsrgen.errors import ArgumentTypeError
+from bsrgen.errors import ArgumentTypeError, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,10 @@ class DType:
     real: str  # name of the row that the epilogue computes in
     unit_roundoff: float  # of the type itself: 2^-p; 0 for integers
     smallest: float  # nonzero magnitude that kernels tell from zero; below, matrix units read and write zero
+    largest: float  # finite magnitude; of int8 the symmetric range: -128 has no opposite
+
+    def __reduce__(self) -> Any:
+        return _row, (self.name,)  # the row itself, so that `is` holds in other processes
 
     @property
     def numpy(self) -> np.dtype[Any]:
@@ -28,19 +32,33 @@ class DType:
         if self.name == "bfloat16":
             import ml_dtypes
 
-            return np.dtype(ml_dtypes.bfloat16)
+            bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+            return bfloat16
         return np.dtype(self.name)
 
 
-FLOAT32 = DType("float32", "f32", "float", 4, "float32", "float32", 2.0**-24, 2.0**-149)
-FLOAT64 = DType("float64", "f64", "double", 8, "float64", "float64", 2.0**-53, 2.0**-1074)
-BFLOAT16 = DType("bfloat16", "bf16", "uint16_t", 2, "float32", "float32", 2.0**-8, 2.0**-126)
-FLOAT16 = DType("float16", "f16", "uint16_t", 2, "float32", "float32", 2.0**-11, 2.0**-24)
-INT8 = DType("int8", "s8", "int8_t", 1, "int32", "float32", 0.0, 1.0)
-INT32 = DType("int32", "s32", "int32_t", 4, "int32", "float32", 0.0, 1.0)  # of sums only
+FLOAT32 = DType("float32", "f32", "float", 4, "float32", "float32", 2.0**-24, 2.0**-149, (2 - 2.0**-23) * 2.0**127)
+FLOAT64 = DType("float64", "f64", "double", 8, "float64", "float64", 2.0**-53, 2.0**-1074, (2 - 2.0**-52) * 2.0**1023)
+BFLOAT16 = DType("bfloat16", "bf16", "uint16_t", 2, "float32", "float32", 2.0**-8, 2.0**-126, (2 - 2.0**-7) * 2.0**127)
+FLOAT16 = DType("float16", "f16", "uint16_t", 2, "float32", "float32", 2.0**-11, 2.0**-24, 65504.0)
+INT8 = DType("int8", "s8", "int8_t", 1, "int32", "float32", 0.0, 1.0, 127.0)
+INT32 = DType("int32", "s32", "int32_t", 4, "int32", "float32", 0.0, 1.0, 2.0**31 - 1)  # of sums only
 
 DTYPES = {row.name: row for row in (FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT8)}
 ACCUMULATORS = {row.name: row for row in (FLOAT32, FLOAT64, INT32)}
+
+# Which types go together: of W and X, and those that Y may then have, the default first.
+PAIRS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("float32", "float32"): ("float32",),
+    ("float64", "float64"): ("float64",),
+    ("bfloat16", "bfloat16"): ("bfloat16", "float32"),
+    ("float16", "float16"): ("float16", "float32"),
+    ("int8", "int8"): ("float32", "bfloat16", "int8"),
+    ("bfloat16", "float32"): ("float32", "bfloat16"),  # from here on only W is reduced: for few tokens
+    ("float16", "float32"): ("float32",),
+    ("int8", "float32"): ("float32",),
+    ("int8", "bfloat16"): ("bfloat16", "float32"),
+}
 
 
 def as_dtype(value: DTypeLike | DType) -> DType:
@@ -54,6 +72,31 @@ def as_dtype(value: DTypeLike | DType) -> DType:
     if name not in DTYPES:
         raise ArgumentTypeError(f"dtype {value!r}: no kernels for it; one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _row(name: str) -> DType:
+    return (DTYPES | ACCUMULATORS)[name]
+
+
+def as_types(
+    dtype: DTypeLike | DType, x_dtype: DTypeLike | DType | None = None, out_dtype: DTypeLike | DType | None = None
+) -> tuple[DType, DType, DType]:
+    """The rows of W, X and Y; None for X means W's, for Y the first of PAIRS.
+
+    ArgumentTypeError where a type has no row, UnsupportedError where the rows do not go together.
+    """
+    w = as_dtype(dtype)
+    x = w if x_dtype is None else as_dtype(x_dtype)
+    if (w.name, x.name) not in PAIRS:
+        reads = " or ".join(x_name for w_name, x_name in PAIRS if w_name == w.name)
+        raise UnsupportedError(f"x_dtype={x.name!r} with dtype={w.name!r}: {w.name} kernels read {reads}")
+    able = PAIRS[w.name, x.name]
+    y = DTYPES[able[0]] if out_dtype is None else as_dtype(out_dtype)
+    if y.name not in able:
+        raise UnsupportedError(
+            f"out_dtype={y.name!r} with dtype={w.name!r} and x_dtype={x.name!r}: such kernels write {' or '.join(able)}"
+        )
+    return w, x, y
 
 
 def bound_factor(terms: Any, unit_roundoff: float) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from bsrgen.dtypes import DTYPES, INT8, DType
 from bsrgen.errors import ArgumentError, ArgumentTypeError
 
 Array = NDArray[Any]
@@ -29,6 +30,7 @@ class Operand:
     kind: Kind
     default: float | None = None
     symbol: str = ""  # what the formula calls it, where `name` is numbered
+    positive: bool = False  # a scale: other values are refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +110,21 @@ ACCUMULATE = Epilogue(
 )
 
 # Steps that int8 brings itself: W[m, k] = w_scale[m] * w and X[n, k] = x_scale[n] * x, symmetric, zero points are 0.
-W_SCALE = Epilogue("w_scale", "v * w_scale", lambda v, w_scale: v * w_scale, (Operand("w_scale", "row"),), gain=np.abs)
+W_SCALE = Epilogue(
+    "w_scale", "v * w_scale", lambda v, w_scale: v * w_scale, (Operand("w_scale", "row", positive=True),), gain=np.abs
+)
 X_SCALE = Epilogue(
-    "x_scale", "v * x_scale", lambda v, x_scale: v * x_scale, (Operand("x_scale", "token", 1.0),), gain=np.abs
+    "x_scale",
+    "v * x_scale",
+    lambda v, x_scale: v * x_scale,
+    (Operand("x_scale", "token", 1.0, positive=True),),
+    gain=np.abs,
 )
 QUANTIZE = Epilogue(  # the store rounds to the nearest integer in [-127, 127]
     "quantize",
     "v / y_scale",
     lambda v, y_scale: v / y_scale,
-    (Operand("y_scale", "scalar", 1.0),),
+    (Operand("y_scale", "scalar", 1.0, positive=True),),
     gain=lambda y_scale: 1 / np.abs(y_scale),
 )
 
@@ -131,13 +139,24 @@ def as_epilogues(names: str | Sequence[str]) -> tuple[Epilogue, ...]:
     names = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, (list, tuple)) else names
     if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
         raise ArgumentTypeError(f"epilogue={names!r}: a name or a sequence of names, of {', '.join(EPILOGUES)}")
-    steps: list[Epilogue] = []
-    for i, name in enumerate(names):
+    for name in names:
         if name not in EPILOGUES:
             raise ArgumentError(f"epilogue {name!r}: one of {', '.join(EPILOGUES)}")
-        earlier = names[:i].count(name)
-        steps.append(_numbered(EPILOGUES[name], earlier + 1) if earlier else EPILOGUES[name])
-    return tuple(steps)
+    return steps_of(names)
+
+
+def steps_of(names: Sequence[str]) -> tuple[Epilogue, ...]:
+    """The rows of a kernel's own list of steps, those of int8 among them."""
+    earlier = [names[:i].count(name) for i, name in enumerate(names)]
+    return tuple(
+        _numbered(STEPS[name], count + 1) if count else STEPS[name] for name, count in zip(names, earlier, strict=True)
+    )
+
+
+def composed(steps: Sequence[Epilogue], w: DType, x: DType, y: DType) -> tuple[Epilogue, ...]:
+    """`steps` with those that int8 brings: its sums become real numbers before, and real numbers become int8 after."""
+    before = (*((W_SCALE,) if w is INT8 else ()), *((X_SCALE,) if x is INT8 else ()))
+    return (*before, *steps, *((QUANTIZE,) if y is INT8 else ()))
 
 
 def _numbered(step: Epilogue, number: int) -> Epilogue:
@@ -149,9 +168,15 @@ def _numbered(step: Epilogue, number: int) -> Epilogue:
 
 
 def _with_operands(name: str, operands: tuple[Operand, ...]) -> Epilogue:
-    return replace(EPILOGUES[name], operands=operands)
+    return replace(STEPS[name], operands=operands)
 
 
 def operands_of(steps: Sequence[Epilogue]) -> tuple[Operand, ...]:
     """The operands that a call must or may give, in the order of the C signature."""
     return tuple(operand for step in steps for operand in step.operands if operand.kind != "out")
+
+
+def operand_dtype(operand: Operand, w: DType, y: DType) -> DType:
+    """Type of an operand in memory: of Y for those shaped like Y, where that is a floating type; else what the epilogue
+    computes in."""
+    return y if operand.kind in ("element", "out") and y is not INT8 else DTYPES[w.real]

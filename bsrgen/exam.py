@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bsrgen.dtypes import DTYPES, INT8, as_dtype
 from bsrgen.kernel import Kernel
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
@@ -34,8 +35,7 @@ class Exam:
         rng, found = np.random.default_rng(0), []
         for n in self.tokens:
             x, given = self.problem.sample(rng, n)
-            shape = self.problem.operator.shape(n, self.problem.pattern.M)
-            old = rng.standard_normal(shape).astype(self.problem.dtype.numpy)
+            old = self.problem.sample_out(rng, n)
             found.append((x, given, old, *self.problem.reference(self.weight, x, given, old)))
         return found
 
@@ -49,10 +49,13 @@ class Exam:
 
 
 def error_share(y: Array, expected: Array, bound: Array) -> float:
-    """The largest |y - expected| / bound: at most 1 for a right result.  Where sums may overflow, all is right."""
-    limits = np.finfo(y.dtype)
+    """The largest |y - expected| / bound: at most 1 for a right result.  Where sums or y may overflow, all is right."""
+    dtype = as_dtype(y.dtype)
+    real = DTYPES[dtype.real]
     with np.errstate(invalid="ignore"):
-        finite = np.abs(expected) + bound / limits.eps < limits.max
+        finite = np.abs(expected) + bound / (2 * real.unit_roundoff) < real.largest
+        if dtype is not INT8:  # which saturates
+            finite &= np.abs(expected) + bound < dtype.largest
     error = np.abs(np.asarray(y, np.float64)[finite] - expected[finite])
     share = error / np.maximum(bound[finite], np.finfo(np.float64).tiny)
     return float(np.nan_to_num(share, nan=np.inf).max(initial=0.0))

@@ -20,7 +20,7 @@ def read_weight(
     blocksize: tuple[int, int] | None = None,
     otherwise: tuple[int, int] | None = None,
 ) -> Weight:
-    """The weight in a file: float64 where the file has it, else float32.
+    """The weight in a file, in its own type where that is one of DTYPES, else in float32.
 
     .npz: scipy.sparse.save_npz, or arrays data, indices, indptr and shape, or a dense array; .npy: a dense array;
     .safetensors: <key>.values, <key>.crow_indices, <key>.col_indices and metadata bsr.<key>.shape, or a dense tensor.

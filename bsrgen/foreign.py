@@ -78,7 +78,7 @@ def _is_torch(a: object) -> bool:
     return any(t.__name__ == "Tensor" and t.__module__ == "torch" for t in type(a).__mro__)
 
 
-def _host(name: str, a: Any) -> Array:
+def host(name: str, a: Any) -> Array:
     """`a` as an ndarray; torch's half types become float32, which holds them exactly."""
     if isinstance(a, np.ndarray) and hasattr(a, "mask"):
         raise ArgumentTypeError(f"{name} is a masked array; pass {name}.filled(0)")
@@ -92,9 +92,22 @@ def _host(name: str, a: Any) -> Array:
         raise ArgumentTypeError(f"{name} of type {type(a).__name__} cannot be read as an array: {e}") from e
 
 
+def view(a: Any) -> Array:
+    """What speaks DLPack as an ndarray of the same memory; of torch also bfloat16, which numpy's DLPack does not know.
+
+    Raises whatever the other library or numpy raises.
+    """
+    if not (_is_torch(a) and str(a.dtype) == "torch.bfloat16") or a.requires_grad:
+        return np.from_dlpack(a)
+    import ml_dtypes
+    import torch
+
+    return np.from_dlpack(a.view(torch.int16)).view(ml_dtypes.bfloat16)
+
+
 def _numbers(name: str, value: Any) -> Array:
     """`value` as an ndarray of real numbers."""
-    a = _host(name, value)
+    a = host(name, value)
     if a.dtype.kind in "iuf" or (a.dtype.kind == "V" and a.dtype.type.__module__ == "ml_dtypes"):
         return a
     if a.dtype.kind == "O" and a.ndim == 0:
@@ -129,7 +142,7 @@ def pair(name: str, value: Any, low: int) -> Pair:
 
 def integers(name: str, value: Any) -> Array:
     """`value` as a 1-D ndarray of integers; an empty one may have any dtype."""
-    a = _host(name, value)
+    a = host(name, value)
     if a.ndim != 1:
         raise PatternError(f"{name} has shape {a.shape}; it must have one dimension")
     if a.size and a.dtype.kind not in "iu":

@@ -1,6 +1,7 @@
 """Kernel: load an artifact and call it.  Needs no compiler and no templates."""
 
 import functools
+import io
 import os
 import platform
 from pathlib import Path
@@ -10,15 +11,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen.arguments import Call, default_threads
+from bsrgen.arguments import Call, COperand, default_threads
 from bsrgen.artifact import Artifact, read_artifact, save_artifact
-from bsrgen.dtypes import DTYPES
-from bsrgen.epilogues import as_epilogues
 from bsrgen.errors import ArgumentError, ArtifactError, IncompatibleCPUError, OutOfMemoryError, PatternMismatchError
 from bsrgen.manifest import OPERANDS_FILE, CostRecord, LevelRecord
 from bsrgen.operators import OPERATORS
-from bsrgen.pattern import Pattern, Weight, as_weight
+from bsrgen.pattern import Pattern, Weight
 from bsrgen.problem import Problem
+from bsrgen.quantize import quantized, source_of
 from bsrgen.trampoline import OVERLAP, trampoline
 from bsrgen.verdict import Verdict
 
@@ -38,8 +38,16 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None, expect_s
 
 
 class _Values(NamedTuple):
-    """Values given by `update`: as they came, packed, and where C finds them; before that, those of the library."""
+    """What a call takes besides its arguments; replaced as a whole, so that no call sees a half.
 
+    data, packed, pointer: values given by `update`, as stored, packed, and where C finds them; before that none, and C
+    takes the library's.  operands, records: where no operand has to come with the call, all of them, and for C.
+    """
+
+    bound: dict[str, Any]
+    weight_scale: str
+    operands: list[COperand] | None
+    records: Any
     data: Array | None
     packed: Array | None
     pointer: Any
@@ -55,16 +63,16 @@ class Kernel:
         """`may_be_foreign`: where this machine cannot run the artifact, calls raise IncompatibleCPUError, not this."""
         m = artifact.manifest
         self.artifact = artifact
-        self._call = Call(m, artifact.arrays(OPERANDS_FILE) if m.bound else {}, default_threads(threads))
-        self._dtype = DTYPES[m.dtype].numpy
+        self._call = Call(m, default_threads(threads))
+        self._dtype, self._x_dtype, self._out_dtype = (row.numpy for row in m.types)
         self._level = 0
         self._foreign: IncompatibleCPUError | None = None
         self._tramp = trampoline()
-        self._values = _Values(None, None, self._tramp.ffi.NULL)
+        self._values = self._with(artifact.arrays(OPERANDS_FILE) if m.bound else {}, m.weight_scale, None)
         self._threads = self._call.threads
         self._token_axis = OPERATORS[m.operator].token_axis
         self._rows, self._features = m.shape
-        self._x_bytes, self._y_bytes = (size * self._dtype.itemsize for size in (self._features, self._rows))
+        self._x_bytes, self._y_bytes = self._features * self._x_dtype.itemsize, self._rows * self._out_dtype.itemsize
         self._plain = False
         try:
             self._bind()
@@ -73,7 +81,26 @@ class Kernel:
                 raise
             self._foreign = e
         else:
-            self._plain = not m.operands and "accumulate" not in m.epilogue
+            self._plain = self._values.operands is not None
+
+    def _with(self, bound: dict[str, Any], weight_scale: str, data: Array | None) -> _Values:
+        ffi = self._tramp.ffi
+        packed = None if data is None else self.packed(data, self._level)
+        operands = self._call.settled(bound)
+        records = None if operands is None else self._records(operands)
+        pointer = ffi.NULL if packed is None else ffi.from_buffer(packed)
+        return _Values(bound, weight_scale, operands, records, data, packed, pointer)
+
+    def _records(self, operands: list[COperand]) -> Any:
+        """The operands as C has them; it reads the arrays that they were made of."""
+        ffi = self._tramp.ffi
+        if not operands:
+            return ffi.NULL
+        records = ffi.new("struct bsrgen_operand[]", len(operands))
+        for record, (array, ld, scalar) in zip(records, operands, strict=True):
+            record.data = ffi.NULL if array is None else ffi.cast("void *", array.ctypes.data)
+            record.ld, record.scalar = ld, scalar
+        return records
 
     def _bind(self) -> None:
         """Map the library and find its functions, if this CPU has what one of its levels needs."""
@@ -103,19 +130,23 @@ class Kernel:
         """Y = epilogue(product(W, x)).
 
         linear: x is [..., K], the result [..., M].  spmm: x is [K, N] or [K], the result [M, N] or [M].
-        Any strides; what is not row-major is copied.  Arrays have the kernel's dtype; anything else is a TypeError, as
-        no call converts silently.  out: written and returned; nothing else is written.  Operands of the epilogue by
-        name: bias [M], scale [M], residual like the result, and scalars.  Other threads run meanwhile.
+        Any strides; what is not row-major is copied.  x has x_dtype, the result out_dtype: all else is a TypeError,
+        no call converts silently.  out: written and returned; nothing else is written.  Other threads run meanwhile.
+
+        Operands of the epilogue by name: bias [M], scale [M], residual like the result, and scalars.  Kernels of int8
+        and half types compute them in float32 and take bias and scale in half types too.  Of int8, x stands for
+        x_scale * x, where x_scale is one number or an array like x without its features (1), and a result of int8 for
+        y_scale * y (1): real numbers are divided by y_scale, rounded to nearest, ties to even, and saturate at 127.
         """
-        if self._plain and not operands and threads is None and type(x) is np.ndarray and x.dtype is self._dtype:
+        if self._plain and not operands and threads is None and type(x) is np.ndarray and x.dtype is self._x_dtype:
             axis, shape = self._token_axis, x.shape
             if len(shape) == 2 and shape[1 - axis] == self._features:
                 n = shape[axis]
                 full = (self._rows, n) if axis else (n, self._rows)
                 if out is None:
-                    out = np.empty(full, self._dtype)
-                if type(out) is np.ndarray and out.dtype is self._dtype and out.shape == full:
-                    path = self._tramp
+                    out = np.empty(full, self._out_dtype)
+                if type(out) is np.ndarray and out.dtype is self._out_dtype and out.shape == full:
+                    path, values = self._tramp, self._values
                     view = path.ffi.from_buffer
                     try:
                         here, there = view(x), view(path.bytes, out, True)
@@ -123,7 +154,7 @@ class Kernel:
                         return self._general(x, out, threads, operands)
                     status = path.call(
                         self._function, n, here, shape[1], n * self._x_bytes, there, full[1], n * self._y_bytes,
-                        self._values.pointer, path.ffi.NULL, self._threads,
+                        values.pointer, values.records, self._threads,
                     )  # fmt: skip
                     if status == _OK:
                         return out
@@ -135,17 +166,12 @@ class Kernel:
         ffi = self._tramp.ffi
         if self._foreign:
             raise self._foreign
-        call = self._call.prepare(x, out, threads, operands)
         values = self._values  # kept alive while C reads it
-        records = ffi.NULL
-        if call.operands:
-            records = ffi.new("struct bsrgen_operand[]", len(call.operands))
-            for record, (array, ld, scalar) in zip(records, call.operands, strict=True):
-                record.data = ffi.NULL if array is None else ffi.cast("void *", array.ctypes.data)
-                record.ld, record.scalar = ld, scalar
+        call = self._call.prepare(x, out, threads, values.bound | operands)
         status = self._tramp.call(
             self._function, call.n, ffi.cast("void *", call.x.ctypes.data), call.ldx, 0,
-            ffi.cast("void *", call.y.ctypes.data), call.ldy, 0, values.pointer, records, call.threads,
+            ffi.cast("void *", call.y.ctypes.data), call.ldy, 0, values.pointer, self._records(call.operands),
+            call.threads,
         )  # fmt: skip
         if status != _OK:
             self._raise(status)
@@ -180,18 +206,29 @@ class Kernel:
 
         Takes what `compile` takes; in a dense W, blocks outside the pattern must be zero.  PatternMismatchError says
         where another pattern differs.  After an error nothing has changed; calls that run meanwhile keep old values.
+        An int8 kernel quantises floating W with the w_scale that `compile` was given, or else with new ones, which take
+        the place of the old; integers are taken as they are, and the scales stay.
         """
         if self._foreign:
             raise self._foreign
-        m = self.artifact.manifest
-        weight = as_weight(W, blocksize=m.blocksize, shape=self._shape_for(W), dtype=self._dtype)
+        m, values = self.artifact.manifest, self._values
+        weight = self._weight(W)
         same = weight.pattern.digest == m.pattern
         data = weight.data if same else self._filled(weight) if _is_dense(W) else None
         if data is None:
             where = self.pattern.difference(weight.pattern)
             raise PatternMismatchError(f"{self.name}: update needs the kernel's pattern: {where}; compile a new kernel")
-        packed = self.packed(data, self._level)
-        self._values = _Values(data, packed, self._tramp.ffi.from_buffer(packed))  # one store: no call sees a half
+        bound, how = values.bound, values.weight_scale
+        if data.dtype != self._dtype:
+            given = bound["w_scale"] if how == "given" else None
+            weight, scale = quantized(Weight(self.pattern, data), given)
+            data, bound, how = weight.data, bound | {"w_scale": scale}, "given" if how == "given" else "max"
+        self._values = self._with(bound, how, data)
+
+    def _weight(self, W: Any) -> Weight:
+        """W in the kernel's blocks and type, or where that is int8 and W is not, as it came."""
+        m = self.artifact.manifest
+        return source_of(W, m.types[0], blocksize=m.blocksize, shape=self._shape_for(W))
 
     def _shape_for(self, W: Any) -> tuple[int, int] | None:
         """The kernel's shape for what has none of its own: a triple, and BSR whose last blocks stick out of it."""
@@ -209,18 +246,18 @@ class Kernel:
         mine, other = (p.rows * p.block_cols + p.indices for p in (ours, theirs))
         if not np.isin(other, mine).all():
             return None
-        data = np.zeros((ours.nnzb, *ours.blocksize), self._dtype)
+        data = np.zeros((ours.nnzb, *ours.blocksize), weight.data.dtype)
         data[np.searchsorted(mine, other)] = weight.data
         return data
 
     def packed(self, data: Array, level: int) -> Array:
-        """Values [nnzb, R, C] in the order in which ISA level `level` of the library keeps them, 64-byte aligned."""
-        ffi, item = self._tramp.ffi, self._dtype.itemsize
+        """The bytes of values [nnzb, R, C] as ISA level `level` of the library keeps them, 64-byte aligned."""
+        ffi = self._tramp.ffi
         count = self._packed(ffi.NULL, ffi.NULL, level)
-        room = np.empty(count + 64 // item, self._dtype)
-        start = -room.ctypes.data % 64 // item
+        room = np.empty(count + 64, np.uint8)
+        start = -room.ctypes.data % 64
         packed = room[start : start + count]
-        self._packed(ffi.from_buffer(data), ffi.from_buffer(packed), level)
+        self._packed(ffi.cast("void *", data.ctypes.data), ffi.from_buffer(packed), level)
         return packed
 
     def _packed(self, data: Any, packed: Any, level: int) -> int:
@@ -237,15 +274,21 @@ class Kernel:
         A folder that holds an artifact and nothing else is replaced as a whole; any other non-empty folder is refused
         (ArgumentError).  StoreError where the disk says no, ArtifactCorruptError where the kernel's own files are gone.
         """
-        m, changed, data = self.artifact.manifest, {}, self._values.data
-        if data is not None:
+        m, changed, values = self.artifact.manifest, {}, self._values
+        if values.data is not None:
             library = bytearray(self.artifact.read(m.library))
             for number, level in enumerate(m.levels):
-                values = self.packed(data, number).tobytes()
-                changed[level.values.file] = values
-                library[level.values.offset : level.values.offset + len(values)] = values
+                packed = self.packed(values.data, number).tobytes()
+                changed[level.values.file] = packed
+                library[level.values.offset : level.values.offset + len(packed)] = packed
             changed[m.library] = bytes(library)
-            m = msgspec.structs.replace(m, weight=Weight(self.pattern, data).digest, check=None)
+            if "w_scale" in values.bound:
+                np.savez(file := io.BytesIO(), **values.bound)
+                changed[OPERANDS_FILE] = file.getvalue()
+            m = msgspec.structs.replace(
+                m, weight=Weight(self.pattern, values.data).digest, check=None, bound=tuple(sorted(values.bound)),
+                weight_scale=values.weight_scale,
+            )  # fmt: skip
         save_artifact(self.artifact, Path(folder), changed, m)
         return Path(folder).resolve()
 
@@ -263,8 +306,18 @@ class Kernel:
 
     @property
     def dtype(self) -> "np.dtype[Any]":
-        """Type of X and of the result."""
+        """Type of the weight."""
         return self._dtype
+
+    @property
+    def x_dtype(self) -> "np.dtype[Any]":
+        """Type of X."""
+        return self._x_dtype
+
+    @property
+    def out_dtype(self) -> "np.dtype[Any]":
+        """Type of the result."""
+        return self._out_dtype
 
     @property
     def nnz(self) -> int:
@@ -280,8 +333,8 @@ class Kernel:
     @functools.cached_property
     def problem(self) -> Problem:
         """What is computed."""
-        m = self.artifact.manifest
-        return Problem(OPERATORS[m.operator], self.pattern, DTYPES[m.dtype], as_epilogues(m.epilogue))
+        m, (w, x, y) = self.artifact.manifest, self.artifact.manifest.types
+        return Problem(OPERATORS[m.operator], self.pattern, w, m.steps, None, x, y)
 
     @property
     def plan(self) -> LevelRecord:

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from bsrgen.dtypes import DTYPES
-from bsrgen.epilogues import Epilogue, as_epilogues, operands_of
+from bsrgen.dtypes import DType, as_types
+from bsrgen.epilogues import EPILOGUES, Epilogue, as_epilogues, composed, operands_of, steps_of
 from bsrgen.errors import ArtifactError
 from bsrgen.integrity import MANIFEST
 from bsrgen.operators import NAME, kernel_name
@@ -17,7 +17,7 @@ from bsrgen.verdict import Verdict
 PATTERN_FILE = "pattern.npz"  # indptr, indices
 OPERANDS_FILE = "operands.npz"  # operands bound when the kernel was compiled
 TIME_UP = "the time was up"  # begins a TuningRecord's note
-SCHEMA = 2
+SCHEMA = 3
 ABI = 1  # BSRGEN_ABI in runtime/bsrgen.h
 
 
@@ -26,10 +26,10 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class OperandRecord(_Record, frozen=True):
-    """An operand of the epilogue; scalars have a default."""
+    """An operand of the epilogue; scalars and values per token have a default."""
 
     name: str
-    kind: Literal["row", "scalar", "element"]
+    kind: Literal["row", "token", "element", "scalar"]
     default: float | str | None = None  # JSON has no infinities: "inf", "-inf"
 
 
@@ -119,9 +119,11 @@ class Manifest(_Record, frozen=True):
     shape: tuple[int, int]
     blocksize: tuple[int, int]
     nnzb: int
-    dtype: str
+    dtype: str  # of W as it is stored
+    x_dtype: str
     out_dtype: str
-    epilogue: tuple[str, ...]
+    weight_scale: Literal["max", "given", "none"]  # of int8: from each row's largest magnitude, the caller's, or ones
+    epilogue: tuple[str, ...]  # with the steps that int8 brings itself
     operands: tuple[OperandRecord, ...]
     pattern: str
     weight: str
@@ -146,19 +148,31 @@ class Manifest(_Record, frozen=True):
         names += [PATTERN_FILE, *([OPERANDS_FILE] if self.bound else [])]
         if not self.levels or not set(names) <= set(self.files):
             raise ValueError("a level or a file it needs is not listed")
-        if self.dtype not in DTYPES or self.out_dtype != self.dtype:
-            raise ValueError(f"dtype {self.dtype!r}, out_dtype {self.out_dtype!r}: not a pair of this bsrgen")
-        if self.operands != operand_records(as_epilogues(self.epilogue)):
+        own = composed(as_epilogues([name for name in self.epilogue if name in EPILOGUES]), *self.types)
+        if tuple(step.name for step in own) != self.epilogue:
+            raise ValueError(f"epilogue {self.epilogue!r:.80} is not one of {self.dtype} kernels")
+        if self.operands != operand_records(own):
             raise ValueError("operands are not those of the epilogue")
+        if self.weight_scale != "none" and "w_scale" not in self.bound:
+            raise ValueError("weight_scale is not bound")
         if not set(self.bound) <= {operand.name for operand in self.operands if operand.kind != "element"}:
             raise ValueError("bound names an operand that cannot be bound")
         # The library's symbols carry the name: a manifest that lies about them finds nothing to call.
-        dtype = DTYPES[self.dtype]
-        says = kernel_name(self.operator, dtype, self.shape, self.blocksize, self.pattern, self.epilogue)
+        says = kernel_name(self.operator, *self.types, self.shape, self.blocksize, self.pattern, self.epilogue)
         if self.name != says or not NAME.match(self.name):
             raise ValueError(f"name {self.name!r:.80} is not that of the kernel described, {says!r:.80}")
         if min(*self.shape, self.nnzb) < 0 or min(self.blocksize) < 1 or self.nnzb > 2**31:
             raise ValueError("a size is out of range")
+
+    @property
+    def types(self) -> tuple[DType, DType, DType]:
+        """The rows of W, X and Y.  ArgumentTypeError, UnsupportedError."""
+        return as_types(self.dtype, self.x_dtype, self.out_dtype)
+
+    @property
+    def steps(self) -> tuple[Epilogue, ...]:
+        """The rows of the epilogue."""
+        return steps_of(self.epilogue)
 
     @property
     def cut_short(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen.dtypes import DType
+from bsrgen.dtypes import DType, as_types
 from bsrgen.errors import ArgumentError
 
 Array = NDArray[Any]
@@ -49,14 +49,22 @@ def as_operator(name: str) -> Operator:
     return OPERATORS[name]
 
 
-NAME = re.compile(r"\A[a-z][a-z0-9_]{0,62}\Z")
+NAME = re.compile(r"\A[a-z][a-z0-9_]{0,94}\Z")
 
 
 def kernel_name(
-    operator: str, dtype: DType, shape: tuple[int, int], blocksize: tuple[int, int], pattern: str,
-    epilogue: Sequence[str],
+    operator: str, dtype: DType, x_dtype: DType, out_dtype: DType, shape: tuple[int, int], blocksize: tuple[int, int],
+    pattern: str, epilogue: Sequence[str],
 ) -> str:  # fmt: skip
-    """Prefix of a kernel's symbols and files: operator, dtype, shape, block, digest of all else but the values."""
+    """Prefix of a kernel's symbols and files: operator, types, shape, block, digest of all else but the values.
+
+    One type stands for all three where the others are its defaults; else _x and _y say what X and Y are.
+    """
     digest = hashlib.sha256(f"{pattern} {operator} {dtype.name} {list(epilogue)}".encode()).hexdigest()[:8]
     (M, K), (R, C) = shape, blocksize
-    return f"{operator}_{dtype.short}_{M}x{K}_b{R}x{C}_{digest}"
+    types = dtype.short
+    if x_dtype is not dtype:
+        types += f"_x{x_dtype.short}"
+    if out_dtype is not as_types(dtype, x_dtype)[2]:
+        types += f"_y{out_dtype.short}"
+    return f"{operator}_{types}_{M}x{K}_b{R}x{C}_{digest}"

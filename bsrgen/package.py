@@ -59,7 +59,8 @@ def describe(
     measured_dense_s = _measured(tuning, levels[0].target, cost.n, dense=True)
     return Manifest(
         schema=SCHEMA, abi=ABI, bsrgen=__version__, name=source.name, operator=problem.operator.name,
-        shape=p.shape, blocksize=p.blocksize, nnzb=p.nnzb, dtype=problem.dtype.name, out_dtype=problem.dtype.name,
+        shape=p.shape, blocksize=p.blocksize, nnzb=p.nnzb, dtype=problem.dtype.name,
+        x_dtype=problem.x_dtype.name, out_dtype=problem.out_dtype.name, weight_scale="none",
         epilogue=tuple(step.name for step in problem.epilogue),
         operands=operand_records(problem.epilogue),
         pattern=p.digest, weight=weight.digest, family=source.plans[0].target.family, levels=levels,

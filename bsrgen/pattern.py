@@ -207,7 +207,7 @@ class Weight:
         from scipy.sparse import bsr_array
 
         p = self.pattern
-        dtype = self.data.dtype if self.data.dtype.name in ("float64", "float32") else np.float32
+        dtype = np.float32 if self.data.dtype.name in ("bfloat16", "float16") else self.data.dtype
         triple = (self.data.astype(dtype), p.indices.copy(), p.indptr.copy())
         return bsr_array(triple, shape=(p.block_rows * p.R, p.block_cols * p.C), blocksize=p.blocksize)
 
@@ -233,7 +233,7 @@ def as_weight(
     with `shape`, where data is (nnzb, R, C), or 1-D for 1 x 1 blocks.  `blocksize` is needed where W has no blocks of
     its own, unless `otherwise` says which, and re-blocks where it has.  Stored zeros of sparse input keep their block;
     all-zero blocks of dense input are absent.  `shape` may also cut BSR inside its last block row and column.  dtype
-    None keeps float32 and float64 and makes float32 of the rest.
+    None keeps the rows of DTYPES and makes float32 of the rest; int8 takes integers from -127 to 127 only.
     """
     want = None if blocksize is None else pair("blocksize", blocksize, 1)
     given = None if shape is None else pair("shape", shape, 0)
@@ -265,7 +265,8 @@ def random_weight(
     kind: str = "uniform",
     dtype: npt.DTypeLike | None = np.float32,
 ) -> Weight:
-    """A Weight with round(density * blocks) blocks; values normal with variance 1 / stored elements of the row.
+    """A Weight with round(density * blocks) blocks; values normal with variance 1 / stored elements of the row, or for
+    int8 uniform in [-127, 127].
 
     kind "uniform": blocks drawn without replacement; "banded": full bands around the scaled diagonal; "powerlaw": row
     counts follow Zipf's law in random order, and an eighth of the rows or more is empty where the others can hold all.
@@ -283,6 +284,8 @@ def random_weight(
     pattern = Pattern(shape, (R, C), *compressed(key, rows, cols))
     data: Array = rng.standard_normal((n, R, C), np.float64 if to == np.float64 else np.float32)
     data /= np.sqrt(pattern.row_counts * C).astype(data.dtype)[pattern.rows][:, None, None]
+    if to == np.int8:
+        data = rng.integers(-127, 127, data.shape, np.int8, endpoint=True)
     data[pattern.rows == rows - 1, shape[0] - (rows - 1) * R :, :] = 0
     data[pattern.indices == cols - 1, :, shape[1] - (cols - 1) * C :] = 0
     return Weight(pattern, cast(data, to, False))

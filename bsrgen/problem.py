@@ -1,17 +1,19 @@
 """Problem: what to compute, without saying how."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from bsrgen import epilogues
-from bsrgen.dtypes import ACCUMULATORS, DTYPES, FLOAT32, INT8, DType, bound_factor
-from bsrgen.epilogues import Epilogue, Operand
-from bsrgen.operators import Operator, kernel_name
+from bsrgen.dtypes import ACCUMULATORS, BFLOAT16, DTYPES, INT8, INT32, DType, as_types, bound_factor
+from bsrgen.epilogues import Epilogue, Operand, as_epilogues, composed
+from bsrgen.errors import UnsupportedError
+from bsrgen.operators import Operator, as_operator, kernel_name
 from bsrgen.pattern import Pattern, Weight
 
 Array = NDArray[Any]
@@ -24,20 +26,23 @@ class Problem:
     operator: Operator
     pattern: Pattern
     dtype: DType  # of W as it is stored
-    epilogue: tuple[Epilogue, ...] = ()
+    epilogue: tuple[Epilogue, ...] = ()  # with the steps that int8 brings itself
     n: int | None = field(default=None, compare=False)  # a hint for the planner, never baked in
     x_dtype: DType = None  # type: ignore[assignment]  # of X; None: the weight's
-    out_dtype: DType = None  # type: ignore[assignment]  # of Y; None: X's, float32 where that is int8
+    out_dtype: DType = None  # type: ignore[assignment]  # of Y; None: the first of PAIRS
 
     def __post_init__(self) -> None:
-        x = self.x_dtype or self.dtype
+        _, x, y = as_types(self.dtype, self.x_dtype, self.out_dtype)
         object.__setattr__(self, "x_dtype", x)
-        object.__setattr__(self, "out_dtype", self.out_dtype or (FLOAT32 if x is INT8 else x))
+        object.__setattr__(self, "out_dtype", y)
 
     def __str__(self) -> str:
         p = self.pattern
         steps = f" + {', '.join(step.name for step in self.epilogue)}" if self.epilogue else ""
-        return f"{self.operator.name} {self.dtype.name} {p.M}x{p.K} blocks {p.R}x{p.C} density {p.density:.3g}{steps}"
+        types = self.dtype.name
+        if (self.dtype, self.x_dtype, self.out_dtype) != as_types(self.dtype):
+            types += f" x {self.x_dtype.name} -> {self.out_dtype.name}"
+        return f"{self.operator.name} {types} {p.M}x{p.K} blocks {p.R}x{p.C} density {p.density:.3g}{steps}"
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -48,7 +53,8 @@ class Problem:
     def name(self) -> str:
         """Name of the kernel and prefix of its C symbols."""
         p, steps = self.pattern, [step.name for step in self.epilogue]
-        return kernel_name(self.operator.name, self.dtype, p.shape, p.blocksize, p.digest, steps)
+        types = (self.dtype, self.x_dtype, self.out_dtype)
+        return kernel_name(self.operator.name, *types, p.shape, p.blocksize, p.digest, steps)
 
     @property
     def accumulator(self) -> DType:
@@ -61,9 +67,8 @@ class Problem:
         return DTYPES[self.dtype.real]
 
     def operand_dtype(self, operand: Operand) -> DType:
-        """Type of an operand in memory: of Y for those shaped like Y, where that is a floating type."""
-        like_y = operand.kind in ("element", "out") and self.out_dtype is not INT8
-        return self.out_dtype if like_y else self.real
+        """Type of an operand in memory."""
+        return epilogues.operand_dtype(operand, self.dtype, self.out_dtype)
 
     def flop(self, n: int) -> int:
         """Effective FLOP of a call: 2 * stored elements * N."""
@@ -71,10 +76,23 @@ class Problem:
 
     def sample(self, rng: np.random.Generator, n: int) -> tuple[Array, dict[str, Any]]:
         """Random X of n tokens and random operands, for checks and timings."""
-        x = rng.standard_normal(self.operator.shape(n, self.pattern.K)).astype(self.dtype.numpy)
-        shapes = {"row": (self.pattern.M,), "element": self.operator.shape(n, self.pattern.M), "scalar": ()}
-        given = {o.name: rng.standard_normal(shapes[o.kind]).astype(self.dtype.numpy) for o in self.operands}
-        return x, given
+        x = _random(rng, self.operator.shape(n, self.pattern.K), self.x_dtype)
+        return x, {operand.name: self._sample(rng, n, operand) for operand in self.operands}
+
+    def _sample(self, rng: np.random.Generator, n: int, operand: Operand) -> Any:
+        M, dtype = self.pattern.M, self.operand_dtype(operand)
+        shape = {"row": (M,), "token": (n,), "element": self.operator.shape(n, M), "scalar": ()}[operand.kind]
+        if not operand.positive:
+            return _random(rng, shape, dtype)
+        size = 0.01
+        if operand.kind == "scalar":  # sums of so many integers then fill the range of int8, and some leave it
+            size *= math.sqrt(1 + self.pattern.nnz / max(M, 1))
+        return (size * rng.uniform(0.5, 1.5, shape)).astype(dtype.numpy) if shape else dtype.numpy.type(size)
+
+    def sample_out(self, rng: np.random.Generator, n: int) -> Array:
+        """Random old content of `out`."""
+        old: Array = _random(rng, self.operator.shape(n, self.pattern.M), self.out_dtype)
+        return old
 
     def reference(
         self, weight: Weight, x: Array, given: Mapping[str, Any] | None = None, out: Array | None = None
@@ -82,17 +100,10 @@ class Problem:
         """(Y, bound) in float64: the right answer and the elementwise error a kernel may make (DESIGN section 6).
 
         |y - Y| <= g(k + 2) (|W| |x|), k stored entries of that row, carried through the epilogue by each step's gain,
-        plus the roundings of the step itself.
+        plus the roundings of the step itself and of Y.  Sums of int8 are exact.  Y of int8 is saturated, not rounded.
         """
-        p = self.pattern
-        W = _sliced_csr(weight)
-        x64 = np.asarray(x, np.float64)
-        u = self.accumulator.unit_roundoff
-        y = self.operator.product(W, x64)
-        entries = np.diff(p.indptr).repeat(p.R)[: p.M] * p.C
-        factor = self._per_row(bound_factor(entries + 2, u))
-        tiny = float(np.finfo(self.accumulator.name).smallest_subnormal)  # a product may underflow by as much
-        bound = factor * self.operator.product(abs(W), abs(x64)) + self._per_row((entries + 2) * tiny)
+        u = self.real.unit_roundoff
+        y, bound = self._sums(weight, np.asarray(x, np.float64))
         for step in self.epilogue:
             values = [
                 np.asarray(0.0 if out is None else out, np.float64)
@@ -102,15 +113,79 @@ class Problem:
             ]
             before, y = y, step.numpy(y, *values)
             size = np.abs(before) + np.abs(y) + sum(np.abs(v) for v in values if np.all(np.isfinite(v)))
-            bound = step.gain(*values) * bound + step.roundings * u * size
+            bound = step.gain(*values) * bound + step.roundings * (u * size + self.real.smallest)
+        if self.out_dtype is INT8:
+            return np.clip(y, -INT8.largest, INT8.largest), bound + 0.5
+        if self.out_dtype is not self.real:
+            bound = bound + self.out_dtype.unit_roundoff * (np.abs(y) + bound) + self.out_dtype.smallest
         return y, bound
+
+    def _sums(self, weight: Weight, x: Array) -> tuple[Array, Array]:
+        """The product and its bound."""
+        p, W = self.pattern, _sliced_csr(weight)
+        y = self.operator.product(W, x)
+        if self.accumulator is INT32:  # exact, and rounded once when it becomes a real number
+            return y, self.real.unit_roundoff * np.abs(y)
+        entries = np.diff(p.indptr).repeat(p.R)[: p.M] * p.C
+        factor = self._per_row(bound_factor(entries + 2, self.accumulator.unit_roundoff))
+        bound = factor * self.operator.product(abs(W), abs(x)) + self._per_row((entries + 2) * self._underflow)
+        for half, other in ((self.dtype, x), (self.x_dtype, W.data)):
+            if self._is_half(half):  # what is smaller may be read as zero
+                top = np.abs(other[np.isfinite(other)]).max(initial=0.0)
+                bound = bound + self._per_row(entries * (half.smallest * top))
+        return y, bound
+
+    @property
+    def _underflow(self) -> float:
+        """What a sum may lose when a product is added to it: the matrix units for half types flush subnormal sums.
+
+        Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 2, VDPBF16PS and TDPBF16PS: no denormals.
+        """
+        half = self._is_half(self.dtype) or self._is_half(self.x_dtype)
+        return BFLOAT16.smallest if half else self.accumulator.smallest
+
+    def _is_half(self, dtype: DType) -> bool:
+        return dtype.unit_roundoff > self.real.unit_roundoff
 
     def _per_row(self, v: Array) -> Array:
         return v if self.operator.token_axis == 0 else v[:, None]
 
     def _operand(self, operand: Operand, value: Any) -> Array:
-        value = np.asarray(value, np.float64)
-        return self._per_row(value) if operand.kind == "row" else value
+        v: Array = np.asarray(value, np.float64)
+        if operand.kind == "token" and v.ndim:
+            return v.reshape((-1, 1) if self.operator.token_axis == 0 else (1, -1))
+        return self._per_row(v) if operand.kind == "row" else v
+
+
+def as_problem(
+    operator: str,
+    pattern: Pattern,
+    dtype: DTypeLike | DType,
+    x_dtype: DTypeLike | DType | None = None,
+    out_dtype: DTypeLike | DType | None = None,
+    epilogue: str | Sequence[str] = (),
+    n: int | None = None,
+) -> Problem:
+    """What `bsrgen.compile` is asked for with these arguments.  ArgumentError, ArgumentTypeError, UnsupportedError."""
+    w, x, y = as_types(dtype, x_dtype, out_dtype)
+    steps = composed(as_epilogues(epilogue), w, x, y)
+    problem = Problem(as_operator(operator), pattern, w, steps, n, x, y)
+    if y is INT8 and any(operand.kind == "out" for step in steps for operand in step.operands):
+        raise UnsupportedError(
+            f"{problem}: 'accumulate' adds to real numbers, and out is int8; use out_dtype='float32'"
+        )
+    most = int(pattern.row_counts.max(initial=0)) * pattern.C
+    if problem.accumulator is INT32 and most * 127 * 128 > INT32.largest:
+        raise UnsupportedError(
+            f"{problem}: a row of {most} stored entries may overflow int32 sums; use x_dtype='float32', or split W"
+        )
+    return problem
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: DType) -> Any:
+    if dtype is INT8:
+        return rng.integers(-127, 127, shape, np.int8, endpoint=True)
+    return rng.standard_normal(shape).astype(dtype.numpy)
 
 
 def _sliced_csr(weight: Weight) -> Any:

@@ -42,7 +42,7 @@ def verify(folder: str | Path, *, expect_sha256: str | None = None) -> tuple[Ker
     problem = kernel.problem  # raises where pattern.npz is not the manifest's pattern
     findings.append(Finding("pattern", True, str(problem.pattern)))
     weights = [recover(kernel, number) for number in range(len(m.levels))]
-    same = [weight.digest == m.weight and fills_zeros(kernel, i) for i, weight in enumerate(weights)]
+    same = [weight.digest == m.weight and holds(kernel, i, weight) for i, weight in enumerate(weights)]
     values = f"{kernel.nnz} values in {len(same)} level{'s' * (len(same) > 1)}"
     findings.append(Finding("values", all(same), f"{values}: {'those' if all(same) else 'not those'} of the manifest"))
     return kernel, [*findings, *_results(kernel, problem, weights[m.levels.index(kernel.plan)])]
@@ -51,39 +51,56 @@ def verify(folder: str | Path, *, expect_sha256: str | None = None) -> tuple[Ker
 def recover(kernel: Kernel, level: int) -> Weight:
     """The weight that an ISA level of the library holds.
 
-    The library's own packing, fed with the numbers 1, 2, ... as bit patterns, tells where each value went; what it has
-    no place for lies outside of the matrix and is zero.
+    The library's own packing, fed with numbers that name each element, tells where each went; what it has no place for
+    lies outside of the matrix and is zero.  Types shorter than 64 bits take several packings to tell a name from what
+    else a library may keep there, sums of rows for instance.
     """
-    p, (place, stored) = kernel.pattern, _places(kernel, level)
-    data = np.zeros(p.nnz, kernel.dtype)
-    data[place[place != 0].astype(np.int64) - 1] = stored[place != 0]
+    p, dtype = kernel.pattern, kernel.dtype
+    stored = _stored(kernel, level).view(dtype)
+    digits, base = 8 // dtype.itemsize, _BASES[dtype.itemsize]
+    names = np.arange(p.nnz, dtype=np.uint64) * _MIX % np.uint64(base**digits)
+    found, known, left = np.zeros(stored.size, np.uint64), np.ones(stored.size, bool), names.copy()
+    for digit in range(digits):
+        left, now = np.divmod(left, np.uint64(base))
+        bits = (now + 1).astype(f"u{dtype.itemsize}")  # 0 is what lies between
+        place = kernel.packed(bits.view(dtype).reshape(p.nnzb, *p.blocksize), level).view(bits.dtype)
+        known &= (place > 0) & (place <= base)
+        found += np.where(known, place - np.uint64(1), 0).astype(np.uint64) * np.uint64(base**digit)
+    order = np.argsort(names)
+    at = np.searchsorted(names, found, sorter=order)
+    known &= at < p.nnz
+    element = order[np.where(known, at, 0)] if p.nnz else at
+    known[known] = names[element[known]] == found[known]
+    data = np.zeros(p.nnz, dtype)
+    data[element[known]] = stored[known]
     return Weight(p, data.reshape(p.nnzb, *p.blocksize))
 
 
-def fills_zeros(kernel: Kernel, level: int) -> bool:
-    """Whether zeros are all that a level of the library holds where the weight has nothing."""
-    place, stored = _places(kernel, level)
-    return not stored[place == 0].any()
+# By bytes of an element: the largest bit pattern that stands for a digit; all are positive, and finite where floating.
+_BASES = {1: 0x7F, 2: 0x7BFF, 4: 0x7F7F_FFFF, 8: 2**52}
+_MIX = np.uint64(0x9E3779B1)  # a prime, so that names differ; neighbours then differ in every digit
 
 
-def _places(kernel: Kernel, level: int) -> tuple[Array, Array]:
-    """For each packed value: the number, from 1, of the stored element that it is, 0 for none; and the values."""
-    p, record = kernel.pattern, kernel.artifact.manifest.levels[level].values
-    real = kernel.dtype
-    bits = np.dtype(f"u{real.itemsize}")
-    numbers = np.arange(1, p.nnz + 1, dtype=bits).view(real).reshape(p.nnzb, *p.blocksize)
-    place = kernel.packed(numbers, level).view(bits)
-    stored = np.fromfile(kernel.artifact.library, real, record.bytes // real.itemsize, offset=record.offset)
-    if stored.size != place.size or np.count_nonzero(place) > p.nnz:
+def holds(kernel: Kernel, level: int, weight: Weight) -> bool:
+    """Whether a level of the library holds exactly what it makes of `weight`: zeros in between, sums that fit."""
+    return np.array_equal(kernel.packed(weight.data, level), _stored(kernel, level))
+
+
+def _stored(kernel: Kernel, level: int) -> Array:
+    """The bytes that a level of the library holds."""
+    record = kernel.artifact.manifest.levels[level].values
+    stored = np.fromfile(kernel.artifact.library, np.uint8, record.bytes, offset=record.offset)
+    empty = np.zeros((kernel.pattern.nnzb, *kernel.pattern.blocksize), kernel.dtype)
+    if stored.size != kernel.packed(empty, level).size:
         raise ArtifactCorruptError(f"{kernel.artifact}: the values at {record.offset} do not fit the library's packing")
-    return place, stored
+    return stored
 
 
 def _results(kernel: Kernel, problem: Problem, weight: Weight) -> list[Finding]:
     rng, worst, same, threads = np.random.default_rng(), 0.0, True, default_threads(None)
     for n in CHECK_N:
         x, given = problem.sample(rng, n)
-        old = rng.standard_normal(problem.operator.shape(n, problem.pattern.M)).astype(kernel.dtype)
+        old = problem.sample_out(rng, n)
         one = kernel(x, out=old.copy(), threads=1, **given)
         worst = max(worst, error_share(one, *problem.reference(weight, x, given, old)))
         same &= kernel(x, out=old.copy(), threads=threads, **given).tobytes() == one.tobytes()

@@ -14,18 +14,19 @@ import bsrgen
 from bsrgen import build, package
 from bsrgen.artifact import read_artifact, write_manifest
 from bsrgen.backends import BACKENDS
-from bsrgen.dtypes import DTYPES
-from bsrgen.epilogues import as_epilogues
+from bsrgen.dtypes import DTYPES, PAIRS
 from bsrgen.kernel import Kernel
 from bsrgen.operators import OPERATORS
 from bsrgen.pattern import Pattern, Weight, random_weight
 from bsrgen.plan import Plan
-from bsrgen.problem import Problem
+from bsrgen.problem import Problem, as_problem
 from bsrgen.targets import TARGETS, native
 
 Array = np.ndarray[Any, Any]
 REPOSITORY = Path(bsrgen.__file__).parents[1]
-OPERATOR_NAMES, DTYPE_NAMES = tuple(OPERATORS), tuple(DTYPES)
+OPERATOR_NAMES = tuple(OPERATORS)
+DTYPE_NAMES = tuple(name for name, row in DTYPES.items() if row.real == name)  # kernels of one type
+REDUCED = tuple((w, x, y) for (w, x), outs in PAIRS.items() for y in outs if w not in DTYPE_NAMES)  # W, X, Y
 CANARY = 1234.5
 
 
@@ -40,10 +41,11 @@ LEVELS = _levels(name for name in TARGETS if name not in ("x86-64-v2", *WITH_DOT
 DOT_LEVELS = _levels(WITH_DOTS)
 
 
-def problem_of(weight: Weight, operator: str = "linear", epilogue: Any = (), dtype: Any = None) -> Problem:
-    """The problem that `compile` makes of the same arguments."""
-    row = DTYPES[np.dtype(dtype or weight.data.dtype).name]
-    return Problem(OPERATORS[operator], weight.pattern, row, as_epilogues(epilogue))
+def problem_of(
+    weight: Weight, operator: str = "linear", epilogue: Any = (), dtype: Any = None, x: Any = None, y: Any = None
+) -> Problem:
+    """The problem that `compile` makes of the same arguments; x, y: x_dtype, out_dtype."""
+    return as_problem(operator, weight.pattern, dtype or weight.data.dtype, x, y, epilogue)
 
 
 def assert_right(problem: Problem, weight: Weight, y: Array, x: Array, given: Any = None, out: Any = None) -> None:

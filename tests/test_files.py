@@ -27,7 +27,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 @pytest.mark.parametrize("shape", [(10, 7), (0, 7), (10, 0), (8, 6)])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int8"])
 def test_round_trip(tmp_path, suffix, shape, dtype):
     weight = random_weight(3, shape, (4, 3), 0.5, dtype=dtype)
     path, again = tmp_path / f"W{suffix}", tmp_path / f"again{suffix}"
@@ -38,10 +38,10 @@ def test_round_trip(tmp_path, suffix, shape, dtype):
     same(read_weight(str(path), blocksize=(2, 2)), as_weight(weight, blocksize=(2, 2), dtype=None))
 
 
-def test_half_types(tmp_path, weight):
+def test_bfloat16(tmp_path, weight):
     half = Weight(weight.pattern, weight.data.astype(ml_dtypes.bfloat16))
     write_weight(tmp_path / "W.safetensors", half)
-    same(read_weight(tmp_path / "W.safetensors"), as_weight(half))
+    same(read_weight(tmp_path / "W.safetensors"), half)
     with pytest.raises(ArgumentTypeError, match=r"cannot hold bfloat16; write \.safetensors"):
         write_weight(tmp_path / "W.npz", half)
 
@@ -82,9 +82,10 @@ def test_scipy_files(tmp_path, form, make):
 
 
 def test_npy(tmp_path):
-    dense = np.eye(4, dtype=np.int8)
-    np.save(tmp_path / "W.npy", dense)
-    same(read_weight(tmp_path / "W.npy", blocksize=(2, 2)), as_weight(dense, blocksize=(2, 2)))
+    for dtype, kept in (("int8", "int8"), ("int64", "float32"), (">f2", "float16"), ("float64", "float64")):
+        dense = np.eye(4, dtype=dtype)
+        np.save(tmp_path / "W.npy", dense)
+        same(read_weight(tmp_path / "W.npy", blocksize=(2, 2)), as_weight(dense, blocksize=(2, 2), dtype=kept))
     with pytest.raises(ArgumentError, match="leave key='a' out"):
         read_weight(tmp_path / "W.npy", key="a", blocksize=(2, 2))
 

@@ -32,12 +32,12 @@ FLOORS = """
     exam
     kernel  plan  files  picture
     artifact  arguments
-    problem  occupancy  cover
+    problem  occupancy  cover  quantize
     pattern
     canonical  manifest  trampoline
     store
     operators  epilogues  targets  foreign  integrity
-    calibration
+    calibration  strides
     dtypes  _paths  clock  verdict
     errors  machine
 """
@@ -46,15 +46,17 @@ ROOMS = ("cli", "bench")  # their own files may import each other, but not in a 
 
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
-    "kernel", "arguments", "problem", "pattern", "canonical", "foreign", "artifact", "manifest", "trampoline", "store",
-    "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
+    "kernel", "arguments", "strides", "problem", "quantize", "pattern", "canonical", "foreign", "artifact", "manifest",
+    "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {
     "api", "advice", "build", "choose", "clock", "calibration", "cover", "emit", "package", "plan", "cost", "occupancy",
     "tune", "backends", "bench", "cli", "jinja2",
 }  # fmt: skip
 
-ON_USE = {"torch", "jinja2", "safetensors", "scipy", "matplotlib", "click", "rich", "archspec", "threadpoolctl"}
+ON_USE = {
+    "torch", "ml_dtypes", "jinja2", "safetensors", "scipy", "matplotlib", "click", "rich", "archspec", "threadpoolctl",
+}  # fmt: skip
 AT_ONCE = {"cli": {"click", "rich"}, "__main__": {"click", "rich"}, "bench": {"scipy"}}
 
 LONG = {  # more lines than the house allows, and why

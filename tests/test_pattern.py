@@ -11,6 +11,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bsrgen.dtypes import DTYPES
 from bsrgen.errors import ArgumentError, ArgumentTypeError, BsrgenError, PatternError
 from bsrgen.pattern import Pattern, Weight, as_weight, random_weight
 
@@ -195,8 +196,8 @@ def test_every_number(values, index):
     for dtype in (np.float32, np.float64, None):
         weight = as_weight(W, shape=(4, 6), dtype=dtype)
         check(weight, dense_of(data, indices, indptr))
-        kept = data.dtype.name if data.dtype.name == "float64" else "float32"
-        assert weight.data.dtype == (dtype or np.dtype(kept))
+        kept = data.dtype if data.dtype.name in DTYPES else np.dtype("float32")
+        assert weight.data.dtype == (dtype or kept.newbyteorder("="))
         check(as_weight(W, shape=(4, 6), blocksize=(4, 1), dtype=dtype), dense_of(data, indices, indptr))
 
 

@@ -1,12 +1,15 @@
 """The tables (dtypes, operators, epilogues, targets), problems and their reference, and what plans count and cost."""
 
+import copy
 import itertools
 import math
+import pickle
 import re
 import shutil
 import subprocess
 from dataclasses import fields, replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from support import DTYPE_NAMES, OPERATOR_NAMES, make_weight, problem_of, single
@@ -15,8 +18,8 @@ from bsrgen import cost, targets, tune
 from bsrgen.backends.c import CPlan, candidates
 from bsrgen.backends.c.plan import TokenTile, WeightTile
 from bsrgen.cover import cover
-from bsrgen.dtypes import DTYPES, as_dtype, bound_factor
-from bsrgen.epilogues import EPILOGUES, as_epilogues, operands_of
+from bsrgen.dtypes import ACCUMULATORS, DTYPES, PAIRS, as_dtype, as_types, bound_factor
+from bsrgen.epilogues import EPILOGUES, STEPS, as_epilogues, composed, operands_of, steps_of
 from bsrgen.errors import ArgumentError, ArgumentTypeError, BsrgenError, UnsupportedError
 from bsrgen.operators import OPERATORS, as_operator
 from bsrgen.pattern import Pattern, Weight, random_weight
@@ -31,28 +34,50 @@ X86 = [row for row in TARGETS.values() if row.family == "x86_64"]
 
 @pytest.mark.parametrize("row", DTYPES.values(), ids=DTYPES)
 def test_dtype_rows_agree_with_numpy(row):
-    info = np.finfo(row.name)
-    assert row.numpy == np.dtype(row.name)
+    assert row.numpy == np.dtype(getattr(ml_dtypes, row.name, row.name))
     assert row.numpy.isnative
     assert row.bytes == row.numpy.itemsize
-    assert row.unit_roundoff == info.eps / 2
-    assert row.accumulator in DTYPES
-    assert DTYPES[row.accumulator].bytes >= row.bytes
+    assert ACCUMULATORS[row.accumulator].bytes >= row.bytes
+    assert DTYPES[row.real].real == row.real
     assert re.fullmatch("[a-z][a-z0-9]{1,3}", row.short)
+    if row.numpy.kind == "i":
+        assert (row.unit_roundoff, row.smallest, row.largest) == (0, 1, np.iinfo(row.numpy).max)
+    else:
+        info = ml_dtypes.finfo(row.numpy)
+        assert row.unit_roundoff == info.eps / 2
+        assert row.largest == info.max
+        assert row.smallest == (info.tiny if row.name == "bfloat16" else info.smallest_subnormal)
+    assert pickle.loads(pickle.dumps(row)) is copy.deepcopy(row) is row
 
 
-@pytest.mark.parametrize("name", DTYPE_NAMES)
+@pytest.mark.parametrize("name", DTYPES)
 def test_as_dtype_takes_what_numpy_takes(name):
     row = DTYPES[name]
-    for value in (name, np.dtype(name), row, getattr(np, name), np.dtype(name).str, np.dtype(name).char):
+    for value in (name, row, row.numpy, row.numpy.type):
         assert as_dtype(value) is row
+    if row.numpy.kind != "V":
+        assert as_dtype(row.numpy.str) is as_dtype(row.numpy.char) is row
     assert as_dtype(float) is DTYPES["float64"]
 
 
-@pytest.mark.parametrize("value", ["float16", "int8", "bfloat16", "nonsense", "", complex, object, "f4,f4", 3, [], {}])
+@pytest.mark.parametrize("value", ["int32", "float8", "uint8", "nonsense", "", complex, object, "f4,f4", 3, [], {}])
 def test_as_dtype_refuses(value):
     with pytest.raises(ArgumentTypeError, match="one of float32, float64"):
         as_dtype(value)
+
+
+def test_types_that_go_together():
+    """Every pair of the table, its first type for Y where none is asked; all others are refused with what there is."""
+    for w, x, y in itertools.product(DTYPES, DTYPES, (None, *DTYPES)):
+        outs = PAIRS.get((w, x), ())
+        if outs and (y is None or y in outs):
+            assert [row.name for row in as_types(w, x, y)] == [w, x, y or outs[0]]
+        else:
+            with pytest.raises(UnsupportedError, match=r"kernels (read|write) (float|bfloat|int)"):
+                as_types(w, x, y)
+    assert [row.name for row in as_types("int8")] == ["int8", "int8", "float32"]
+    with pytest.raises(ArgumentTypeError):
+        as_types("int8", "int32")
 
 
 def test_bound_factor():
@@ -96,16 +121,20 @@ BY_HAND = {  # one number, in Python's own mathematics
     "clamp": lambda v, lo, hi: min(max(v, lo), hi),
     "residual": lambda v, residual: v + residual,
     "accumulate": lambda v, alpha, beta, out: alpha * v + beta * out,
+    "w_scale": lambda v, w_scale: v * w_scale,
+    "x_scale": lambda v, x_scale: v * x_scale,
+    "quantize": lambda v, y_scale: v / y_scale,
 }
 POINTS = [-30.0, -8.5, -3.0, -1.0, -0.3, -1e-8, 0.0, 1e-8, 0.2, 0.9, 2.5, 7.0, 40.0]
 
 
 def test_every_row_is_tested():
-    assert set(BY_HAND) == set(EPILOGUES)
-    assert all(name == row.name for name, row in EPILOGUES.items())
+    assert set(BY_HAND) == set(STEPS)
+    assert all(name == row.name for name, row in STEPS.items())
+    assert EPILOGUES.items() <= STEPS.items()
 
 
-@pytest.mark.parametrize("row", EPILOGUES.values(), ids=EPILOGUES)
+@pytest.mark.parametrize("row", STEPS.values(), ids=STEPS)
 def test_numpy_formula(row, rng):
     for v in POINTS:
         operands = rng.uniform(-2, 2, len(row.operands))
@@ -113,7 +142,7 @@ def test_numpy_formula(row, rng):
         assert row.numpy(np.array(v), *operands) == pytest.approx(expected, rel=1e-12, abs=1e-14)
 
 
-@pytest.mark.parametrize("row", EPILOGUES.values(), ids=EPILOGUES)
+@pytest.mark.parametrize("row", STEPS.values(), ids=STEPS)
 def test_gain_bounds_the_slope(row, rng):
     v = np.concatenate([np.linspace(-12, 12, 20001), rng.normal(0, 100, 1000)])
     for _ in range(5):
@@ -122,12 +151,12 @@ def test_gain_bounds_the_slope(row, rng):
         assert slope.max() <= row.gain(*operands) * (1 + 1e-9) + 1e-6
 
 
-@pytest.mark.parametrize("row", EPILOGUES.values(), ids=EPILOGUES)
+@pytest.mark.parametrize("row", STEPS.values(), ids=STEPS)
 def test_the_formula_in_C_names_its_operands(row):
     words = set(re.findall(r"[A-Za-z_]\w*", row.c)) - {"R", "splat", "v"}
     functions = {w for w in words if w.startswith("v_")}
     assert words - functions == {o.symbol or o.name for o in row.operands}
-    assert all((o.default is None) == (o.kind != "scalar") for o in row.operands)
+    assert all((o.default is None) == (o.kind not in ("scalar", "token")) for o in row.operands)
 
 
 def test_constants_in_the_formulas():
@@ -147,7 +176,22 @@ def test_as_epilogues_numbers_repeated_steps():
     assert [o.name for o in steps[-1].operands if o.kind == "out"] == ["out"]
 
 
-@pytest.mark.parametrize("names", ["nonsense", "", ("bias", None), b"bias", 5, None, [["bias"]], {"x": 1}])
+def test_int8_brings_its_own_steps():
+    relu, real, int8 = as_epilogues("relu"), DTYPES["float32"], DTYPES["int8"]
+    for types, names in (
+        ((real, real, real), ["relu"]),
+        ((int8, real, real), ["w_scale", "relu"]),
+        ((int8, int8, real), ["w_scale", "x_scale", "relu"]),
+        ((int8, int8, int8), ["w_scale", "x_scale", "relu", "quantize"]),
+    ):
+        steps = composed(relu, *types)
+        assert [step.name for step in steps] == names
+        assert steps == steps_of(names) == pickle.loads(pickle.dumps(steps))
+
+
+@pytest.mark.parametrize(
+    "names", ["nonsense", "", "w_scale", ("bias", "quantize"), ("bias", None), b"bias", 5, None, [["bias"]], {"x": 1}]
+)
 def test_as_epilogues_refuses(names):
     with pytest.raises(BsrgenError):
         as_epilogues(names)

@@ -46,7 +46,11 @@ def bench(
     would be faster by the model (bsrgen inspect has the table).
     """
     from bsrgen.bench.clock import at_their_best, peer_threads
+    from bsrgen.dtypes import as_dtype
+    from bsrgen.errors import UnsupportedError
 
+    if as_dtype(dtype).real != as_dtype(dtype).name:
+        raise UnsupportedError(f"--dtype {dtype}: bench compares with libraries for float32 and float64")
     if click.get_current_context().find_root().obj is True:
         at_their_best(threads)
     from bsrgen.bench import report

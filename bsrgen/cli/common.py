@@ -114,10 +114,21 @@ def kernel_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--target", callback=names, default="native", show_default=True, metavar="A,B,...",
                      help="ISA levels or microarchitectures for one library, e.g. x86-64-v3,x86-64-v4."),
         click.option("--epilogue", callback=names, default="", metavar="A,B,...", help="Fused steps, e.g. bias,gelu."),
-        click.option("--dtype", default="float32", show_default=True, help="float32 or float64."),
+        click.option("--dtype", default="float32", show_default=True,
+                     help="Of W: float32, float64, bfloat16, float16, or int8, to which other types are quantised."),
         click.option("--blocksize", callback=pair, metavar="RxC", help="Needed where the file has no blocks."),
         click.option("--operator", default="linear", show_default=True, help="linear: x @ W.T, or spmm: W @ x."),
     ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def type_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Types other than W's, as bsrgen.compile has them."""
+    for option in (
+        click.option("--out-dtype", help="Of Y.  [default: --x-dtype, float32 where that is int8]"),
+        click.option("--x-dtype", help="Of X: float32 or bfloat16 where only W is to be shorter.  [default: --dtype]"),
+    ):
         command = option(command)
     return command
 
@@ -140,10 +151,10 @@ def read(
     """The weight in a file, as `dtype`; in blocks of `otherwise` where neither the file nor `blocksize` has any."""
     from bsrgen.dtypes import as_dtype
     from bsrgen.files import read_weight
-    from bsrgen.pattern import as_weight
+    from bsrgen.quantize import source_of
 
     element = as_dtype(dtype)
-    return as_weight(read_weight(weight_file, key=key, blocksize=blocksize, otherwise=otherwise), dtype=element.numpy)
+    return source_of(read_weight(weight_file, key=key, blocksize=blocksize, otherwise=otherwise), element)
 
 
 def show_json(value: Any) -> None:

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import click
 
-from bsrgen.cli.common import problem_options, read, show_json, tune_option, verb, working
+from bsrgen.cli.common import problem_options, read, show_json, tune_option, type_options, verb, working
 
 
 @click.command("compile")
 @problem_options
+@type_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the artifact; replaced if it is one.")
 @click.option("--n", type=click.IntRange(1), help="Tokens to plan for; the kernel takes any number.")
 @click.option("--strict", is_flag=True, help="Absent blocks contribute nothing even where x holds Inf or NaN.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bsrgen.cli.common import console, duration, facts, problem_options, read, show_json, size, verb
+from bsrgen.cli.common import console, duration, facts, problem_options, read, show_json, size, type_options, verb
 
 if TYPE_CHECKING:
     from bsrgen.artifact import Artifact
@@ -25,6 +25,7 @@ Ranked = list[tuple["Cost", "Plan"]]
 
 @click.command()
 @problem_options
+@type_options
 @click.option("--n", type=click.IntRange(1), help="Tokens to count and plan for.  [default: 128]")
 @click.option("--png", type=click.Path(path_type=Path), metavar="FILE", help="Write a picture of the pattern there.")
 @verb
@@ -118,32 +119,28 @@ def _sha256(artifact: "Artifact") -> str:
 
 
 def _problem(artifact: "Artifact") -> "Problem":
-    from bsrgen.dtypes import as_dtype
-    from bsrgen.epilogues import as_epilogues
     from bsrgen.operators import as_operator
     from bsrgen.problem import Problem
 
-    m = artifact.manifest
-    return Problem(as_operator(m.operator), artifact.pattern(), as_dtype(m.dtype), as_epilogues(m.epilogue))
+    m, (w, x, y) = artifact.manifest, artifact.manifest.types
+    return Problem(as_operator(m.operator), artifact.pattern(), w, m.steps, None, x, y)
 
 
 # ── a weight ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _levels(
-    pattern: "Pattern", *, operator: str, dtype: str, epilogue: tuple[str, ...], target: tuple[str, ...], n: int | None
-) -> list[Ranked]:
+    pattern: "Pattern", *, operator: str, dtype: str, x_dtype: str | None, out_dtype: str | None,
+    epilogue: tuple[str, ...], target: tuple[str, ...], n: int | None,
+) -> list[Ranked]:  # fmt: skip
     """For each target its plans, what tune="model" takes first."""
     from bsrgen.backends import BACKENDS
     from bsrgen.choose import allowed
-    from bsrgen.dtypes import as_dtype
-    from bsrgen.epilogues import as_epilogues
-    from bsrgen.operators import as_operator
-    from bsrgen.problem import Problem
+    from bsrgen.problem import as_problem
     from bsrgen.targets import as_targets
     from bsrgen.tune import rank
 
-    problem = Problem(as_operator(operator), pattern, as_dtype(dtype), as_epilogues(epilogue), n)
+    problem = as_problem(operator, pattern, dtype, x_dtype, out_dtype, epilogue, n)
     return [rank(allowed(BACKENDS["c"], problem, row), n) for row in as_targets(target)]
 
 

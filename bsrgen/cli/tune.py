@@ -19,6 +19,7 @@ from bsrgen.cli.common import (
     printable,
     read,
     show_json,
+    type_options,
     verb,
     working,
 )
@@ -54,6 +55,7 @@ class Outcome:
 @click.command()
 @click.argument("paths", metavar="FOLDER|WEIGHT...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @kernel_options
+@type_options
 @click.option("--n", "ns", callback=numbers, default="1,32,128", show_default=True, help="Tokens, a kernel for each.")
 @click.option(
     "--seconds-per-matrix",
@@ -100,14 +102,17 @@ def tune(
     return INTERRUPTED if interrupted else FAILED if failed else 0
 
 
-def _check(operator: str, dtype: str, epilogue: tuple[str, ...], target: tuple[str, ...], **_: Any) -> None:
+def _check(
+    operator: str, dtype: str, x_dtype: str | None, out_dtype: str | None, epilogue: tuple[str, ...],
+    target: tuple[str, ...], **_: Any,
+) -> None:  # fmt: skip
     """Errors that all matrices would share, before any work."""
-    from bsrgen.dtypes import as_dtype
+    from bsrgen.dtypes import as_types
     from bsrgen.epilogues import as_epilogues
     from bsrgen.operators import as_operator
     from bsrgen.targets import as_targets
 
-    as_operator(operator), as_dtype(dtype), as_epilogues(epilogue), as_targets(target)
+    as_operator(operator), as_types(dtype, x_dtype, out_dtype), as_epilogues(epilogue), as_targets(target)
 
 
 def _telling(progress: Callable[[float], None], number: int, total: int) -> Callable[[float], None]:
