@@ -116,19 +116,19 @@ class Packing:
         starts = self.pointers.astype(np.int64)
         counts, n = np.diff(starts), self.count
         steps, kl = units.shape[2] // self.k_lanes, self.k_lanes
-        packed = np.zeros((n * self.block_values, units.shape[3]), units.dtype)
+        packed = np.zeros((n * self.block_values, self.product.group), units.dtype)
         before = 0
         for group in self.groups:
             size = group.slots * units.shape[2]
-            part = np.zeros((n, steps, group.slots, kl, units.shape[3]), units.dtype)
-            rows = units[:, group.row : group.row + group.rows].reshape(n, group.rows, steps, kl, -1)
+            part = np.zeros((n, steps, group.slots, kl, self.product.group), units.dtype)
+            rows = units[:, group.row : group.row + group.rows].reshape(n, group.rows, steps, kl, self.product.group)
             part[:, :, : group.rows] = rows.transpose(0, 2, 1, 3, 4)
             first = starts[:-1] * self.block_values + counts * before
             at = np.repeat(first - starts[:-1] * size, counts) + np.arange(n) * size
             if len(self.groups) == 1:
                 packed = part
                 break
-            packed[at[:, None] + np.arange(size)] = part.reshape(n, size, -1)
+            packed[at[:, None] + np.arange(size)] = part.reshape(n, size, self.product.group)
             before += size
         head = self._row_sums(units, corrections) if corrections else b""
         return np.frombuffer(head + packed.tobytes(), np.uint8)
@@ -138,7 +138,7 @@ class Packing:
         data = data[self.order] if self.panels > 1 else data
         if self.product.group > 1:
             data = _parts(data, self.product)
-        return data.reshape(self.count, self.blocks.R, self.blocks.C, -1)
+        return data.reshape(self.count, self.blocks.R, self.blocks.C, self.product.group)
 
     def _row_sums(self, units: Array, numbers: int) -> bytes:
         """-128 times the sum of each row of W."""
