@@ -27,6 +27,7 @@ FLOORS = """
     backends.c.covers
     build  tune  backends.c.plan
     backends.c.packing
+    backends.c.products
     emit  cost  backends.c.count
     verify
     exam

@@ -61,7 +61,7 @@ class CPlan(Plan):
     encoding: Literal["table", "code"] = "table"
     cover: Cover | None = None  # other blocks that hold the stored ones; None: the problem's own
     product: Product = FMA
-    gather: bool = False  # single columns, paired (or four together) in each row as they occur, X likewise when it is read
+    gather: bool = False  # single columns, put together as they occur in a block row, and X likewise when it is read
 
     def __post_init__(self) -> None:
         one_panel = (self.tokens is None and self.weight is None) or self.panels == 1

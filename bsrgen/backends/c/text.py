@@ -100,8 +100,8 @@ def _artifact(
         f"{''.join(f'{a}, ' for a in arguments)}const void *values, int threads)"
     )
     return {
-        "name": problem.name, "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c, "x_one": _ONE.get(x.name, "1"),
-        "y_bits": "'s bits" if y.name in _ONE else "", "types": (problem.dtype.name, x.name, y.name), "levels": levels, "blobs": blobs, "packings": packings,
+        "name": problem.name, "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c, "levels": levels, "blobs": blobs,
+        "x_one": _ONE.get(x.name, "1"), "y_bits": "'s bits" if y.name in _ONE else "", "packings": packings,
         "operands": operands, "prototype": prototype, "linear": problem.operator.token_axis == 0,
         "x86": levels[0]["family"] == "x86_64", "M": p.M, "K": p.K, "R": p.R, "C": p.C, "nnzb": p.nnzb,
         "flop_per_token": max(2 * max(plan.pattern.nnz for plan in plans), 1), "flop_per_part": FLOP_PER_PART,
@@ -148,7 +148,8 @@ def _level(
         packings.append(
             {
                 "key": key, "symbol": symbol, "R": p.R, "C": p.C, "k_lanes": plan.k_lanes, "tables": tables,
-                "segments": len(plan.packing.pointers) - 1, "groups": plan.groups, "ordered": plan.panels > 1, "panels": plan.panels > 1, "gather": plan.gather, "group": unit.group,
+                "segments": len(plan.packing.pointers) - 1, "groups": plan.groups, "panels": plan.panels > 1,
+                "gather": plan.gather, "group": unit.group,
                 "part": unit.part or problem.dtype.c, "corrections": plan.corrections,
                 "cover": _cover(plan.cover, f"{blocks}_moves") if plan.cover else None, "bytes": plan.value_bytes,
             }
