@@ -186,11 +186,28 @@ def _packed_type(plan: CPlan) -> str:
     return "uint32_t" if plan.product.group > 1 else plan.problem.dtype.c
 
 
-def _kinds(problem: Problem) -> dict[str, str]:
-    """What lies in memory, by the short names of runtime/bsrgen_types.h."""
+def _steps(problem: Problem) -> list[dict[str, Any]]:
+    """The epilogue, each operand with its place in the call; the old Y has none."""
+    index = iter(range(len(problem.operands)))
+    return [
+        {"name": step.name, "c": step.c, "operands": [
+            {"kind": o.kind, "symbol": o.symbol or o.name, "index": next(index) if o.kind != "out" else -1}
+            for o in step.operands]}
+        for step in problem.epilogue
+    ]  # fmt: skip
+
+
+def _arithmetic(plan: CPlan) -> dict[str, Any]:
+    """What lies in memory, by the short names of runtime/bsrgen_types.h, and how it is multiplied."""
+    problem, product = plan.problem, plan.product
     x, y, real = problem.x_dtype, problem.out_dtype, problem.real
     element = real if y.name == "int8" else y
-    return {"real": real.short, "w": problem.dtype.short, "x": x.short, "y": y.short, "e": element.short}
+    return {
+        "real": real.c, "real_bytes": real.bytes,
+        "kinds": {"real": real.short, "w": problem.dtype.short, "x": x.short, "y": y.short, "e": element.short},
+        "group": product.group, "dot": product.name, "gather": int(plan.gather), "same_x": plan.same_x,
+        "integer": int(problem.accumulator.name == "int32"), "corrections": plan.corrections,
+    }  # fmt: skip
 
 
 def _offset_type(plan: CPlan) -> str:
@@ -207,28 +224,18 @@ def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
     problem, p, linear = plan.problem, plan.pattern, plan.problem.operator.token_axis == 0
     direct = not linear and plan.panels == 1
     padded_k, unit = p.block_cols * p.C, plan.weight.row_lanes if plan.weight else 1
-    product = plan.product
     groups = [_group(plan, q, unit) for q in range(len(plan.groups))]
     full = sum(1 for g in groups if (g["rows"], g["slots"]) == (groups[0]["rows"], groups[0]["slots"]))
-    index = iter(range(len(problem.operands)))
-    epilogue = [
-        {"name": step.name, "c": step.c, "operands": [
-            {"kind": o.kind, "symbol": o.symbol or o.name, "index": next(index) if o.kind != "out" else -1}
-            for o in step.operands]}
-        for step in problem.epilogue
-    ]  # fmt: skip
     rows = _code(plan) if plan.encoding == "code" and (tokens or not plan.tokens) else ()
     return {
-        "name": part.name, "tables": level["tables"], "real": problem.real.c, "real_bytes": problem.real.bytes,
-        "kinds": _kinds(problem), "group": product.group, "dot": product.name, "gather": int(plan.gather),
-        "integer": int(problem.accumulator.name == "int32"), "corrections": plan.corrections, "same_x": plan.same_x,
-        "lanes": part.lanes, "M": p.M, "K": problem.pattern.K, "K_cells": p.K, "R": p.R, "C": p.C,
+        "name": part.name, "tables": level["tables"],
+        **_arithmetic(plan), "lanes": part.lanes, "M": p.M, "K": problem.pattern.K, "K_cells": p.K, "R": p.R, "C": p.C,
         "block_rows": p.block_rows,
         "panels": plan.panels, "panel_starts": plan.packing.panel_starts if plan.panels > 1 else (),
         "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
         "block_values": plan.packing.block_values, "k_lanes": plan.k_lanes, "offset_type": _offset_type(plan),
         "weight": weight, "tokens": tokens, "linear": linear, "direct": direct,
-        "math": _needs_math(problem), "epilogue": epilogue,
+        "math": _needs_math(problem), "epilogue": _steps(problem),
         "finish_rows": weight is not None or linear,
         "finish_tokens": not linear and tokens is not None,
         "groups": groups, "groups_full": full if full > 1 else 0,
