@@ -397,7 +397,7 @@ def test_the_key_changes_with_the_generator(where, name, value, monkeypatch):
 def test_the_key_does_not_change_with_what_cannot_matter(tmp_path):
     assert key_of(compiler=replace(COMPILER, path="/opt/bin/cc")) == key_of()
     assert key_of(weight=Weight(W.pattern, W.data.copy())) == key_of()
-    assert key_of(bound={"bias": np.ones(72, np.float32)[::2]}) == key_of()
+    assert key_of(bound=api.Bound({"bias": np.ones(72, np.float32)[::2]}, "none")) == key_of()
     assert len({key_of(**change) for change in MUTATIONS.values()}) == len(MUTATIONS)
 
 
