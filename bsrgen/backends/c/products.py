@@ -46,7 +46,7 @@ def products(problem: Problem, target: Target) -> list[Product]:
     """Those that work for a problem on a target, the one of the most FLOP an instruction first."""
     found = [FMA]
     for row in PRODUCTS[1:]:
-        alike = problem.dtype is problem.x_dtype is row.dtype
+        alike = problem.dtype is problem.read_dtype is row.dtype
         if alike and target.family == "x86_64" and (not row.features or any(map(target.has, row.features))):
             found.append(row)
     return found[::-1]

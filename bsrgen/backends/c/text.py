@@ -186,12 +186,23 @@ def _packed_type(plan: CPlan) -> str:
     return "uint32_t" if plan.product.group > 1 else plan.problem.dtype.c
 
 
+def _quantized_units(part: _Part) -> int:
+    """Units of tokens whose X is made int8 together, in a quarter of L2; 0 where it is taken as it is."""
+    plan = part.plan
+    if not plan.problem.quantizes_x:
+        return 0
+    tokens = part.tokens.vectors * plan.lanes if part.tokens else part.weight.tokens  # type: ignore[union-attr]
+    chunk = part.weight.chunk if part.weight else 1
+    return max(plan.target.l2_bytes // 4 // max(plan.problem.pattern.K * tokens, 1), chunk, 1)
+
+
 def _steps(problem: Problem) -> list[dict[str, Any]]:
     """The epilogue, each operand with its place in the call; the old Y has none."""
     index = iter(range(len(problem.operands)))
     return [
         {"name": step.name, "c": step.c, "operands": [
-            {"kind": o.kind, "symbol": o.symbol or o.name, "index": next(index) if o.kind != "out" else -1}
+            {"kind": "token" if o.kind == "inside" else o.kind, "symbol": o.symbol or o.name,
+             "index": -1 if o.kind == "out" else len(problem.operands) if o.kind == "inside" else next(index)}
             for o in step.operands]}
         for step in problem.epilogue
     ]  # fmt: skip
@@ -200,11 +211,12 @@ def _steps(problem: Problem) -> list[dict[str, Any]]:
 def _arithmetic(plan: CPlan) -> dict[str, Any]:
     """What lies in memory, by the short names of runtime/bsrgen_types.h, and how it is multiplied."""
     problem, product = plan.problem, plan.product
-    x, y, real = problem.x_dtype, problem.out_dtype, problem.real
+    x, y, real = problem.read_dtype, problem.out_dtype, problem.real
     element = real if y.name == "int8" else y
+    kinds = {"real": real, "w": problem.dtype, "x": x, "y": y, "e": element, "source": problem.x_dtype}
     return {
         "real": real.c, "real_bytes": real.bytes,
-        "kinds": {"real": real.short, "w": problem.dtype.short, "x": x.short, "y": y.short, "e": element.short},
+        "kinds": {name: row.short for name, row in kinds.items()}, "scale_index": len(problem.operands),
         "group": product.group, "dot": product.name, "gather": int(plan.gather), "same_x": plan.same_x,
         "integer": int(problem.accumulator.name == "int32"), "corrections": plan.corrections,
     }  # fmt: skip
@@ -229,7 +241,7 @@ def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
     rows = _code(plan) if plan.encoding == "code" and (tokens or not plan.tokens) else ()
     return {
         "name": part.name, "tables": level["tables"],
-        **_arithmetic(plan), "lanes": part.lanes, "M": p.M, "K": problem.pattern.K, "K_cells": p.K, "R": p.R, "C": p.C,
+        **_arithmetic(plan), "lanes": part.lanes, "quantize": _quantized_units(part), "M": p.M, "K": problem.pattern.K, "K_cells": p.K, "R": p.R, "C": p.C,
         "block_rows": p.block_rows,
         "panels": plan.panels, "panel_starts": plan.packing.panel_starts if plan.panels > 1 else (),
         "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
