@@ -22,6 +22,8 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
     Empty only where offsets inside one block outgrow a C int.
     """
     for cover in (None, *(covers(problem, target) if reblock else columns(problem, target))):
+        if cover and problem.gate_rows % cover.blocks.R:
+            continue  # a block would hold rows of the gate and of what it gates
         for plan in _tables(problem, target, cover):
             yield plan
             code = replace(plan, encoding="code")

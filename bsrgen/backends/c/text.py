@@ -82,7 +82,7 @@ def _parts(plan: CPlan, name: str) -> list[_Part]:
 
 
 def _needs_math(problem: Problem) -> bool:
-    return any("v_" in step.c for step in problem.epilogue)
+    return any("v_" in step.c + (step.gate.c if step.gate else "") for step in problem.epilogue)
 
 
 def _artifact(
@@ -103,7 +103,7 @@ def _artifact(
         "name": problem.name, "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c, "levels": levels, "blobs": blobs,
         "x_one": _ONE.get(x.name, "1"), "y_bits": "'s bits" if y.name in _ONE else "", "packings": packings,
         "operands": operands, "prototype": prototype, "linear": problem.operator.token_axis == 0,
-        "x86": levels[0]["family"] == "x86_64", "M": p.M, "K": p.K, "R": p.R, "C": p.C, "nnzb": p.nnzb,
+        "x86": levels[0]["family"] == "x86_64", "M": p.M, "rows": problem.rows, "K": p.K, "R": p.R, "C": p.C, "nnzb": p.nnzb,
         "flop_per_token": max(2 * max(plan.pattern.nnz for plan in plans), 1), "flop_per_part": FLOP_PER_PART,
         "missing_bytes": 1 + sum(len(f) + 1 for f in levels[-1]["requires"]),
         "formula": problem.operator.formula, "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
@@ -159,7 +159,7 @@ def _level(
     return {
         "name": f"{name}_{plan.target.name.replace('-', '_')}", "target": plan.target.name,
         "family": plan.target.family, "requires": plan.target.requires, "tables": tables, "work": f"{blocks}_work",
-        "block_rows": p.block_rows, "few": plan.small_n if plan.tokens and plan.weight else 0,
+        "block_rows": plan.work.size - 1, "few": plan.small_n if plan.tokens and plan.weight else 0,
         "by_rows": int(plan.tokens is None), "data": packing["symbol"], "packing": keys.index(key),
         "values_bytes": packing["bytes"],
     }  # fmt: skip
@@ -196,13 +196,26 @@ def _quantized_units(part: _Part) -> int:
     return max(plan.target.l2_bytes // 4 // max(plan.problem.pattern.K * tokens, 1), chunk, 1)
 
 
+def _pair(part: _Part) -> dict[str, int] | None:
+    """Of swiglu and geglu: the gate's rows, and how much of it waits, within half of L2."""
+    plan, gate = part.plan, part.plan.problem.gate_rows
+    if not gate:
+        return None
+    tokens = part.tokens.vectors * plan.lanes if part.tokens else part.weight.tokens  # type: ignore[union-attr]
+    R, room = plan.pattern.R, plan.target.l2_bytes // 2 // plan.unit_bytes
+    units = max(room // (tokens * gate), part.weight.chunk if part.weight else 1, 1)
+    whole = plan.weight_window if part.weight else 1
+    return {"rows": gate, "block_rows": gate // R, "units": units,
+            "chunk": max(room // (tokens * units * R) // whole, 1) * whole}  # fmt: skip
+
+
 def _steps(problem: Problem) -> list[dict[str, Any]]:
     """The epilogue, each operand with its place in the call; the old Y has none."""
     index = iter(range(len(problem.operands)))
     return [
-        {"name": step.name, "c": step.c, "operands": [
+        {"name": step.name, "c": step.c, "gate": step.gate and step.gate.c, "operands": [
             {"kind": "token" if o.kind == "inside" else o.kind, "symbol": o.symbol or o.name,
-             "index": -1 if o.kind == "out" else len(problem.operands) if o.kind == "inside" else next(index)}
+             "index": -1 if o.kind in ("out", "gate") else len(problem.operands) if o.kind == "inside" else next(index)}
             for o in step.operands]}
         for step in problem.epilogue
     ]  # fmt: skip
@@ -216,7 +229,7 @@ def _arithmetic(plan: CPlan) -> dict[str, Any]:
     kinds = {"real": real, "w": problem.dtype, "x": x, "y": y, "e": element, "source": problem.x_dtype}
     return {
         "real": real.c, "real_bytes": real.bytes,
-        "kinds": {name: row.short for name, row in kinds.items()}, "scale_index": len(problem.operands),
+        "kinds": {name: row.short for name, row in kinds.items()}, "scale_index": len(problem.operands), "gate_index": len(problem.operands) + problem.quantizes_x,
         "group": product.group, "dot": product.name, "gather": int(plan.gather), "same_x": plan.same_x,
         "integer": int(problem.accumulator.name == "int32"), "corrections": plan.corrections,
     }  # fmt: skip
@@ -241,14 +254,14 @@ def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
     rows = _code(plan) if plan.encoding == "code" and (tokens or not plan.tokens) else ()
     return {
         "name": part.name, "tables": level["tables"],
-        **_arithmetic(plan), "lanes": part.lanes, "quantize": _quantized_units(part), "M": p.M, "K": problem.pattern.K, "K_cells": p.K, "R": p.R, "C": p.C,
+        **_arithmetic(plan), "lanes": part.lanes, "quantize": _quantized_units(part), "pair": _pair(part), "M": p.M, "K": problem.pattern.K, "K_cells": p.K, "R": p.R, "C": p.C,
         "block_rows": p.block_rows,
         "panels": plan.panels, "panel_starts": plan.packing.panel_starts if plan.panels > 1 else (),
         "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
         "block_values": plan.packing.block_values, "k_lanes": plan.k_lanes, "offset_type": _offset_type(plan),
         "weight": weight, "tokens": tokens, "linear": linear, "direct": direct,
         "math": _needs_math(problem), "epilogue": _steps(problem),
-        "finish_rows": weight is not None or linear,
+        "finish_rows": weight is not None or linear, "gate_by_token": weight is not None or linear,
         "finish_tokens": not linear and tokens is not None,
         "groups": groups, "groups_full": full if full > 1 else 0,
         "groups_single": groups[full:] if full > 1 else groups,
