@@ -240,7 +240,9 @@ def _make(
     times = [(r.dense, r.measured_seconds) for r in choices[0].records if r.n == manifest.cost.n and r.measured_seconds]
     sparse_s, dense_s = (min((s for d, s in times if d == dense), default=None) for dense in (False, True))
     verdict = advice.judge(backend, plans[0], choices[0].ranked, weight, sparse_s, dense_s)
-    manifest = msgspec.structs.replace(manifest, verdict=verdict, strict=tuning.strict, weight_scale=bound.weight_scale, parts=bound.parts)
+    manifest = msgspec.structs.replace(
+        manifest, verdict=verdict, strict=tuning.strict, weight_scale=bound.weight_scale, parts=bound.parts
+    )
     check = _check(write_manifest(folder, manifest), exam)
     if check is not None:
         write_manifest(folder, msgspec.structs.replace(manifest, check=check))

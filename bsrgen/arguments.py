@@ -61,15 +61,25 @@ class Call:
         self.reads_out = "accumulate" in manifest.epilogue
         self.threads = threads
 
-    def prepare(self, x: Any, out: Any, threads: int | None, operands: Mapping[str, Any]) -> Prepared:
-        """Check everything, copy what C cannot take as it lies.  Raises before any work starts."""
+    def prepare(
+        self, x: Any, out: Any, threads: int | None, operands: Mapping[str, Any], settled: Mapping[str, COperand]
+    ) -> Prepared:
+        """Check everything, copy what C cannot take as it lies.  Raises before any work starts.
+
+        settled: operands that were checked before, for what `operands` does not give.
+        """
         self._known(operands)
         x = self._array("x", x, self.x_dtype)
         x2, batch = self._two_axes(x)
         n = x2.shape[self.operator.token_axis]
         shape = self.operator.shape(n, self.rows)
         out, target = self._target(out, shape, self._result_shape(x, batch, n))
-        values = [self._operand(operand, operands, shape, batch) for operand in self.operands]
+        values = [
+            settled[operand.name]
+            if operand.name in settled and operands.get(operand.name) is None
+            else self._operand(operand, operands, shape, batch)
+            for operand in self.operands
+        ]
         x2, ldx = strides.rows(x2)
         y, ldy = target, strides.leading(target)
         if ldy < 0 or self._overlaps(target, x2, values):
@@ -78,13 +88,12 @@ class Call:
         count = self.threads if threads is None else check_threads(threads)
         return Prepared(n, x2, ldx, y, ldy, values, count, out, target)
 
-    def settled(self, bound: Mapping[str, Any]) -> list[COperand] | None:
-        """The operands of a call that gives none; None where one must be given, or `out` is read."""
+    def settled(self, bound: Mapping[str, Any]) -> dict[str, COperand]:
+        """The operands that a call need not give: those bound, and those with a default."""
         self._known(bound)
         given = {operand.name for operand in self.operands if operand.default is not None} | bound.keys()
-        if self.reads_out or not given.issuperset(operand.name for operand in self.operands):
-            return None
-        return [self._operand(operand, bound, self.operator.shape(1, self.rows), None) for operand in self.operands]
+        shape = self.operator.shape(1, self.rows)
+        return {o.name: self._operand(o, bound, shape, None) for o in self.operands if o.name in given}
 
     def _known(self, operands: Mapping[str, Any]) -> None:
         names = [operand.name for operand in self.operands]
@@ -197,14 +206,16 @@ class Call:
             number = float(value)
         except (TypeError, ValueError, OverflowError) as e:
             raise ArgumentTypeError(f"{self.name}: {operand.name} must be one real number, not {value!r}") from e
-        if operand.positive and not _is_scale(number, self.real):
+        if operand.positive and not self.real.smallest <= number <= self.real.largest:
             raise ArgumentError(f"{self.name}: {operand.name} is {number}; it must be positive and finite")
         return number
 
     def _overlaps(self, y: Array, x: Array, operands: list[COperand]) -> bool:
         """Whether writing y could change an input; a residual that is y itself is read before it is written."""
-        arrays = [x, *(a for a, _, _ in operands if a is not None and not strides.same(a, y))]
-        return any(np.may_share_memory(y, array) for array in arrays)
+        if np.may_share_memory(y, x):
+            return True
+        arrays = [array for array, _, _ in operands if array is not None and np.may_share_memory(y, array)]
+        return not all(strides.same(array, y) for array in arrays)
 
 
 def bind(problem: Problem, operands: Mapping[str, Any]) -> dict[str, Array]:

@@ -21,9 +21,10 @@ Kind = Literal["row", "token", "element", "scalar", "out", "inside", "gate"]
 @dataclass(frozen=True, slots=True)
 class Operand:
     """An input of an epilogue: one value per output feature ("row"), per token or for all of them ("token"), per output
-    ("element"), or one ("scalar").
+    ("element"), or one ("scalar").  Scalars and values per token have a default, other arrays have not.
 
-    "out" is the old content of `out`, "inside" what the kernel makes for each token, "gate" for each output.  Scalars and values per token have a default, other arrays have not.
+    Not the caller's are "out", the old content of `out`, and what the kernel makes itself: "inside" for each token,
+    "gate" for each output.
     """
 
     name: str
@@ -140,7 +141,19 @@ QUANTIZE = Epilogue(  # the store rounds to the nearest integer in [-127, 127]
 EPILOGUES = {
     row.name: row
     for row in (
-        BIAS, SCALE, RELU, GELU, GELU_TANH, SILU, SIGMOID, TANH, CLAMP, RESIDUAL, ACCUMULATE, SWIGLU, GEGLU,
+        BIAS,
+        SCALE,
+        RELU,
+        GELU,
+        GELU_TANH,
+        SILU,
+        SIGMOID,
+        TANH,
+        CLAMP,
+        RESIDUAL,
+        ACCUMULATE,
+        SWIGLU,
+        GEGLU,
     )
 }
 STEPS = EPILOGUES | {row.name: row for row in (W_SCALE, X_SCALE, QUANTIZED_X, QUANTIZE)}

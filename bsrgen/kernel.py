@@ -26,13 +26,14 @@ from bsrgen.manifest import OPERANDS_FILE, CostRecord, LevelRecord
 from bsrgen.operators import OPERATORS
 from bsrgen.pattern import Pattern, Weight
 from bsrgen.problem import Problem
-from bsrgen.stack import are_several, stacked
 from bsrgen.quantize import quantized, source_of
+from bsrgen.stack import are_several, stacked
 from bsrgen.trampoline import OVERLAP, trampoline
 from bsrgen.verdict import Verdict
 
 Array = NDArray[Any]
 
+_NUMBERS = (float, np.float32, np.float64)
 _OK, _NO_MEMORY = 0, 3  # enum bsrgen_status in runtime/bsrgen.h
 _PACK_NO_MEMORY = -2  # what the library's _pack returns where it finds none; -1: no such level
 
@@ -50,12 +51,12 @@ class _Values(NamedTuple):
     """What a call takes besides its arguments; replaced as a whole, so that no call sees a half.
 
     data, packed, pointer: values given by `update`, as stored, packed, and where C finds them; before that none, and C
-    takes the library's.  operands, records: where no operand has to come with the call, all of them, and for C.
+    takes the library's.  settled: operands that need not come with the call; records: all for C, where none has to.
     """
 
     bound: dict[str, Any]
     weight_scale: str
-    operands: list[COperand] | None
+    settled: dict[str, COperand]
     records: Any
     data: Array | None
     packed: Array | None
@@ -82,6 +83,7 @@ class Kernel:
         except (ArgumentError, ArgumentTypeError) as e:
             raise ArtifactCorruptError(f"{artifact}: {OPERANDS_FILE} is not of this kernel: {e}") from e
         self._threads = self._call.threads
+        self._numbers = {o.name: i for i, o in enumerate(self._call.operands) if o.kind in ("scalar", "token")}
         self._token_axis = OPERATORS[m.operator].token_axis
         self._rows, self._features = m.rows, m.shape[1]
         self._x_bytes, self._y_bytes = self._features * self._x_dtype.itemsize, self._rows * self._out_dtype.itemsize
@@ -93,15 +95,16 @@ class Kernel:
                 raise
             self._foreign = e
         else:
-            self._plain = self._values.operands is not None and len(m.parts) == 1
+            self._plain = self._values.records is not None and len(m.parts) == 1
 
     def _with(self, bound: dict[str, Any], weight_scale: str, data: Array | None) -> _Values:
         ffi = self._tramp.ffi
         packed = None if data is None else self.packed(data, self._level)
-        operands = self._call.settled(bound)
-        records = None if operands is None else self._records(operands)
+        settled = self._call.settled(bound)
+        complete = len(settled) == len(self._call.operands) and not self._call.reads_out
+        records = self._records(list(settled.values())) if complete else None
         pointer = ffi.NULL if packed is None else ffi.from_buffer(packed)
-        return _Values(bound, weight_scale, operands, records, data, packed, pointer)
+        return _Values(bound, weight_scale, settled, records, data, packed, pointer)
 
     def _records(self, operands: list[COperand]) -> Any:
         """The operands as C has them; it reads the arrays that they were made of."""
@@ -153,15 +156,16 @@ class Kernel:
         Of several weights that share X, the result is a tuple of views of one array, which `out` may give; bias and scale
         have the values of all weights, one after the other.
         """
-        if self._plain and not operands and threads is None and type(x) is np.ndarray and x.dtype is self._x_dtype:
-            axis, shape = self._token_axis, x.shape
-            if len(shape) == 2 and shape[1 - axis] == self._features:
+        if self._plain and threads is None and type(x) is np.ndarray and x.dtype is self._x_dtype:
+            axis, shape, values = self._token_axis, x.shape, self._values
+            records, numbers = self._with_numbers(values, operands) if operands else (values.records, None)
+            if records is not None and len(shape) == 2 and shape[1 - axis] == self._features:
                 n = shape[axis]
                 full = (self._rows, n) if axis else (n, self._rows)
                 if out is None:
                     out = np.empty(full, self._out_dtype)
                 if type(out) is np.ndarray and out.dtype is self._out_dtype and out.shape == full:
-                    path, values = self._tramp, self._values
+                    path = self._tramp
                     view = path.ffi.from_buffer
                     try:
                         here, there = view(x), view(path.bytes, out, True)
@@ -169,7 +173,7 @@ class Kernel:
                         return self._general(x, out, threads, operands)
                     status = path.call(
                         self._function, n, here, shape[1], n * self._x_bytes, there, full[1], n * self._y_bytes,
-                        values.pointer, values.records, self._threads,
+                        values.pointer, records, self._threads,
                     )  # fmt: skip
                     if status == _OK:
                         return out
@@ -177,12 +181,28 @@ class Kernel:
                         self._raise(status)
         return self._general(x, out, threads, operands)
 
+    def _with_numbers(self, values: _Values, operands: dict[str, Any]) -> tuple[Any, Any]:
+        """The operands of a call that gives numbers only, for C, and what they point at; None for the careful path."""
+        ffi, real, numbers = self._tramp.ffi, self._call.real, []
+        records = ffi.new("struct bsrgen_operand[]", len(self._call.operands))
+        ffi.memmove(records, values.records, ffi.sizeof(records))
+        for name, value in operands.items():
+            index = self._numbers.get(name, -1)
+            if index < 0 or type(value) not in _NUMBERS or not real.smallest <= value <= real.largest:
+                return None, None
+            if self._call.operands[index].kind == "scalar":
+                records[index].scalar = value
+            else:
+                numbers.append(ffi.new(f"{real.c}[1]", (float(value),)))
+                records[index].data, records[index].ld = numbers[-1], 0
+        return records, numbers
+
     def _general(self, x: Any, out: Array | None, threads: int | None, operands: dict[str, Any]) -> Array:
         ffi = self._tramp.ffi
         if self._foreign:
             raise self._foreign
         values = self._values  # kept alive while C reads it
-        call = self._call.prepare(x, out, threads, values.bound | operands)
+        call = self._call.prepare(x, out, threads, operands, values.settled)
         status = self._tramp.call(
             self._function, call.n, ffi.cast("void *", call.x.ctypes.data), call.ldx, 0,
             ffi.cast("void *", call.y.ctypes.data), call.ldy, 0, values.pointer, self._records(call.operands),

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 from bsrgen import epilogues
 from bsrgen.dtypes import ACCUMULATORS, BFLOAT16, DTYPES, INT8, INT32, DType, as_types, bound_factor
 from bsrgen.epilogues import QUANTIZED_X, W_SCALE, Epilogue, Operand, as_epilogues, composed
-from bsrgen.errors import UnsupportedError
+from bsrgen.errors import ArgumentError, UnsupportedError
 from bsrgen.operators import Operator, as_operator, kernel_name
 from bsrgen.pattern import Pattern, Weight
 
@@ -132,7 +132,7 @@ class Problem:
         given = {**(given or {}), **({} if scale is None else {QUANTIZED_X.operands[0].name: scale})}
         for step in self.epilogue:
             if step.gate:
-                (gate, tolerance), (y, bound) = self._gated(step.gate, y, bound)
+                gate, tolerance, y, bound = self._gated(step.gate, y, bound)
                 given[step.operands[0].name], bound = gate, bound * np.abs(gate) + (np.abs(y) + bound) * tolerance
             values = [
                 np.asarray(0.0 if out is None else out, np.float64)
@@ -164,16 +164,14 @@ class Problem:
                 bound = bound + self._per_row(entries * (half.smallest * top))
         return y, bound
 
-    def _gated(self, step: Epilogue, y: Array, bound: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        """(gate, its bound) and (the other half of the sums, theirs) of a pair of weights."""
+    def _gated(self, step: Epilogue, y: Array, bound: Array) -> tuple[Array, Array, Array, Array]:
+        """Of a pair of weights: the gate and its bound, the sums that it gates and theirs."""
         axis, half = 1 - self.operator.token_axis, self.gate_rows
         (v, up), (b, rest) = (np.split(part, [half], axis) for part in (y, bound))
-        keep = [slice(None)] * 2
-        keep[axis] = slice(self.rows)
-        v, b = v[tuple(keep)], b[tuple(keep)]
+        v, b = (part.take(range(self.rows), axis) for part in (v, b))
         gate = step.numpy(v)
-        u = self.real.unit_roundoff
-        return (gate, step.gain() * b + step.roundings * u * (np.abs(v) + np.abs(gate)) + self.real.smallest), (up, rest)
+        rounding = step.roundings * (self.real.unit_roundoff * (np.abs(v) + np.abs(gate)) + self.real.smallest)
+        return gate, step.gain() * b + rounding, up, rest
 
     @property
     def _underflow(self) -> float:
@@ -211,8 +209,7 @@ def as_problem(
     w, x, y = as_types(dtype, x_dtype, out_dtype)
     if quantize_x and not (w is INT8 and x is not INT8):
         raise UnsupportedError(
-            f"quantize_x with W of {w.name} and X of {x.name}: it makes int8 of X of float32 or bfloat16 for W of int8; "
-            "say dtype='int8' and x_dtype="
+            f"quantize_x with W of {w.name} and X of {x.name}: it makes int8 of X of float32 or bfloat16, for W of int8"
         )
     steps = composed(as_epilogues(epilogue), w, x, y, quantize_x)
     problem = Problem(as_operator(operator), pattern, w, steps, n, x, y)

@@ -25,10 +25,8 @@ def stacked(weights: Sequence[Weight]) -> Weight:
     for number, weight in enumerate(weights):
         p = weight.pattern
         if (p.K, p.blocksize, weight.data.dtype) != (first.K, first.blocksize, weights[0].data.dtype):
-            raise ArgumentError(
-                f"W[{number}] is {p} of {weight.data.dtype}, W[0] {first} of {weights[0].data.dtype}: weights that share "
-                "X have the same columns, block shape and type"
-            )
+            kinds = f"W[{number}] is {p} of {weight.data.dtype}, W[0] {first} of {weights[0].data.dtype}"
+            raise ArgumentError(f"{kinds}: weights that share X have the same columns, block shape and type")
     starts = np.cumsum([0, *(weight.pattern.nnzb for weight in weights)])
     indptr = np.concatenate(
         ([0], *(weight.pattern.indptr[1:] + start for weight, start in zip(weights, starts, strict=False)))
@@ -44,8 +42,12 @@ def parts_of(weights: Sequence[Weight], paired: bool) -> tuple[int, ...]:
     """Features of Y that each weight makes, or a pair of them together.  ArgumentError where they do not fit."""
     rows = [weight.pattern.M for weight in weights]
     if paired and (len(rows) != 2 or rows[0] != rows[1]):
-        raise ArgumentError(f"swiglu and geglu take two weights of one shape, W=[gate, up]; got {len(rows)} of {rows} rows")
+        raise ArgumentError(
+            f"swiglu and geglu take two weights of one shape, W=[gate, up]; got {len(rows)} of {rows} rows"
+        )
     R = weights[0].pattern.R
     if not paired and any(m % R for m in rows[:-1]):
-        raise ArgumentError(f"weights of {rows} rows in blocks of {R}: all but the last must be whole blocks to share X")
+        raise ArgumentError(
+            f"weights of {rows} rows in blocks of {R}: all but the last must be whole blocks to share X"
+        )
     return (rows[1],) if paired else tuple(rows)

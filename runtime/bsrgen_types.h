@@ -116,9 +116,14 @@ INLINE void put_s8(s8_t *p, vec v, int count)
 {
     const vec low = choose(v < (real)-127, splat(-127), choose(v == v, v, zero()));
     const ivec i = (ivec)(choose(low > (real)127, splat(127), low) + (real)0x1.8p23); /* the sum rounds at 1 */
+#if defined __AVX512F__ && LANES == 16
+    if (count < LANES) _mm512_mask_cvtepi32_storeu_epi8(p, (__mmask16)((1u << count) - 1), (__m512i)i);
+    else { const __m128i b = _mm512_cvtepi32_epi8((__m512i)i); memcpy(p, &b, sizeof b); }
+#else
     const octets b = __builtin_convertvector(i, octets);
     if (count == LANES) memcpy(p, &b, sizeof b);
     else for (int j = 0; j < count; j++) p[j] = b[j];
+#endif
 }
 #endif
 

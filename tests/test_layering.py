@@ -33,7 +33,7 @@ FLOORS = """
     exam
     kernel  plan  files  picture
     artifact  arguments
-    problem  occupancy  cover  quantize
+    problem  occupancy  cover  quantize  stack
     pattern
     canonical  manifest  trampoline
     store
@@ -47,7 +47,8 @@ ROOMS = ("cli", "bench")  # their own files may import each other, but not in a 
 
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
-    "kernel", "arguments", "strides", "problem", "quantize", "pattern", "canonical", "foreign", "artifact", "manifest",
+    "kernel", "arguments", "strides", "problem", "quantize", "stack",
+    "pattern", "canonical", "foreign", "artifact", "manifest",
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {

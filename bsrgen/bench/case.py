@@ -9,7 +9,7 @@ from numpy.typing import DTypeLike, NDArray
 from bsrgen.dtypes import DTYPES, FLOAT32, INT8, DType, as_dtype, bound_factor
 from bsrgen.operators import as_operator
 from bsrgen.pattern import Weight, random_weight
-from bsrgen.problem import Problem
+from bsrgen.problem import Problem, as_problem
 
 Array = NDArray[Any]
 SEED = 20261120
@@ -45,7 +45,7 @@ class Case:
     @property
     def problem(self) -> Problem:
         """The same as bsrgen's own noun."""
-        return Problem(as_operator(self.operator), self.weight.pattern, self.dtype, (), self.n)
+        return as_problem(self.operator, self.weight.pattern, self.dtype, n=self.n)
 
     @property
     def given(self) -> dict[str, Any]:

@@ -46,18 +46,14 @@ def bench(
     would be faster by the model (bsrgen inspect has the table).
     """
     from bsrgen.bench.clock import at_their_best, peer_threads
-    from bsrgen.dtypes import as_dtype
-    from bsrgen.errors import UnsupportedError
 
-    if as_dtype(dtype).real != as_dtype(dtype).name:
-        raise UnsupportedError(f"--dtype {dtype}: bench compares with libraries for float32 and float64")
     if click.get_current_context().find_root().obj is True:
         at_their_best(threads)
     from bsrgen.bench import report
     from bsrgen.bench.ceilings import Ceilings
 
     weight = read(weight_file, key, blocksize, dtype)
-    request = report.Request(threads=threads, **options)
+    request = report.Request(threads=threads, dtype=dtype, **options)
     comparisons = []
     with peer_threads(threads):
         with working("measuring the ceilings of this core"):
