@@ -56,8 +56,15 @@ __attribute__((unused)) static void bsrgen_amx_shape(struct bsrgen_tiles *tiles,
     tiles->row_bytes[t] = (uint16_t)row_bytes;
 }
 
+/* Stores stay on their side of it: gcc's intrinsics do not say that they read memory (of a configuration, 8 bytes). */
+#define BSRGEN_AMX_ORDER(p) __asm__ volatile("" : : "r"(p) : "memory")
+
 /* Zeros all tiles. */
-__attribute__((unused)) static void bsrgen_amx_begin(const struct bsrgen_tiles *tiles) { _tile_loadconfig(tiles); }
+__attribute__((unused)) static void bsrgen_amx_begin(const struct bsrgen_tiles *tiles)
+{
+    BSRGEN_AMX_ORDER(tiles);
+    _tile_loadconfig(tiles);
+}
 
 __attribute__((unused)) static void bsrgen_amx_end(void) { _tile_release(); }
 #endif
