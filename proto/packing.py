@@ -58,11 +58,20 @@ class Direct:
     token_tiles: int = 2
     row_tiles: int = 2  # of one pass
     chunk: int = 8
-    copy_x: bool = False  # True also where the last block column sticks out of K
+    copy_x: bool = False  # True also where the last block column sticks out of K, or pieces are joined
+    gathers: bool = False  # blocks of 16 or 32 bytes a row are joined to K steps of 64
+    ahead: int = 2
+
+    @property
+    def pieces(self) -> int:
+        """Blocks side by side in a K step."""
+        width = self.pattern.C * self.element.bytes
+        assert not self.gathers or width in (16, 32)
+        return 64 // width if self.gathers else 1
 
     @property
     def k_tile(self) -> int:
-        """k of one product: the largest divisor of C that a tile holds and dwords divide."""
+        """k of one product or piece: the largest divisor of C that a tile holds and dwords divide."""
         C, g = self.pattern.C, self.element.group
         assert C % g == 0
         return max(d for d in range(g, 16 * g + 1, g) if C % d == 0)
@@ -119,8 +128,8 @@ class Direct:
             live = "rest" if t == tokens - 1 else 16
             for r in range(rows):
                 out[c(t, r)] = (live, self.tile_cols * 4)
-                out[b(r)] = (self.k_tile // e.group, self.tile_cols * 4)
-            out[a(t)] = (live, self.k_tile * e.bytes)
+                out[b(r)] = (self.k_tile * self.pieces // e.group, self.tile_cols * 4)
+            out[a(t)] = (live, self.k_tile * self.pieces * e.bytes)
         return [{"tile": t, "rows": r, "row_bytes": n} for t, (r, n) in sorted(out.items())]
 
     def view(self) -> dict[str, Any]:
@@ -131,31 +140,57 @@ class Direct:
         return {
             "direct": True, "linear": True, "element": e.c, "element_bytes": e.bytes, "group": e.group, "acc": e.acc,
             "dot": e.dot, "token_tiles": self.token_tiles, "row_tiles": self.tiles, "tile_cols": self.tile_cols,
-            "k_tile": self.k_tile, "passes": self.passes, "chunk": self.chunk, "padded_k": padded,
-            "copy_x": self.copy_x or padded != p.K,
+            "k_tile": self.k_tile, "passes": self.passes, "chunk": self.chunk,
+            "padded_k": padded + (self.k_tile if self.gathers else 0), "pieces": self.pieces, "ahead": self.ahead,
+            "slots": self.slots, "copy_x": self.copy_x or padded != p.K or self.gathers,
             "variants": [self._variant(t, r) for t in range(1, self.token_tiles + 1) for r in counts],
             "configs": [self._config(t) for t in range(1, self.token_tiles + 1)],
             "offset_type": f"uint{8 * self.offsets.itemsize}_t",
         }  # fmt: skip
 
     @property
+    def steps(self) -> Array:
+        """K steps (blocks, where none are joined) of each block row."""
+        return -(-self.pattern.row_counts // self.pieces)
+
+    @property
+    def slots(self) -> int:
+        """Gathered K steps that the ring holds: a power of two; several passes read a whole block row again."""
+        need = self.ahead + (max(self.steps, default=0) if len(self.passes) > 1 else 1)
+        return 1 << int(need - 1).bit_length()
+
+    @property
     def pointers(self) -> Array:
-        """First block of each block row, and the end."""
-        return self.pattern.indptr.astype(np.uint32)
+        """First step of each block row, and the end."""
+        return np.concatenate(([0], np.cumsum(self.steps))).astype(np.uint32)
+
+    @property
+    def _places(self) -> Array:
+        """Where each stored block lies among the pieces of all steps."""
+        p = self.pattern
+        rank = np.arange(p.nnzb) - np.repeat(p.indptr[:-1], p.row_counts)
+        return np.repeat(self.pointers[:-1].astype(np.int64) * self.pieces, p.row_counts) + rank
 
     @property
     def offsets(self) -> Array:
-        """First feature of each block."""
-        k = self.pattern.indices.astype(np.int64) * self.pattern.C
-        return k.astype(np.uint16 if self.pattern.K <= 1 << 16 else np.uint32)
+        """First feature of each piece; the tile of zeros behind K where there is none."""
+        p = self.pattern
+        k = np.full(int(self.pointers[-1]) * self.pieces, p.block_cols * p.C, np.int64)
+        k[self._places] = p.indices.astype(np.int64) * p.C
+        return k.astype(np.uint16 if p.block_cols * p.C < 1 << 16 else np.uint32)
 
     def pack(self, data: Array) -> Array:
-        """(nnzb, R, C) -> per block row and pass: [block][k step][row tile][dword row][output][k of the dword]."""
+        """(nnzb, R, C) -> per block row and pass: [step][k tile][row tile][dword row][output][k of the dword]."""
         p, g, kt = self.pattern, self.element.group, self.k_tile
-        data = _pad(data, 1, self.tiles * self.tile_cols)
-        parts = data.reshape(p.nnzb, self.tiles, self.tile_cols, p.C // kt, kt // g, g).transpose(0, 3, 1, 4, 2, 5)
+        total = int(self.pointers[-1])
+        filled = np.zeros((total * self.pieces, self.tiles * self.tile_cols, p.C), data.dtype)
+        filled[self._places, : p.R] = data
+        wide = self.pieces * p.C  # of a step: its pieces side by side
+        filled = filled.reshape(total, self.pieces, self.tiles * self.tile_cols, p.C).transpose(0, 2, 1, 3)
+        kt *= self.pieces
+        parts = filled.reshape(total, self.tiles, self.tile_cols, wide // kt, kt // g, g).transpose(0, 3, 1, 4, 2, 5)
         out = [
-            parts[p.indptr[i] : p.indptr[i + 1], :, q["first"] : q["first"] + q["tiles"]].reshape(-1)
+            parts[self.pointers[i] : self.pointers[i + 1], :, q["first"] : q["first"] + q["tiles"]].reshape(-1)
             for i in range(p.block_rows)
             for q in self.passes
         ]

@@ -129,6 +129,8 @@ DIRECT = [  # shape, blocksize, element, token tiles, row tiles
     ((60, 100), (16, 32), BF16, 3, 1), ((96, 96), (48, 48), BF16, 2, 2), ((128, 64), (64, 32), BF16, 1, 4),
     ((45, 70), (8, 16), BF16, 4, 1), ((50, 66), (20, 6), BF16, 2, 2), ((96, 128), (32, 64), INT8, 2, 2),
     ((64, 64), (16, 32), INT8, 4, 1), ((128, 128), (64, 64), INT8, 2, 2), ((70, 90), (16, 16), INT8, 5, 1),
+    ((64, 64), (16, 16), BF16, 4, 1, "joined"), ((96, 100), (16, 8), BF16, 4, 1, "joined"), ((100, 96), (48, 16), BF16, 2, 2, "joined"),
+    ((96, 128), (32, 32), INT8, 2, 2, "joined"), ((70, 90), (8, 16), INT8, 3, 1, "joined"), ((60, 64), (20, 16), INT8, 1, 2, "joined"),
     ((45, 50), (5, 12), INT8, 5, 1), ((80, 256), (80, 128), INT8, 1, 5), ((33, 35), (1, 4), INT8, 2, 1),
 ]  # fmt: skip
 GATHER = [  # shape, blocksize, element, token tiles, row tiles, gathers
@@ -144,7 +146,7 @@ GATHER = [  # shape, blocksize, element, token tiles, row tiles, gathers
 
 
 def direct_plan(case: Any, weight: Weight) -> Direct:
-    return Direct(weight.pattern, case[2], case[3], case[4], chunk=2)
+    return Direct(weight.pattern, case[2], case[3], case[4], chunk=2, gathers=len(case) > 5)
 
 
 def gather_plan(case: Any, weight: Weight, linear: bool, **options: Any) -> Gather:
@@ -152,7 +154,7 @@ def gather_plan(case: Any, weight: Weight, linear: bool, **options: Any) -> Gath
 
 
 def label(case: Any) -> str:
-    return f"{case[1][0]}x{case[1][1]}-{case[2].name}-{case[3]}x{case[4]}{'-whole' if case[-1] is False else ''}"
+    return f"{case[1][0]}x{case[1][1]}-{case[2].name}-{case[3]}x{case[4]}{'-whole' if case[-1] is False else '-joined' if case[-1] == 'joined' else ''}"
 
 
 @pytest.mark.parametrize("kind", ["random", "rows", "full", "one", "empty"])
@@ -205,7 +207,7 @@ def test_padding_reads_no_x(element: Any, blocksize: tuple[int, int], folder: Pa
     x[:, ~held[: p.K]] = POISON[element.name]
     plans: list[Any] = [Gather(p, element, token_tiles=2)]
     if blocksize == (16, 16):
-        plans += [Direct(p, element, 4, 1), Gather(p, element, gathers=False)]
+        plans += [Direct(p, element, 4, 1), Direct(p, element, 4, 1, gathers=True), Gather(p, element, gathers=False)]
     for plan in plans:
         judge(plan, data, clean, run(build.emulated(plan, folder), plan, data, x, 40))
 
