@@ -7,8 +7,8 @@ import build, packing
 kind, R, C, e, T, V, cc = sys.argv[1:8]
 w = random_weight(1, (768, 768), (int(R), int(C)), 0.2)
 e = {"bf16": packing.BF16, "int8": packing.INT8}[e]
-if kind == "direct":
-    plan = packing.Direct(w.pattern, e, int(T), int(V))
+if kind in ("direct", "joined"):
+    plan = packing.Direct(w.pattern, e, int(T), int(V), gathers=kind == "joined")
 else:
     plan = packing.Gather(w.pattern, e, kind != "spmm", int(T), int(V), gathers=kind != "whole")
 lines = build.assembly(plan, cc).splitlines()

@@ -110,7 +110,13 @@ def direct_step(plan: Direct, n_units: int) -> Step:
     """One K step of the widest pass."""
     T, V = plan.token_tiles, min(plan.row_tiles, plan.tiles)
     d = plan.k_tile // plan.element.group
+    d *= plan.pieces
     lines = T * 16 + V * d
+    if plan.gathers:  # on the first pass; 64 bytes a token are copied, in pieces
+        share, q = 1 / len(plan.passes), plan.pieces
+        l2 = T * 16 * 64 * share + V * d * plan.tile_cols * 4 / max(min(plan.chunk, n_units), 1)
+        shuffles = T * 16 * (q - 1) / 2 * share  # inserts from memory: either vector port
+        return Step(T * V * product(16, d), lines, lines + T * 16 * q * share, T * 16 * share, shuffles, l2, T * V)
     x_line = plan.k_tile * plan.element.bytes if plan.copy_x else 64
     l2 = T * 16 * x_line / len(plan.passes) + V * d * plan.tile_cols * 4 / max(min(plan.chunk, n_units), 1)
     return Step(T * V * product(16, d), lines, lines, 0, 0, l2, T * V)
@@ -121,8 +127,8 @@ def direct_seconds(plan: Direct, n: int, r: Rates = RATES, overlap: float | None
     p = plan.pattern
     units = -(-n // (16 * plan.token_tiles))
     step = direct_step(plan, units).cycles(r, overlap)
-    steps = p.nnzb * (p.C // plan.k_tile) * len(plan.passes) * units
-    pack = n * p.K * plan.element.bytes / 64 * 1.5 if plan.copy_x else 0.0
+    steps = int(plan.steps.sum()) * (1 if plan.gathers else p.C // plan.k_tile) * len(plan.passes) * units
+    pack = n * p.K * plan.element.bytes / 64 * 1.5 * plan.pieces**0.5 if plan.copy_x or plan.gathers else 0.0
     tiles = p.block_rows * plan.tiles * -(-n // 16)
     parts = {"steps": steps * step, "pack": pack, "finish": tiles * (r.store_tile + 20.0),
              "control": p.block_rows * len(plan.passes) * units * r.begin + 2 * r.configure}  # fmt: skip
@@ -133,6 +139,12 @@ def candidates(own: Pattern, element: Any) -> list[tuple[str, Any]]:
     """Plans of linear worth ranking, covers of taller blocks among them."""
     out: list[tuple[str, Any]] = []
     g = element.group
+    if own.C * element.bytes in (16, 32):
+        for rows in sorted({own.R, 8, 16, 32} - set(range(own.R))):
+            p = own if rows == own.R else cover(own, (rows, own.C)).blocks
+            for T, V in ((2, 2), (4, 1)):
+                if (V == 2) == (rows > 16):
+                    out.append((f"joined {T}x{V}" + ("" if rows == own.R else f" as {rows}x{own.C}"), Direct(p, element, T, V, gathers=True)))
     if own.C % (8 * g) == 0:
         for T, V in ((2, 2), (4, 1), (3, 1), (1, 4)):
             for copy in (False, True):

@@ -212,6 +212,40 @@ def test_padding_reads_no_x(element: Any, blocksize: tuple[int, int], folder: Pa
         judge(plan, data, clean, run(build.emulated(plan, folder), plan, data, x, 40))
 
 
+def counters(lib: ctypes.CDLL) -> tuple[int, ...]:
+    """Products, tile loads, tile stores, configurations, permissions since the last time."""
+    out = (ctypes.c_int64 * 5)()
+    lib.count(out)
+    return tuple(out)
+
+
+@pytest.mark.parametrize("element", [BF16, INT8], ids=lambda e: e.name)
+@pytest.mark.parametrize("blocksize", [(32, 1), (64, 1), (8, 8), (16, 16), (4, 4)])
+def test_products_are_as_counted(element: Any, blocksize: tuple[int, int], folder: Path) -> None:
+    """Products and tile loads of a call of 128 tokens: what proto/cost.py counts."""
+    weight = random_weight(3, (128, 256), blocksize, 0.3)
+    p, rng = weight.pattern, np.random.default_rng(0)
+    plans: list[Any] = [Gather(p, element, token_tiles=2), Gather(p, element, token_tiles=4, row_tiles=1)]
+    if blocksize == (16, 16):
+        plans += [Direct(p, element, 4, 1), Direct(p, element, 4, 1, gathers=True), Gather(p, element, gathers=False)]
+    for plan in plans:
+        lib = build.emulated(plan, folder)
+        counters(lib)
+        data, x = values(rng, weight.data.shape, element), values(rng, (128, p.K), element)
+        run(lib, plan, data, x, 128)
+        dots, loads, stores, *_ = counters(lib)
+        units, T = 128 // (16 * plan.token_tiles), plan.token_tiles
+        steps = int(plan.steps.sum()) * (p.C // plan.k_tile if isinstance(plan, Direct) and not plan.gathers else 1)
+        tiles = -(-p.R // 16)
+        ops = [op["what"] for q in plan.passes for op in q["ops"]] if isinstance(plan, Gather) else None
+        assert dots == steps * units * tiles * T
+        assert stores == p.block_rows * units * tiles * T
+        if ops:
+            assert loads == steps * units * sum(what != "dot" for what in ops)
+        else:
+            assert loads == steps * units * sum(T + q["tiles"] for q in plan.passes)
+
+
 def test_same_bits_for_any_partition(folder: Path) -> None:
     weight = random_weight(8, (160, 200), (32, 1), 0.4)
     plan = Gather(weight.pattern, BF16)
