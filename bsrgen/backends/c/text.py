@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bsrgen.backends.c.packing import Group
-from bsrgen.backends.c.plan import CPlan, TokenTile, WeightTile
+from bsrgen.backends.c.plan import CPlan
+from bsrgen.backends.c.tiles import TokenTile, WeightTile
 from bsrgen.cover import Cover
 from bsrgen.emit import Source, Unit, banner, render, runtime_file
 from bsrgen.pattern import Weight
