@@ -10,7 +10,7 @@ INLINE bytes64 load64(const void *p) { bytes64 v; memcpy(&v, p, 64); return v; }
 INLINE void store64(void *p, bytes64 v) { memcpy(p, &v, 64); }
 
 /* 32 bytes at p, 32 at q. */
-INLINE bytes64 load_halves(const void *p, const void *q)
+INLINE bytes64 join_halves(const void *p, const void *q)
 {
 #ifdef __AVX512BW__
     return (bytes64)_mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(p)), _mm256_loadu_si256(q), 1);
@@ -22,7 +22,7 @@ INLINE bytes64 load_halves(const void *p, const void *q)
 }
 
 /* 16 bytes at each of p, q, r, s: inserts from memory need no shuffle port. */
-INLINE bytes64 load_quarters(const void *p, const void *q, const void *r, const void *s)
+INLINE bytes64 join_quarters(const void *p, const void *q, const void *r, const void *s)
 {
 #ifdef __AVX512BW__
     __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(p));
@@ -90,7 +90,7 @@ INLINE void zip_quads(const void *f0, const void *f1, const void *f2, const void
 {
 #define ZIP4(t) t, (t) + 32, (t) + 1, (t) + 33, (t) + 2, (t) + 34, (t) + 3, (t) + 35
 #define ZIP ZIP4(0), ZIP4(16), ZIP4(4), ZIP4(20), ZIP4(8), ZIP4(24), ZIP4(12), ZIP4(28)
-    bytes64 a = load_halves(f0, f1), b = load_halves(f2, f3);
+    bytes64 a = join_halves(f0, f1), b = join_halves(f2, f3);
     a = __builtin_shufflevector(a, a, ZIP), b = __builtin_shufflevector(b, b, ZIP); /* vpermb, AVX512-VBMI */
     store64(p, zip(a, b, 2, 0)), store64(q, zip(a, b, 2, 1));
 #undef ZIP

@@ -1,4 +1,4 @@
-/* The intrinsics of AMX in plain C, for machines without it: gcc -include amx_emulation.h kernel.c -lm.
+/* The intrinsics of AMX in plain C, for machines without it: gcc -include amx_emulation.h, for all files of a library.
  * As Intel documents them (SDM volume 2, TDPBF16PS and TDPBSSD), strict: what would raise #GP or #UD aborts.
  * BSRGEN_AMX_REFUSE=1 in the environment: the system refuses the permission. */
 #ifndef AMX_EMULATION_H
@@ -13,13 +13,15 @@
 #include <immintrin.h> /* before its names are taken over */
 #endif
 
-static struct { int64_t dots, loads, stores, configs, permissions; } amx_count __attribute__((unused));
+/* One for all files of a library: the permission is asked for in another one than the tiles are used in. */
+#define AMX_SHARED __attribute__((weak, visibility("default")))
+AMX_SHARED struct { int64_t dots, loads, stores, configs, permissions; } amx_count;
 static _Thread_local struct {
     int configured;
     uint16_t row_bytes[8];
     uint8_t rows[8], data[8][16][64];
 } amx;
-static int amx_process_permitted;
+AMX_SHARED int amx_process_permitted;
 
 __attribute__((noreturn, unused)) static void amx_die(const char *what, int a, int b)
 {

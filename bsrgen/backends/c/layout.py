@@ -29,7 +29,7 @@ class Layout(Plan):
     encoding: Literal["table", "code"] = "table"
     cover: Cover | None = None  # other blocks that hold the stored ones; None: the problem's own
     product: Product = FMA
-    gather: bool = False  # single columns, paired (or four together) in each row as they occur, X likewise when it is read
+    gather: bool = False  # single columns, put together as they occur in a block row, and X likewise when it is read
     matrix: MatrixTile | None = None  # instead of both tiles
 
     @property

@@ -36,7 +36,7 @@ def _covers(p: Pattern, product: Product) -> Iterator[Cover]:
     if not p.nnzb:
         return
     for rows in (16, 32):
-        if (p.R < rows and p.M > p.R) or (p.R > TALLEST and rows == 32):
+        if (rows > p.R and p.M > p.R) or (p.R > TALLEST and rows == 32):
             yield cover(p, (rows, p.C))
     if may_be_dense(p):
         step = 16 * product.group
@@ -49,8 +49,8 @@ def _tiles(problem: Problem, p: Pattern, product: Product) -> Iterator[MatrixTil
     row_bytes, shapes = p.C * product.part_bytes, ((2, 2),) if rows > 1 else ((4, 1), (2, 1))
     if p.C % (8 * product.group) == 0:
         if linear:
-            wide = (*shapes[:1], (4, 1), *(((1, 4),) if rows > 3 else ()))
-            yield from (MatrixTile("direct", *shape, copy_x=copy) for shape in dict.fromkeys(wide) for copy in (False, True))
+            for T, V in dict.fromkeys((shapes[0], (4, 1), *(((1, 4),) if rows > 3 else ()))):
+                yield from (MatrixTile("direct", T, V, copy_x=copy) for copy in (False, True))
         yield from (MatrixTile("panel", *shape) for shape in shapes)
     if linear and row_bytes in (16, 32):
         yield MatrixTile("joined", *shapes[0])
