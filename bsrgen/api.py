@@ -62,6 +62,7 @@ def compile(
     strict: bool = False,
     *,
     x_dtype: DTypeLike | None = None,
+    quantize_x: bool = False,
     shape: tuple[int, int] | None = None,
     tune_seconds: float | None = None,
     executor: Executor | None = None,
@@ -87,6 +88,8 @@ def compile(
         w = round(W / w_scale), ties to even, clipped, with w_scale[m] = max |W[m]| / 127 (1 for a row of zeros) or the
         calibrated w_scale= [M] given here.  Integer W is taken as it is, w_scale= or ones with it.  X of int8 stands
         for x_scale * x, Y of int8 for y_scale * y: both come with the call or here as one number (1), see Kernel.
+    quantize_x: with W of int8 and X of float32 or bfloat16, the kernel makes int8 of X, each token by its own largest
+        magnitude (x_scale[n] = max |X[n]| / 127), and sums in int32.  False multiplies X as it is.
     epilogue: steps applied to the (scaled) sums in this order, rows of bsrgen.epilogues; their operands come with the
         call, or here by name (bias=b): converted like W, to float32 for reduced types, they become defaults of the
         kernel and of its artifact.
@@ -116,7 +119,7 @@ def compile(
     as_operator(operator), as_epilogues(epilogue)
     targets = as_targets(target)
     weight = source_of(W, w, blocksize=blocksize, shape=shape)
-    problem = as_problem(operator, weight.pattern, w, x, y, epilogue, None if n is None else int(n))
+    problem = as_problem(operator, weight.pattern, w, x, y, epilogue, None if n is None else int(n), bool(quantize_x))
     bound, how = bind(problem, operands), "none"
     if w is INT8:
         how = "given" if "w_scale" in bound else "none" if weight.data.dtype == w.numpy else "max"

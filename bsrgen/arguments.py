@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsrgen import strides
-from bsrgen.dtypes import DTYPES, INT8, DType
+from bsrgen.dtypes import DTYPES, DType
 from bsrgen.epilogues import Operand, operand_dtype, operands_of
 from bsrgen.errors import ArgumentError, ArgumentTypeError
 from bsrgen.foreign import host, view
@@ -52,17 +52,18 @@ class Call:
         self.name = manifest.name
         self.rows, self.features = manifest.shape
         self.operator = OPERATORS[manifest.operator]
-        self.types = manifest.types
-        self.real = DTYPES[self.types[0].real]
-        self.x_dtype, self.out_dtype = (row.numpy for row in self.types[1:])
+        w, x, y = manifest.types
+        self.x_dtype, self.out_dtype = x.numpy, y.numpy
+        self.real, self.halves = DTYPES[w.real], w.real != w.name
         self.operands = operands_of(manifest.steps)
+        self.dtypes = {operand.name: operand_dtype(operand, w, y).numpy for operand in self.operands}
         self.reads_out = "accumulate" in manifest.epilogue
         self.threads = threads
 
     def prepare(self, x: Any, out: Any, threads: int | None, operands: Mapping[str, Any]) -> Prepared:
         """Check everything, copy what C cannot take as it lies.  Raises before any work starts."""
         self._known(operands)
-        x = self._array("x", x, self.types[1])
+        x = self._array("x", x, self.x_dtype)
         x2, batch = self._two_axes(x)
         n = x2.shape[self.operator.token_axis]
         shape = self.operator.shape(n, self.rows)
@@ -91,7 +92,7 @@ class Call:
                 takes = f"takes {', '.join(names)}" if names else "takes no operands"
                 raise ArgumentTypeError(f"{self.name}: unexpected operand {name!r}: its epilogue {takes}")
 
-    def _array(self, what: str, value: Any, dtype: DType, halves: bool = False) -> Array:
+    def _array(self, what: str, value: Any, want: np.dtype[Any], halves: bool = False) -> Array:
         """A numpy view of `value`, which has that dtype; `halves`: or a shorter floating one, and becomes a copy."""
         if not isinstance(value, np.ndarray):
             if not hasattr(value, "__dlpack__"):
@@ -102,11 +103,10 @@ class Call:
                 value = view(value)
             except Exception as e:  # whatever the other library raises
                 raise ArgumentTypeError(f"{self.name}: {what} cannot be read as a CPU array: {e}") from e
-        want = dtype.numpy
         if value.dtype != want:
             if halves and value.dtype.name in _HALVES:
                 return np.asarray(value).astype(want)
-            way = "quantise it: rint(x / x_scale) in [-127, 127]" if dtype is INT8 else (
+            way = "quantise it: rint(x / x_scale) in [-127, 127]" if want == np.int8 else (
                 f"convert it with .astype('{want}')"
             )  # fmt: skip
             raise ArgumentTypeError(
@@ -165,8 +165,7 @@ class Call:
         if operand.kind == "scalar" or value is None or (operand.kind == "token" and np.ndim(value) == 0):
             number = self._number(operand, operand.default if value is None else value)
             return (None, 0, number) if operand.kind == "scalar" else (np.array([number], self.real.numpy), 0, 0.0)
-        dtype = operand_dtype(operand, self.types[0], self.types[2])
-        array = self._array(operand.name, value, dtype, operand.kind != "element" and self.types[0] is not self.real)
+        array = self._array(operand.name, value, self.dtypes[operand.name], self.halves and operand.kind != "element")
         if operand.positive and not _is_scale(array):
             raise ArgumentError(f"{self.name}: {operand.name} holds values that are not positive and finite")
         fits = self._shapes(operand, shape, batch)

@@ -51,7 +51,7 @@ def dense_seconds(plan: Plan, n: int) -> float:
 def dense_flop_per_cycle(problem: Problem, target: Target, n: int) -> float:
     """What a dense library does in a cycle of one core for n tokens of these types."""
     dtype, lanes = problem.dtype, target.lanes(problem.real.bytes)
-    alike = dtype is problem.x_dtype
+    alike = dtype is problem.read_dtype
     if alike and dtype in TILED and target.has("amx-bf16" if dtype is BFLOAT16 else "amx-int8"):
         tokens, rates = TILED[dtype]
         return float(np.interp(np.log(n), np.log(tokens), rates))

@@ -15,7 +15,7 @@ from bsrgen.dtypes import DTYPES, INT8, DType
 from bsrgen.errors import ArgumentError, ArgumentTypeError
 
 Array = NDArray[Any]
-Kind = Literal["row", "token", "element", "scalar", "out"]
+Kind = Literal["row", "token", "element", "scalar", "out", "inside"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Operand:
     """An input of an epilogue: one value per output feature ("row"), per token or for all of them ("token"), per output
     ("element"), or one ("scalar").
 
-    "out" is the old content of `out`.  Scalars and values per token have a default, other arrays have not.
+    "out" is the old content of `out`, "inside" what the kernel makes for each token.  Scalars and values per token have a default, other arrays have not.
     """
 
     name: str
@@ -120,6 +120,9 @@ X_SCALE = Epilogue(
     (Operand("x_scale", "token", 1.0, positive=True),),
     gain=np.abs,
 )
+QUANTIZED_X = Epilogue(  # the kernel quantises X itself, and x_scale with it
+    "quantized_x", "v * x_scale", lambda v, x_scale: v * x_scale, (Operand("x_scale", "inside"),), gain=np.abs
+)
 QUANTIZE = Epilogue(  # the store rounds to the nearest integer in [-127, 127]
     "quantize",
     "v / y_scale",
@@ -131,7 +134,7 @@ QUANTIZE = Epilogue(  # the store rounds to the nearest integer in [-127, 127]
 EPILOGUES = {
     row.name: row for row in (BIAS, SCALE, RELU, GELU, GELU_TANH, SILU, SIGMOID, TANH, CLAMP, RESIDUAL, ACCUMULATE)
 }
-STEPS = EPILOGUES | {row.name: row for row in (W_SCALE, X_SCALE, QUANTIZE)}
+STEPS = EPILOGUES | {row.name: row for row in (W_SCALE, X_SCALE, QUANTIZED_X, QUANTIZE)}
 
 
 def as_epilogues(names: str | Sequence[str]) -> tuple[Epilogue, ...]:
@@ -153,9 +156,10 @@ def steps_of(names: Sequence[str]) -> tuple[Epilogue, ...]:
     )
 
 
-def composed(steps: Sequence[Epilogue], w: DType, x: DType, y: DType) -> tuple[Epilogue, ...]:
+def composed(steps: Sequence[Epilogue], w: DType, x: DType, y: DType, quantize_x: bool = False) -> tuple[Epilogue, ...]:
     """`steps` with those that int8 brings: its sums become real numbers before, and real numbers become int8 after."""
-    before = (*((W_SCALE,) if w is INT8 else ()), *((X_SCALE,) if x is INT8 else ()))
+    scale = (QUANTIZED_X,) if quantize_x else (X_SCALE,) if x is INT8 else ()
+    before = (*((W_SCALE,) if w is INT8 else ()), *scale)
     return (*before, *steps, *((QUANTIZE,) if y is INT8 else ()))
 
 
@@ -173,7 +177,7 @@ def _with_operands(name: str, operands: tuple[Operand, ...]) -> Epilogue:
 
 def operands_of(steps: Sequence[Epilogue]) -> tuple[Operand, ...]:
     """The operands that a call must or may give, in the order of the C signature."""
-    return tuple(operand for step in steps for operand in step.operands if operand.kind != "out")
+    return tuple(operand for step in steps for operand in step.operands if operand.kind not in ("out", "inside"))
 
 
 def operand_dtype(operand: Operand, w: DType, y: DType) -> DType:

@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from bsrgen.arguments import Call, COperand, default_threads
 from bsrgen.artifact import Artifact, read_artifact, save_artifact
-from bsrgen.errors import ArgumentError, ArtifactError, IncompatibleCPUError, OutOfMemoryError, PatternMismatchError
+from bsrgen.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ArtifactCorruptError,
+    ArtifactError,
+    IncompatibleCPUError,
+    OutOfMemoryError,
+    PatternMismatchError,
+)
 from bsrgen.manifest import OPERANDS_FILE, CostRecord, LevelRecord
 from bsrgen.operators import OPERATORS
 from bsrgen.pattern import Pattern, Weight
@@ -68,7 +76,10 @@ class Kernel:
         self._level = 0
         self._foreign: IncompatibleCPUError | None = None
         self._tramp = trampoline()
-        self._values = self._with(artifact.arrays(OPERANDS_FILE) if m.bound else {}, m.weight_scale, None)
+        try:
+            self._values = self._with(artifact.arrays(OPERANDS_FILE) if m.bound else {}, m.weight_scale, None)
+        except (ArgumentError, ArgumentTypeError) as e:
+            raise ArtifactCorruptError(f"{artifact}: {OPERANDS_FILE} is not of this kernel: {e}") from e
         self._threads = self._call.threads
         self._token_axis = OPERATORS[m.operator].token_axis
         self._rows, self._features = m.shape
@@ -257,7 +268,7 @@ class Kernel:
         room = np.empty(count + 64, np.uint8)
         start = -room.ctypes.data % 64
         packed = room[start : start + count]
-        self._packed(ffi.cast("void *", data.ctypes.data), ffi.from_buffer(packed), level)
+        self._packed(ffi.from_buffer(data.view(np.uint8)), ffi.from_buffer(packed), level)
         return packed
 
     def _packed(self, data: Any, packed: Any, level: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from bsrgen.dtypes import DType, as_types
-from bsrgen.epilogues import EPILOGUES, Epilogue, as_epilogues, composed, operands_of, steps_of
+from bsrgen.epilogues import EPILOGUES, QUANTIZED_X, Epilogue, as_epilogues, composed, operands_of, steps_of
 from bsrgen.errors import ArtifactError
 from bsrgen.integrity import MANIFEST
 from bsrgen.operators import NAME, kernel_name
@@ -148,7 +148,10 @@ class Manifest(_Record, frozen=True):
         names += [PATTERN_FILE, *([OPERANDS_FILE] if self.bound else [])]
         if not self.levels or not set(names) <= set(self.files):
             raise ValueError("a level or a file it needs is not listed")
-        own = composed(as_epilogues([name for name in self.epilogue if name in EPILOGUES]), *self.types)
+        user, quantizes = [name for name in self.epilogue if name in EPILOGUES], QUANTIZED_X.name in self.epilogue
+        if quantizes and (self.dtype != "int8" or self.x_dtype == "int8"):
+            raise ValueError("only X of floating numbers is quantised, for W of int8")
+        own = composed(as_epilogues(user), *self.types, quantizes)
         if tuple(step.name for step in own) != self.epilogue:
             raise ValueError(f"epilogue {self.epilogue!r:.80} is not one of {self.dtype} kernels")
         if self.operands != operand_records(own):

@@ -133,10 +133,9 @@ class Pattern:
         """The same blocks, `columns` neighbouring columns taken as one; C is a multiple of them."""
         words = object.__new__(Pattern)  # nothing to check again
         shape, blocksize = (self.M, -(-self.K // columns)), (self.R, self.C // columns)
-        for name, value in (
-            ("shape", shape), ("blocksize", blocksize), ("indptr", self.indptr), ("indices", self.indices), ("_digest", ""),
-        ):  # fmt: skip
-            object.__setattr__(words, name, value)
+        put = object.__setattr__
+        put(words, "shape", shape), put(words, "blocksize", blocksize), put(words, "_digest", "")
+        put(words, "indptr", self.indptr), put(words, "indices", self.indices)
         return words
 
     def difference(self, other: "Pattern") -> str | None:

@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from bsrgen import epilogues
 from bsrgen.dtypes import ACCUMULATORS, BFLOAT16, DTYPES, INT8, INT32, DType, as_types, bound_factor
-from bsrgen.epilogues import Epilogue, Operand, as_epilogues, composed
+from bsrgen.epilogues import QUANTIZED_X, Epilogue, Operand, as_epilogues, composed
 from bsrgen.errors import UnsupportedError
 from bsrgen.operators import Operator, as_operator, kernel_name
 from bsrgen.pattern import Pattern, Weight
@@ -57,9 +57,19 @@ class Problem:
         return kernel_name(self.operator.name, *types, p.shape, p.blocksize, p.digest, steps)
 
     @property
+    def quantizes_x(self) -> bool:
+        """Whether the kernel makes int8 of X itself, each token by its own largest magnitude."""
+        return QUANTIZED_X in self.epilogue
+
+    @property
+    def read_dtype(self) -> DType:
+        """The type of X where it is multiplied: the caller's, unless the kernel quantises it."""
+        return INT8 if self.quantizes_x else self.x_dtype
+
+    @property
     def accumulator(self) -> DType:
         """The type that sums are kept in: of int8 W with float X, X's."""
-        return ACCUMULATORS[(self.x_dtype if self.dtype is INT8 else self.dtype).accumulator]
+        return ACCUMULATORS[(self.read_dtype if self.dtype is INT8 else self.dtype).accumulator]
 
     @property
     def real(self) -> DType:
@@ -103,12 +113,14 @@ class Problem:
         plus the roundings of the step itself and of Y.  Sums of int8 are exact.  Y of int8 is saturated, not rounded.
         """
         u = self.real.unit_roundoff
+        x, scale = _quantized(x, self.operator.token_axis) if self.quantizes_x else (x, None)
         y, bound = self._sums(weight, np.asarray(x, np.float64))
+        given = {**(given or {}), **({} if scale is None else {QUANTIZED_X.operands[0].name: scale})}
         for step in self.epilogue:
             values = [
                 np.asarray(0.0 if out is None else out, np.float64)
                 if operand.kind == "out"
-                else self._operand(operand, (given or {}).get(operand.name, operand.default))
+                else self._operand(operand, given.get(operand.name, operand.default))
                 for operand in step.operands
             ]
             before, y = y, step.numpy(y, *values)
@@ -152,7 +164,7 @@ class Problem:
 
     def _operand(self, operand: Operand, value: Any) -> Array:
         v: Array = np.asarray(value, np.float64)
-        if operand.kind == "token" and v.ndim:
+        if operand.kind in ("token", "inside") and v.ndim:
             return v.reshape((-1, 1) if self.operator.token_axis == 0 else (1, -1))
         return self._per_row(v) if operand.kind == "row" else v
 
@@ -165,10 +177,16 @@ def as_problem(
     out_dtype: DTypeLike | DType | None = None,
     epilogue: str | Sequence[str] = (),
     n: int | None = None,
+    quantize_x: bool = False,
 ) -> Problem:
     """What `bsrgen.compile` is asked for with these arguments.  ArgumentError, ArgumentTypeError, UnsupportedError."""
     w, x, y = as_types(dtype, x_dtype, out_dtype)
-    steps = composed(as_epilogues(epilogue), w, x, y)
+    if quantize_x and not (w is INT8 and x is not INT8):
+        raise UnsupportedError(
+            f"quantize_x with W of {w.name} and X of {x.name}: it makes int8 of X of float32 or bfloat16 for W of int8; "
+            "say dtype='int8' and x_dtype="
+        )
+    steps = composed(as_epilogues(epilogue), w, x, y, quantize_x)
     problem = Problem(as_operator(operator), pattern, w, steps, n, x, y)
     if y is INT8 and any(operand.kind == "out" for step in steps for operand in step.operands):
         raise UnsupportedError(
@@ -180,6 +198,17 @@ def as_problem(
             f"{problem}: a row of {most} stored entries may overflow int32 sums; use x_dtype='float32', or split W"
         )
     return problem
+
+
+def _quantized(x: Array, token_axis: int) -> tuple[Array, Array]:
+    """(X as int8 in float32, x_scale[n]) in the very operations of the kernel (templates/c/quantize.c.j2)."""
+    x = np.asarray(x, np.float32)
+    with np.errstate(all="ignore"):
+        top = np.fmax.reduce(np.abs(x), axis=1 - token_axis, initial=0)
+        inverse, scale = np.float32(127) / top, top / np.float32(127)
+        scaled = np.nan_to_num(np.rint(x * np.expand_dims(inverse, 1 - token_axis)), nan=0.0)
+    scale[np.isnan(x).any(axis=1 - token_axis)] = np.nan
+    return np.clip(scaled, -127, 127), scale
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: DType) -> Any:

@@ -95,7 +95,7 @@ INLINE vec get_f16(const f16_t *p, int count) { return widen_f16(load_halves(p, 
 INLINE void put_f16(f16_t *p, vec v, int count)
 {
 #if defined __F16C__ && defined __AVX512F__ && LANES == 16
-    const halves h = (halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+    const halves h = (halves)_mm512_maskz_cvtps_ph((__mmask16)0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined __F16C__ && LANES == 8
     const halves h = (halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else

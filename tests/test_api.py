@@ -20,7 +20,7 @@ from bsrgen.dtypes import DTYPES
 from bsrgen.epilogues import as_epilogues
 from bsrgen.operators import OPERATORS
 from bsrgen.pattern import Pattern, Weight, as_weight, random_weight
-from bsrgen.problem import Problem
+from bsrgen.problem import Problem, as_problem
 from bsrgen.store import Store
 from bsrgen.targets import TARGETS, native
 
@@ -155,8 +155,10 @@ def test_hints_and_defaults():
 ARGUMENTS = {
     "operator": ["nonsense", "", None, 5, ["linear"], b"linear"],
     "blocksize": [(0, 1), (-1, 4), (4,), (4, 4, 4), "44", 4, (1.5, 2), (2**40, 1)],
-    "dtype": ["float16", "int8", "nonsense", complex, [("a", "f4")], 7, "U3"],
-    "out_dtype": ["float64", "float16", "nonsense"],
+    "dtype": ["int16", "uint8", "nonsense", complex, [("a", "f4")], 7, "U3"],
+    "x_dtype": ["float64", "bfloat16", "int8", "int32", "nonsense"],
+    "out_dtype": ["float64", "float16", "int8", "nonsense"],
+    "w_scale": [np.ones(36)],
     "epilogue": ["nonsense", "", ("bias", "nonsense"), ("bias", None), 5, [["bias"]], b"bias", None],
     "mode": ["dynamic", "pit", "nonsense", None, 3, ["static"]],
     "backend": ["cuda", "mlir", "nonsense", None, 3, ["c"]],
@@ -179,6 +181,39 @@ def test_wrong_arguments_get_a_typed_error_before_anything_is_built(name, value)
         bsrgen.compile(weight.todense() if name == "shape" else weight, **{"blocksize": (4, 3), name: value})
     assert isinstance(caught.value, (ValueError, TypeError))
     assert len(str(caught.value)) > 10
+
+
+INT8_ARGUMENTS = {
+    "zero w_scale": {"w_scale": np.zeros(36)}, "negative w_scale": {"w_scale": -np.ones(36)},
+    "NaN in w_scale": {"w_scale": np.full(36, np.nan)}, "short w_scale": {"w_scale": np.ones(35)},
+    "one w_scale": {"w_scale": 0.5}, "text": {"w_scale": ["a"] * 36}, "huge w_scale": {"w_scale": np.full(36, 1e60)},
+    "x_scale per token": {"x_scale": np.ones(7)}, "zero x_scale": {"x_scale": 0.0}, "y_scale": {"y_scale": 1.0},
+    "x_scale of float X": {"x_dtype": "float32", "x_scale": 1.0}, "x": {"x_dtype": "float16"},
+    "zero y_scale": {"out_dtype": "int8", "y_scale": 0}, "infinite y_scale": {"out_dtype": "int8", "y_scale": np.inf},
+    "accumulate": {"out_dtype": "int8", "epilogue": "accumulate"}, "out": {"out_dtype": "float16"},
+    "a step of its own": {"epilogue": "w_scale"},
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_build")
+@pytest.mark.parametrize("more", INT8_ARGUMENTS.values(), ids=INT8_ARGUMENTS)
+def test_wrong_arguments_of_int8_too(more):
+    with pytest.raises(bsrgen.BsrgenError) as caught:
+        bsrgen.compile(W, dtype="int8", **more)
+    assert isinstance(caught.value, (ValueError, TypeError))
+
+
+@pytest.mark.usefixtures("no_build")
+@pytest.mark.parametrize(
+    ("weight", "dtype"),
+    [
+        (np.full((4, 3), np.nan), "int8"), (np.full((4, 3), -128, np.int8), "int8"), (np.full((4, 3), 200), "int8"),
+        (np.full((4, 3), 1e50), "int8"), (np.full((4, 3), 7e4), "float16"), (np.full((4, 3), 1e39), "bfloat16"),
+    ],
+)  # fmt: skip
+def test_weights_that_a_type_cannot_hold(weight, dtype):
+    with pytest.raises(bsrgen.PatternError):
+        bsrgen.compile(weight, blocksize=(4, 3), dtype=dtype)
 
 
 @pytest.mark.usefixtures("no_build")
@@ -283,7 +318,7 @@ REQUEST = {
     "tune": "model",
     "strict": False,
     "compiler": COMPILER,
-    "bound": {"bias": np.ones(36, np.float32)},
+    "bound": api.Bound({"bias": np.ones(36, np.float32)}, "none"),
 }
 
 
@@ -308,7 +343,10 @@ def one_value() -> Weight:
 
 MUTATIONS = {
     "operator": {"problem": replace(PROBLEM, operator=OPERATORS["spmm"])},
-    "dtype": {"problem": replace(PROBLEM, dtype=DTYPES["float64"])},
+    "dtype": {"problem": as_problem("linear", W.pattern, "float64", None, None, "bias", 64)},
+    "dtype of W alone": {"problem": replace(PROBLEM, dtype=DTYPES["bfloat16"])},
+    "dtype of W and Y": {"problem": replace(PROBLEM, dtype=DTYPES["bfloat16"], out_dtype=DTYPES["bfloat16"])},
+    "source of the scales": {"bound": api.Bound(REQUEST["bound"].arrays, "given")},
     "epilogue": {"problem": replace(PROBLEM, epilogue=as_epilogues(("bias", "relu")))},
     "order of the epilogue": {"problem": replace(PROBLEM, epilogue=as_epilogues(("relu", "bias")))},
     "n": {"problem": replace(PROBLEM, n=65)},
@@ -328,9 +366,9 @@ MUTATIONS = {
     "strict": {"strict": True},
     "version of the compiler": {"compiler": replace(COMPILER, version="cc 1.2.4")},
     "machine of the compiler": {"compiler": replace(COMPILER, machine="x86_64-linux-musl")},
-    "bound values": {"bound": {"bias": np.zeros(36, np.float32)}},
-    "bound names": {"bound": {"bias2": np.ones(36, np.float32)}},
-    "nothing bound": {"bound": {}},
+    "bound values": {"bound": api.Bound({"bias": np.zeros(36, np.float32)}, "none")},
+    "bound names": {"bound": api.Bound({"bias2": np.ones(36, np.float32)}, "none")},
+    "nothing bound": {"bound": api.Bound({}, "none")},
 }
 
 
@@ -359,7 +397,7 @@ def test_the_key_changes_with_the_generator(where, name, value, monkeypatch):
 def test_the_key_does_not_change_with_what_cannot_matter(tmp_path):
     assert key_of(compiler=replace(COMPILER, path="/opt/bin/cc")) == key_of()
     assert key_of(weight=Weight(W.pattern, W.data.copy())) == key_of()
-    assert key_of(bound={"bias": np.ones(72, np.float32)[::2]}) == key_of()
+    assert key_of(bound=api.Bound({"bias": np.ones(72, np.float32)[::2]}, "none")) == key_of()
     assert len({key_of(**change) for change in MUTATIONS.values()}) == len(MUTATIONS)
 
 
@@ -394,7 +432,8 @@ w = random_weight(11, (36, 30), (4, 3), 0.5)
 problem = Problem(OPERATORS["linear"], w.pattern, DTYPES["float32"], as_epilogues(("bias", "gelu", "clamp")), 64)
 targets = as_targets(("x86-64", "x86-64-v3", "x86-64-v4"))
 compiler = build.Compiler("cc", "1", "x86_64")
-key = api._key(problem, w, targets, "model", False, compiler, {"hi": np.float64(1), "lo": np.float64(0)})
+bound = api.Bound({"hi": np.float64(1), "lo": np.float64(0)}, "none")
+key = api._key(problem, w, targets, "model", False, compiler, bound)
 plans = [[str(p) for p in BACKENDS["c"].candidates(problem, t)] for t in targets]
 chosen = tuple(choose(BACKENDS["c"], problem, w, t, as_tuning("model"), compiler, None, None).plan for t in targets)
 files = {name: hashlib.sha256(data).hexdigest() for name, data in BACKENDS["c"].emit(chosen, w).files.items()}
@@ -590,7 +629,8 @@ import sys
 import numpy
 before = set(sys.modules)
 import bsrgen
-print(*(name for name in ("scipy", "jinja2", "cffi", "click", "rich", "torch", "archspec") if name in sys.modules))
+print(*(name for name in ("scipy", "ml_dtypes", "jinja2", "cffi", "click", "rich", "torch", "archspec")
+        if name in sys.modules))
 print(len(set(sys.modules) - before))
 print(sorted(bsrgen.__all__) == sorted(n for n in bsrgen.__all__ if hasattr(bsrgen, n)))
 """
@@ -601,6 +641,20 @@ def test_import_is_light():
     assert heavy == ""
     assert int(count) < 20
     assert complete == "True"
+
+
+LOADS = """
+import sys
+import numpy as np
+import bsrgen
+kernel = bsrgen.load(sys.argv[1])
+kernel(np.ones((7, 30), np.float32))
+print(*(name for name in ("scipy", "ml_dtypes", "jinja2", "click", "rich", "torch", "archspec") if name in sys.modules))
+"""
+
+
+def test_loading_and_calling_float32_is_light(tmp_path):
+    assert run_python(LOADS, str(bsrgen.compile(W).save(tmp_path / "f32"))).strip() == ""
 
 
 def test_names_that_are_not_there():

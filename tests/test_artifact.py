@@ -342,9 +342,9 @@ def test_pack_from_c_is_pack_of_the_plan(
     data = rng.standard_normal(case.weight.data.shape).astype(case.dtype)
     for level, plan in enumerate(case.plans):
         expected = plan.packing.pack(data)
-        assert pack(None, None, level) == expected.size
+        assert pack(None, None, level) == expected.nbytes
         packed = np.full(expected.size + 16, 7, case.dtype)  # what lies behind must stay
-        assert pack(data.ctypes.data, packed.ctypes.data, level) == expected.size
+        assert pack(data.ctypes.data, packed.ctypes.data, level) == expected.nbytes
         np.testing.assert_array_equal(packed[: expected.size], expected)
         assert (packed[expected.size :] == 7).all()
     assert pack(None, None, len(case.plans)) == -1

@@ -108,6 +108,38 @@ def test_compile_takes_the_matrix_by_key_and_blocks_by_option(tmp_path: Path) ->
     assert "key" in refused("compile", tmp_path / "two.npz", "--blocksize", "2x4", code=2)
 
 
+@pytest.mark.parametrize(
+    ("options", "types"),
+    [
+        (["--dtype", "bfloat16"], ("bfloat16", "bfloat16", "bfloat16")),
+        (["--dtype", "bfloat16", "--x-dtype", "float32"], ("bfloat16", "float32", "float32")),
+        (["--dtype", "int8", "--out-dtype", "int8"], ("int8", "int8", "int8")),
+    ],
+)
+def test_reduced_types(options: list[str], types: tuple[str, str, str], weight_file: Path, tmp_path: Path) -> None:
+    document = run_json("compile", weight_file, "-o", tmp_path / "out", *options)
+    assert tuple(document["manifest"][name] for name in ("dtype", "x_dtype", "out_dtype")) == types
+    assert run_json("verify", tmp_path / "out")["ok"]
+    assert types[0] in run("inspect", tmp_path / "out").stdout
+    assert types[0] in run("inspect", weight_file, *options).stdout
+
+
+def test_a_file_of_int8_is_not_quantised_again(weight_file: Path, tmp_path: Path) -> None:
+    W = random_weight(3, (40, 36), (4, 3), 0.3, dtype="int8").todense()
+    for name, array, how in (("i.npy", W, "none"), ("f.npy", W.astype(np.float32), "max")):
+        np.save(tmp_path / name, array)
+        document = run_json("compile", tmp_path / name, "--dtype", "int8", "--blocksize", "4x3")
+        assert document["manifest"]["weight_scale"] == how
+
+
+def test_types_that_do_not_go_together(weight_file: Path) -> None:
+    for verb in ("compile", "inspect", "tune"):
+        assert "kernels read" in refused(verb, weight_file, "--dtype", "int8", "--x-dtype", "float64", code=2)
+        assert "kernels write" in refused(verb, weight_file, "--out-dtype", "int8", code=2)
+        assert "one of float32" in refused(verb, weight_file, "--x-dtype", "int3", code=2)
+    assert "float32 and float64" in refused("bench", weight_file, "--dtype", "bfloat16", code=2)
+
+
 # ── inspect ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

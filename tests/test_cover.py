@@ -250,7 +250,7 @@ def test_verify_sees_a_filled_zero_that_is_none(tmp_path):
 
 
 def c_pack(kernel: Kernel):
-    """The library's own packing: (data or None, level) -> packed values, or their number."""
+    """The library's own packing: (data or None, level) -> packed values, or the bytes of them."""
     function = ctypes.CDLL(str(kernel.artifact.library))[f"{kernel.name}_pack"]
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int], ctypes.c_int64
 
@@ -258,10 +258,10 @@ def c_pack(kernel: Kernel):
         count = function(None, None, level)
         if data is None:
             return count
-        packed = np.full(count + 16, 7, data.dtype)  # what lies behind must stay
+        packed = np.full(count + 64, 7, np.uint8)  # what lies behind must stay
         assert function(data.ctypes.data, packed.ctypes.data, level) == count
         assert (packed[count:] == 7).all()
-        return packed[:count]
+        return packed[:count].view(data.dtype)
 
     return pack
 

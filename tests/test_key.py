@@ -12,6 +12,7 @@ from support import run_python
 import bsrgen
 from bsrgen import api, build
 from bsrgen.pattern import Weight, random_weight
+from bsrgen.quantize import quantized
 from bsrgen.targets import native
 
 
@@ -39,7 +40,13 @@ OTHER_REQUESTS: dict[str, dict[str, Any]] = {
     "operator": {"operator": "spmm"}, "dtype": {"dtype": "float64"}, "epilogue": {"epilogue": ("bias", "relu")},
     "bound operand": {"bias": np.ones(8, np.float32)}, "its values": {"bias": np.zeros(8, np.float32)},
     "target": {"target": "x86-64"}, "targets": {"target": ("x86-64", "x86-64-v3")}, "n": {"n": 1},
-    "tune": {"tune": "off"}, "strict": {"strict": True},
+    "tune": {"tune": "off"}, "strict": {"strict": True}, "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"}, "Y of bfloat16": {"dtype": "bfloat16", "out_dtype": "float32"},
+    "X of float32": {"dtype": "bfloat16", "x_dtype": "float32"}, "int8": {"dtype": "int8"},
+    "both": {"dtype": "bfloat16", "x_dtype": "float32", "out_dtype": "bfloat16"},
+    "Y of int8": {"dtype": "int8", "out_dtype": "int8"}, "weight-only": {"dtype": "int8", "x_dtype": "float32"},
+    "x_scale": {"dtype": "int8", "x_scale": 0.5}, "w_scale": {"dtype": "int8", "w_scale": np.ones(8)},
+    "max w_scale": {"dtype": "int8", "w_scale": quantized(WEIGHT)[1]},
 }  # fmt: skip
 if native().family != "x86_64":
     OTHER_REQUESTS = {name: options for name, options in OTHER_REQUESTS.items() if not name.startswith("target")}

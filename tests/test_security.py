@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import REPOSITORY, problem_of, run_python
+from support import DTYPE_NAMES, REDUCED, REPOSITORY, problem_of, run_python
 
 import bsrgen
 from bsrgen import build
 from bsrgen.backends.c import candidates, emit
+from bsrgen.dtypes import DTYPES
 from bsrgen.epilogues import EPILOGUES
 from bsrgen.errors import BsrgenError, BuildError, CompilerNotFoundError
 from bsrgen.pattern import Pattern, Weight, random_weight
@@ -105,17 +106,17 @@ BLOCK = st.integers(1, 64)
     R=BLOCK,
     C=BLOCK,
     operator=st.sampled_from(["linear", "spmm"]),
-    dtype=st.sampled_from(["float32", "float64"]),
+    types=st.sampled_from([*((name, name, name) for name in DTYPE_NAMES), *REDUCED]),
 )
-def test_kernel_names_are_c_names(M: int, K: int, R: int, C: int, operator: str, dtype: str) -> None:
+def test_kernel_names_are_c_names(M: int, K: int, R: int, C: int, operator: str, types: tuple[str, str, str]) -> None:
     pattern = Pattern((M % 997, K), (R, C), np.zeros(-(-(M % 997) // R) + 1, np.int64), np.zeros(0, np.int32))
-    weight = Weight(pattern, np.zeros((0, R, C), dtype))
-    assert NAME.match(problem_of(weight, operator, tuple(EPILOGUES)).name)
+    weight, steps = Weight(pattern, np.zeros((0, R, C))), [name for name in EPILOGUES if name != "accumulate"]
+    assert NAME.match(problem_of(weight, operator, steps, *types).name)
 
 
 def _numpy_knows(word: str) -> bool:
     try:
-        return np.dtype(word).name in ("float32", "float64")
+        return np.dtype(word).name in DTYPES
     except Exception:  # of many kinds: numpy parses strings
         return False
 

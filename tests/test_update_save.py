@@ -11,6 +11,7 @@ from scipy import sparse
 from support import OPERATOR_NAMES, run_python
 
 import bsrgen
+from bsrgen.artifact import write_manifest
 from bsrgen.pattern import Pattern, Weight, as_weight, random_weight
 from bsrgen.targets import TARGETS, native
 
@@ -501,3 +502,35 @@ k = bsrgen.compile(w, target="native"); k.update(Weight(w.pattern, 2 * w.data));
     np.testing.assert_array_equal(loaded(x), bsrgen.compile(Weight(w.pattern, 2 * w.data))(x))
     loaded.update(w)
     np.testing.assert_array_equal(loaded(x), bsrgen.compile(w)(x))
+
+
+# ── operands that are bound ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_bound_operands_are_read_once_and_take_the_fast_path(rng):
+    weight, bias = weight_of(), rng.standard_normal(37).astype(np.float32)
+    kernel = bsrgen.compile(weight, epilogue=("bias", "clamp"), bias=bias, hi=0.5)
+    x = x_for(kernel)
+    y = kernel(x)
+    assert kernel._plain
+    np.testing.assert_array_equal(y, kernel(x, threads=1))
+    np.testing.assert_array_equal(y, bsrgen.compile(weight, epilogue=("bias", "clamp"))(x, bias=bias, hi=0.5))
+    assert (kernel(x, hi=0.25) <= 0.25).all()
+    np.testing.assert_array_equal(kernel(x), y)
+    kernel.update(with_values(weight, 1))
+    fresh = bsrgen.compile(with_values(weight, 1), epilogue=("bias", "clamp"), bias=bias, hi=0.5)
+    np.testing.assert_array_equal(kernel(x), fresh(x))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"bias": np.ones(36, np.float32)}, {"bias": np.ones(37)}, {"bias": np.ones(37, np.float32), "scale": np.ones(37)}],
+)
+def test_bound_operands_that_are_not_the_kernels(wrong, tmp_path):
+    """A folder that is consistent in itself: refused when it is loaded, not when C reads them."""
+    kernel = bsrgen.compile(weight_of(), epilogue="bias", bias=np.ones(37))
+    folder = kernel.save(tmp_path / "k")
+    np.savez(folder / "operands.npz", **wrong)
+    write_manifest(folder, kernel.artifact.manifest)
+    with pytest.raises(bsrgen.ArtifactCorruptError, match=r"operands\.npz is not of this kernel"):
+        bsrgen.load(folder)

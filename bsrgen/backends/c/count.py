@@ -11,7 +11,6 @@ import numpy as np
 
 from bsrgen.pattern import Pattern
 from bsrgen.plan import Counts
-from bsrgen.targets import Target
 
 if TYPE_CHECKING:
     from bsrgen.backends.c.plan import CPlan
@@ -81,7 +80,8 @@ def counts(plan: "CPlan", n: int, fitted: Fitted = FITTED) -> Counts:
         vector_loads=round(work.loads),
         l1_bytes=round(work.loads * target.vector_bytes),
         l2_bytes=round(w_bytes + x_beyond),
-        memory_bytes=value_bytes + table_bytes + 
+        memory_bytes=value_bytes
+        + table_bytes
         + (problem.pattern.K * problem.x_dtype.bytes + p.M * problem.out_dtype.bytes) * n,
         registers=plan.registers,
         code_bytes=_code_bytes(plan),
@@ -151,8 +151,7 @@ def _token_work(plan: "CPlan", n: int, segments: int, blocks: float, f: Fitted) 
     if plan.panels > 1:
         control += (sums + p.M * vectors) * f.spill
     packs = 1 if plan.packs_whole else -(-p.block_rows // plan.waiting_block_rows)
-    packed = 0 if not t.pack and n % plan.lanes == 0 else p.K * vectors * packs
-    packed /= together  # a vector of features holds more tokens
+    packed = 0.0 if not t.pack and n % plan.lanes == 0 else p.K * vectors * packs / together
     gathers = steps * (v * GATHER_OPS.get(together, 0) + rows * 2 * (plan.w_bytes < plan.unit_bytes))
     control += packed * (f.pack_transposed if linear else f.pack)
     direct = not linear and plan.panels == 1
@@ -161,7 +160,8 @@ def _token_work(plan: "CPlan", n: int, segments: int, blocks: float, f: Fitted) 
         fma=steps * rows * v,
         other=gathers,
         loads=steps * (v + rows) + (0 if code else offsets),
-        latency=steps * plan.product.latency(plan.target)
+        latency=steps
+        * plan.product.latency(plan.target)
         / (min(chains, 8 // plan.packing.offset_bytes) if p.C == 1 and not plan.gather else chains),
         x_bytes=steps * v * plan.target.vector_bytes,
         x_live_bytes=min(plan.k_panel, p.K) * v * plan.lanes * plan.cell_bytes,
@@ -193,7 +193,7 @@ def _weight_work(plan: "CPlan", n: int, segments: int, stored: float, f: Fitted)
     chunk = min(w.chunk, units)
     return _Work(
         fma=steps * t * vectors,
-        other=steps * t * plan.product.group * 2.0 if plan.gather else steps * vectors * (plan.w_bytes < plan.unit_bytes),
+        other=steps * (t * plan.product.group * 2 if plan.gather else vectors * (plan.w_bytes < plan.unit_bytes)),
         loads=steps * (t + vectors) + blocks * _unit_offset_bytes(plan) / 8,
         latency=steps * plan.product.latency(plan.target) / _chains(t * vectors),
         x_bytes=p.block_rows * row_tiles * n * p.K * cell * touched,

@@ -76,7 +76,7 @@ class Layout(Plan):
     @property
     def same_x(self) -> bool:
         """Whether cells of X lie in the caller's X as the kernel reads them."""
-        x, product = self.problem.x_dtype, self.product
+        x, product = self.problem.read_dtype, self.product
         if product is FMA:
             return x.name == self.problem.accumulator.name
         return not self.gather and not product.corrections and x.bytes == product.part_bytes

@@ -91,6 +91,11 @@ class Packing:
         """First packed block of each segment, and the end."""
         return np.concatenate(([0], np.cumsum(self.counts))).astype(np.uint32)
 
+    @property
+    def _segment_of_block(self) -> Array:
+        """Number of the segment of each packed block."""
+        return np.repeat(np.arange(self.segments.size), self.counts)
+
     @cached_property
     def segment_rows(self) -> Array:
         """Block row of each segment."""
@@ -142,7 +147,7 @@ class Packing:
 
     def _row_sums(self, units: Array, numbers: int) -> bytes:
         """-128 times the sum of each row of W."""
-        rows = self.segment_rows.astype(np.int64).repeat(np.diff(self.pointers.astype(np.int64)))
+        rows = self.segment_rows.astype(np.int64)[self._segment_of_block]
         sums = np.zeros((self.blocks.block_rows, self.blocks.R), np.int32)
         np.add.at(sums, rows, units.sum(axis=(2, 3), dtype=np.int32) * -128)
         return np.pad(sums.reshape(-1), (0, numbers - sums.size)).tobytes()
@@ -181,10 +186,10 @@ class GatheredPacking(Packing):
     def offsets(self) -> Array:
         """Feature of each element of each unit, relative to its panel; where there is none, that of zeros, K."""
         real = self.order != OUTSIDE
-        panel = (self.segments // max(self.blocks.block_rows, 1)).repeat(np.diff(self.pointers.astype(np.int64)))
+        panel = (self.segments // max(self.blocks.block_rows, 1))[self._segment_of_block]
         start = panel.repeat(self.product.group) * self.k_panel
         feature = np.where(real, self.blocks.indices[np.where(real, self.order, 0)] if real.any() else 0, self.blocks.K)
-        return (feature - start).astype(f"u{self.offset_bytes}")
+        return np.asarray(feature - start, f"u{self.offset_bytes}")
 
     def _units(self, data: Array) -> Array:
         padded = np.concatenate((data, np.zeros((1, *data.shape[1:]), data.dtype)))

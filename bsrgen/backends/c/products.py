@@ -63,7 +63,7 @@ def matrix_product(problem: Problem, target: Target) -> Product | None:
 def _working(problem: Problem, target: Target) -> list[Product]:
     found = [FMA]
     for row in PRODUCTS[1:]:
-        alike = problem.dtype is problem.x_dtype is row.dtype
+        alike = problem.dtype is problem.read_dtype is row.dtype
         if alike and target.family == "x86_64" and (not row.features or any(map(target.has, row.features))):
             found.append(row)
     return found

@@ -179,7 +179,7 @@ def _packing(plan: CPlan, tables: str) -> dict[str, Any]:
     p, unit = plan.pattern, plan.product
     return {
         "R": p.R, "C": p.C, "k_lanes": plan.k_lanes, "tables": tables, "segments": len(plan.packing.pointers) - 1,
-        "groups": () if plan.matrix else plan.groups, "ordered": plan.panels > 1, "panels": plan.panels > 1,
+        "groups": () if plan.matrix else plan.groups, "panels": plan.panels > 1,
         "gather": plan.gather, "group": unit.group, "part": unit.part or plan.problem.dtype.c,
         "corrections": plan.corrections, "bytes": plan.value_bytes,
         "matrix": packing_view(plan.matrix_packing, f"{tables}_firsts") if plan.matrix else None,
@@ -207,11 +207,41 @@ def _packed_type(plan: CPlan) -> str:
     return "uint32_t" if plan.product.group > 1 else plan.problem.dtype.c
 
 
-def _kinds(problem: Problem) -> dict[str, str]:
-    """What lies in memory, by the short names of runtime/bsrgen_types.h."""
-    x, y, real = problem.x_dtype, problem.out_dtype, problem.real
+def _quantized_units(part: _Part) -> int:
+    """Units of tokens whose X is made int8 together, in a quarter of L2; 0 where it is taken as it is."""
+    plan = part.plan
+    if not plan.problem.quantizes_x:
+        return 0
+    tokens = part.tokens.vectors * plan.lanes if part.tokens else part.weight.tokens if part.weight else 0
+    tokens, chunk = tokens or plan.matrix_packing.tokens, part.weight.chunk if part.weight else 1
+    chunk = plan.matrix.chunk if plan.matrix else chunk
+    return max(plan.target.l2_bytes // 4 // max(plan.problem.pattern.K * tokens, 1), chunk, 1)
+
+
+def _steps(problem: Problem) -> list[dict[str, Any]]:
+    """The epilogue, each operand with its place in the call; the old Y has none."""
+    index = iter(range(len(problem.operands)))
+    return [
+        {"name": step.name, "c": step.c, "operands": [
+            {"kind": "token" if o.kind == "inside" else o.kind, "symbol": o.symbol or o.name,
+             "index": -1 if o.kind == "out" else len(problem.operands) if o.kind == "inside" else next(index)}
+            for o in step.operands]}
+        for step in problem.epilogue
+    ]  # fmt: skip
+
+
+def _arithmetic(plan: CPlan) -> dict[str, Any]:
+    """What lies in memory, by the short names of runtime/bsrgen_types.h, and how it is multiplied."""
+    problem, product = plan.problem, plan.product
+    x, y, real = problem.read_dtype, problem.out_dtype, problem.real
     element = real if y.name == "int8" else y
-    return {"real": real.short, "w": problem.dtype.short, "x": x.short, "y": y.short, "e": element.short}
+    kinds = {"real": real, "w": problem.dtype, "x": x, "y": y, "e": element, "source": problem.x_dtype}
+    return {
+        "real": real.c, "real_bytes": real.bytes,
+        "kinds": {name: row.short for name, row in kinds.items()}, "scale_index": len(problem.operands),
+        "group": product.group, "dot": product.name, "gather": int(plan.gather), "same_x": plan.same_x,
+        "integer": int(problem.accumulator.name == "int32"), "corrections": plan.corrections,
+    }  # fmt: skip
 
 
 def _offset_type(plan: CPlan) -> str:
@@ -224,31 +254,18 @@ def _c_string(text: str) -> str:
 
 def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
     """What kernel.c.j2 and its parts see."""
-    plan, problem, linear = part.plan, part.plan.problem, part.plan.problem.operator.token_axis == 0
-    p, product = plan.pattern, plan.product
+    plan, problem, p = part.plan, part.plan.problem, part.plan.pattern
+    linear = problem.operator.token_axis == 0
     shared = {
-        "name": part.name, "tables": level["tables"], "real": problem.real.c, "real_bytes": problem.real.bytes,
-        "kinds": _kinds(problem), "group": product.group, "dot": product.name, "gather": int(plan.gather),
-        "integer": int(problem.accumulator.name == "int32"), "corrections": plan.corrections, "lanes": part.lanes,
-        "M": p.M, "K": problem.pattern.K, "R": p.R, "C": p.C, "block_rows": p.block_rows, "panels": plan.panels,
-        "offset_type": _offset_type(plan), "linear": linear, "math": _needs_math(problem),
-        "epilogue": _epilogue(problem), "finish_rows": part.weight is not None or linear,
+        "name": part.name, "tables": level["tables"], **_arithmetic(plan), "lanes": part.lanes,
+        "quantize": _quantized_units(part), "M": p.M, "K": problem.pattern.K, "R": p.R, "C": p.C,
+        "block_rows": p.block_rows, "panels": plan.panels, "offset_type": _offset_type(plan), "linear": linear,
+        "math": _needs_math(problem), "epilogue": _steps(problem), "finish_rows": part.weight is not None or linear,
         "finish_tokens": not linear and part.weight is None,
     }  # fmt: skip
     if plan.matrix:
         return shared | {"matrix": matrix_view(plan.matrix_packing)}
     return shared | _vectors(part, linear)
-
-
-def _epilogue(problem: Problem) -> list[dict[str, Any]]:
-    """The steps, with the places of their operands."""
-    index = iter(range(len(problem.operands)))
-    return [
-        {"name": step.name, "c": step.c, "operands": [
-            {"kind": o.kind, "symbol": o.symbol or o.name, "index": next(index) if o.kind != "out" else -1}
-            for o in step.operands]}
-        for step in problem.epilogue
-    ]  # fmt: skip
 
 
 def _vectors(part: _Part, linear: bool) -> dict[str, Any]:
@@ -260,7 +277,7 @@ def _vectors(part: _Part, linear: bool) -> dict[str, Any]:
     full = sum(1 for g in groups if (g["rows"], g["slots"]) == (groups[0]["rows"], groups[0]["slots"]))
     rows = code(plan) if plan.encoding == "code" and (tokens or not plan.tokens) else ()
     return {
-        "matrix": None, "same_x": plan.same_x, "K_cells": p.K,
+        "matrix": None, "K_cells": p.K,
         "panel_starts": plan.packing.panel_starts if plan.panels > 1 else (),
         "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
         "block_values": plan.packing.block_values, "k_lanes": plan.k_lanes,
