@@ -29,7 +29,7 @@ INLINE avec acc_load(const acc *p) { avec v; memcpy(&v, p, sizeof v); return v; 
 INLINE void acc_store(acc *p, avec v) { memcpy(p, &v, sizeof v); }
 INLINE avec acc_zero(void) { return (avec){0}; }
 
-#if !(DOT_IS(amx_bf16) || DOT_IS(amx_s8))
+#if GROUP == 1 || !(DOT_IS(amx_bf16) || DOT_IS(amx_s8))
 #if GROUP == 1
 typedef acc unit;
 typedef avec xvec;

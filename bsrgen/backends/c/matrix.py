@@ -202,7 +202,8 @@ class MatrixPacking(Packing):
         line = np.zeros((rows, steps * self.step_k), data.dtype)
         line[: self.blocks.R, self._places[:, None] + np.arange(self.blocks.C)] = data.transpose(1, 0, 2)
         if self.tile.x_first:
-            cells = line.reshape(len(self.row_tiles), -1, steps, self.step_k // g, g).transpose(2, 0, 3, 1, 4)
+            tiles, cols = len(self.row_tiles), self.row_tiles[0]
+            cells = line.reshape(tiles, cols, steps, self.step_k // g, g).transpose(2, 0, 3, 1, 4)
         else:
             cells = line.reshape(rows, steps, self.step_k).transpose(1, 0, 2)
         return np.frombuffer(self._by_pass(cells), np.uint8)
