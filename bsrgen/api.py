@@ -23,7 +23,7 @@ from bsrgen.artifact import Artifact, write_manifest
 from bsrgen.backends import BACKENDS, Backend
 from bsrgen.choose import Tuning, as_tuning, choose
 from bsrgen.dtypes import DTYPES, INT8, as_types
-from bsrgen.epilogues import as_epilogues
+from bsrgen.epilogues import as_epilogues, pair_of
 from bsrgen.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -39,6 +39,7 @@ from bsrgen.operators import as_operator
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem, as_problem
 from bsrgen.quantize import quantized, source_of
+from bsrgen.stack import are_several, parts_of, stacked
 from bsrgen.store import Store
 from bsrgen.targets import Target, as_targets, native
 from bsrgen.trampoline import trampoline
@@ -73,6 +74,8 @@ def compile(
 
     W: scipy sparse array or matrix, 2-D ndarray, torch sparse_bsr / sparse_csr / dense tensor, bsrgen Weight, or the
         triple (data, indices, indptr) with shape=.  What is not BSR needs blocksize=(R, C); BSR is re-blocked by it.
+        A list of weights that share X makes one kernel of all: its results come as a tuple, or with the epilogue
+        "swiglu" or "geglu" [gate, up] make one, act(X @ gate.T) * (X @ up.T).
     operator: "linear", Y[N, M] = X[N, K] @ W.T, or "spmm", Y[M, N] = W @ X[K, N]; all row-major, N free at each call.
     dtype, x_dtype, out_dtype: types of W as it is stored, of X and of Y, names or numpy dtypes (ml_dtypes.bfloat16):
         W                 X                   Y, the default first
@@ -118,22 +121,25 @@ def compile(
     default_threads(threads)
     as_operator(operator), as_epilogues(epilogue)
     targets = as_targets(target)
-    weight = source_of(W, w, blocksize=blocksize, shape=shape)
+    weights = [source_of(part, w, blocksize=blocksize, shape=shape) for part in (W if are_several(W) else [W])]
+    parts = parts_of(weights, pair_of(as_epilogues(epilogue)) is not None)
+    weight = stacked(weights) if len(weights) > 1 else weights[0]
     problem = as_problem(operator, weight.pattern, w, x, y, epilogue, None if n is None else int(n), bool(quantize_x))
     bound, how = bind(problem, operands), "none"
     if w is INT8:
         how = "given" if "w_scale" in bound else "none" if weight.data.dtype == w.numpy else "max"
         weight, bound["w_scale"] = quantized(weight, bound.get("w_scale"))
-    artifact = _artifact(chosen, problem, weight, targets, tuning, Bound(bound, how))
+    artifact = _artifact(chosen, problem, weight, targets, tuning, Bound(bound, how, parts))
     return Kernel(artifact, threads=threads, may_be_foreign=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Operands bound to an artifact, and where its weight_scale is from."""
+    """Operands bound to an artifact, where its weight_scale is from, and the parts of its Y."""
 
     arrays: dict[str, Any]
     weight_scale: str
+    parts: tuple[int, ...]
 
 
 def _backend(name: str, mode: str) -> Backend:
@@ -194,6 +200,7 @@ def _key(
             name: [array.shape, hashlib.sha256(array.tobytes()).hexdigest()] for name, array in bound.arrays.items()
         },
         "weight_scale": bound.weight_scale,
+        "parts": bound.parts,
         "targets": [asdict(target) for target in targets],
         "tune": tune,
         "strict": strict,
@@ -237,7 +244,7 @@ def _make(
     times = [(r.dense, r.measured_seconds) for r in choices[0].records if r.n == manifest.cost.n and r.measured_seconds]
     sparse_s, dense_s = (min((s for d, s in times if d == dense), default=None) for dense in (False, True))
     verdict = advice.judge(backend, plans[0], choices[0].ranked, weight, sparse_s, dense_s)
-    manifest = msgspec.structs.replace(manifest, verdict=verdict, strict=tuning.strict, weight_scale=bound.weight_scale)
+    manifest = msgspec.structs.replace(manifest, verdict=verdict, strict=tuning.strict, weight_scale=bound.weight_scale, parts=bound.parts)
     check = _check(write_manifest(folder, manifest), exam)
     if check is not None:
         write_manifest(folder, msgspec.structs.replace(manifest, check=check))

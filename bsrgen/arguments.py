@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bsrgen import strides
 from bsrgen.dtypes import DTYPES, DType
-from bsrgen.epilogues import Operand, operand_dtype, operands_of
+from bsrgen.epilogues import W_SCALE, Operand, operand_dtype, operands_of
 from bsrgen.errors import ArgumentError, ArgumentTypeError
 from bsrgen.foreign import host, view
 from bsrgen.machine import parallel_cores
@@ -50,7 +50,8 @@ class Call:
 
     def __init__(self, manifest: Manifest, threads: int) -> None:
         self.name = manifest.name
-        self.rows, self.features = manifest.shape
+        self.rows, self.features = manifest.rows, manifest.shape[1]
+        self.stacked = manifest.shape[0]
         self.operator = OPERATORS[manifest.operator]
         w, x, y = manifest.types
         self.x_dtype, self.out_dtype = x.numpy, y.numpy
@@ -183,7 +184,7 @@ class Call:
         """What shapes an operand may have, the usual one first."""
         linear = self.operator.token_axis == 0
         if operand.kind == "row":
-            return ((self.rows,),)
+            return ((self.stacked if operand in W_SCALE.operands else self.rows,),)
         if operand.kind == "element":
             return ((self.rows,) if batch is None else (*batch, self.rows) if linear else shape,)
         tokens = () if batch is None else batch if linear else shape[1:]
@@ -217,7 +218,7 @@ def bind(problem: Problem, operands: Mapping[str, Any]) -> dict[str, Array]:
             raise ArgumentTypeError(f"{problem}: no parameter of compile is called {name!r}, and its epilogue {takes}")
         if known[name].kind == "element":
             raise ArgumentError(f"{problem}: {name} depends on the number of tokens: give it with the call")
-        shape = (problem.pattern.M,) if known[name].kind == "row" else ()
+        shape = (problem.rows_of(known[name]),) if known[name].kind == "row" else ()
         try:
             array = host(name, value)
             with np.errstate(over="raise"):

@@ -177,7 +177,7 @@ class _Race:
         """x, out and operands, the same for all plans."""
         problem, n = self.exam.problem, self.entries[0][0].n
         x, given = problem.sample(np.random.default_rng(0), n)
-        return x, np.zeros(problem.operator.shape(n, problem.pattern.M), problem.out_dtype.numpy), given
+        return x, np.zeros(problem.operator.shape(n, problem.rows), problem.out_dtype.numpy), given
 
     def _compile(self) -> None:
         """All plans, or those that are begun in time; SURE of them in any case."""

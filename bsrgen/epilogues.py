@@ -15,7 +15,7 @@ from bsrgen.dtypes import DTYPES, INT8, DType
 from bsrgen.errors import ArgumentError, ArgumentTypeError
 
 Array = NDArray[Any]
-Kind = Literal["row", "token", "element", "scalar", "out", "inside"]
+Kind = Literal["row", "token", "element", "scalar", "out", "inside", "gate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Operand:
     """An input of an epilogue: one value per output feature ("row"), per token or for all of them ("token"), per output
     ("element"), or one ("scalar").
 
-    "out" is the old content of `out`, "inside" what the kernel makes for each token.  Scalars and values per token have a default, other arrays have not.
+    "out" is the old content of `out`, "inside" what the kernel makes for each token, "gate" for each output.  Scalars and values per token have a default, other arrays have not.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Epilogue:
     flop: int = 1  # per output, for the cost model
     gain: Callable[..., Any] = lambda *operands: 1.0  # by how much the step can grow an error in v: its Lipschitz bound
     roundings: int = 1  # of the step itself, in units of |v| + |result| + |operands|
+    gate: "Epilogue | None" = None  # what the sums of the first of two weights that share X go through: their `gate`
 
     def __reduce__(self) -> Any:
         return _with_operands, (self.name, self.operands)  # from the row: its functions cannot be pickled
@@ -99,6 +100,11 @@ CLAMP = Epilogue(
     flop=2,
 )
 RESIDUAL = Epilogue("residual", "v + residual", lambda v, residual: v + residual, (Operand("residual", "element"),))
+# Of two weights that share X: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202, section 2.
+SWIGLU, GEGLU = (
+    Epilogue(name, "v * gate", lambda v, gate: v * gate, (Operand("gate", "gate"),), 1 + step.flop, gate=step)
+    for name, step in (("swiglu", SILU), ("geglu", GELU))
+)
 ACCUMULATE = Epilogue(
     "accumulate",  # BLAS: out = alpha * v + beta * out; beta = 0 does not read out (NaN there is not propagated)
     "beta == 0 ? alpha * v : alpha * v + beta * out",
@@ -132,7 +138,10 @@ QUANTIZE = Epilogue(  # the store rounds to the nearest integer in [-127, 127]
 )
 
 EPILOGUES = {
-    row.name: row for row in (BIAS, SCALE, RELU, GELU, GELU_TANH, SILU, SIGMOID, TANH, CLAMP, RESIDUAL, ACCUMULATE)
+    row.name: row
+    for row in (
+        BIAS, SCALE, RELU, GELU, GELU_TANH, SILU, SIGMOID, TANH, CLAMP, RESIDUAL, ACCUMULATE, SWIGLU, GEGLU,
+    )
 }
 STEPS = EPILOGUES | {row.name: row for row in (W_SCALE, X_SCALE, QUANTIZED_X, QUANTIZE)}
 
@@ -175,9 +184,22 @@ def _with_operands(name: str, operands: tuple[Operand, ...]) -> Epilogue:
     return replace(STEPS[name], operands=operands)
 
 
+_NOT_GIVEN = ("out", "inside", "gate")
+
+
+def pair_of(steps: Sequence[Epilogue]) -> Epilogue | None:
+    """The step that makes one result of two weights, if there is one."""
+    return next((step for step in steps if step.gate), None)
+
+
+def gate_rows(steps: Sequence[Epilogue], rows: int, block_rows: int) -> int:
+    """Of `rows` stacked rows, those of the gate, whole blocks; the result has one for each of the rest."""
+    return -(-rows // (2 * block_rows)) * block_rows if pair_of(steps) else 0
+
+
 def operands_of(steps: Sequence[Epilogue]) -> tuple[Operand, ...]:
     """The operands that a call must or may give, in the order of the C signature."""
-    return tuple(operand for step in steps for operand in step.operands if operand.kind not in ("out", "inside"))
+    return tuple(operand for step in steps for operand in step.operands if operand.kind not in _NOT_GIVEN)
 
 
 def operand_dtype(operand: Operand, w: DType, y: DType) -> DType:

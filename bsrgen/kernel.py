@@ -26,6 +26,7 @@ from bsrgen.manifest import OPERANDS_FILE, CostRecord, LevelRecord
 from bsrgen.operators import OPERATORS
 from bsrgen.pattern import Pattern, Weight
 from bsrgen.problem import Problem
+from bsrgen.stack import are_several, stacked
 from bsrgen.quantize import quantized, source_of
 from bsrgen.trampoline import OVERLAP, trampoline
 from bsrgen.verdict import Verdict
@@ -82,7 +83,7 @@ class Kernel:
             raise ArtifactCorruptError(f"{artifact}: {OPERANDS_FILE} is not of this kernel: {e}") from e
         self._threads = self._call.threads
         self._token_axis = OPERATORS[m.operator].token_axis
-        self._rows, self._features = m.shape
+        self._rows, self._features = m.rows, m.shape[1]
         self._x_bytes, self._y_bytes = self._features * self._x_dtype.itemsize, self._rows * self._out_dtype.itemsize
         self._plain = False
         try:
@@ -92,7 +93,7 @@ class Kernel:
                 raise
             self._foreign = e
         else:
-            self._plain = self._values.operands is not None
+            self._plain = self._values.operands is not None and len(m.parts) == 1
 
     def _with(self, bound: dict[str, Any], weight_scale: str, data: Array | None) -> _Values:
         ffi = self._tramp.ffi
@@ -137,7 +138,7 @@ class Kernel:
 
     # ── the call ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def __call__(self, x: Any, out: Array | None = None, *, threads: int | None = None, **operands: Any) -> Array:
+    def __call__(self, x: Any, out: Array | None = None, *, threads: int | None = None, **operands: Any) -> Any:
         """Y = epilogue(product(W, x)).
 
         linear: x is [..., K], the result [..., M].  spmm: x is [K, N] or [K], the result [M, N] or [M].
@@ -148,6 +149,9 @@ class Kernel:
         and half types compute them in float32 and take bias and scale in half types too.  Of int8, x stands for
         x_scale * x, where x_scale is one number or an array like x without its features (1), and a result of int8 for
         y_scale * y (1): real numbers are divided by y_scale, rounded to nearest, ties to even, and saturate at 127.
+
+        Of several weights that share X, the result is a tuple of views of one array, which `out` may give; bias and scale
+        have the values of all weights, one after the other.
         """
         if self._plain and not operands and threads is None and type(x) is np.ndarray and x.dtype is self._x_dtype:
             axis, shape = self._token_axis, x.shape
@@ -186,7 +190,9 @@ class Kernel:
         )  # fmt: skip
         if status != _OK:
             self._raise(status)
-        return call.finish()
+        y = call.finish()
+        parts = self.artifact.manifest.parts
+        return y if len(parts) == 1 else tuple(np.split(y, np.cumsum(parts[:-1]), axis=y.ndim - 1 - self._token_axis))
 
     def _raise(self, status: int) -> None:
         if status == _NO_MEMORY:
@@ -239,6 +245,8 @@ class Kernel:
     def _weight(self, W: Any) -> Weight:
         """W in the kernel's blocks and type, or where that is int8 and W is not, as it came."""
         m = self.artifact.manifest
+        if are_several(W):
+            return stacked([source_of(part, m.types[0], blocksize=m.blocksize) for part in W])
         return source_of(W, m.types[0], blocksize=m.blocksize, shape=self._shape_for(W))
 
     def _shape_for(self, W: Any) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from bsrgen.dtypes import DType, as_types
-from bsrgen.epilogues import EPILOGUES, QUANTIZED_X, Epilogue, as_epilogues, composed, operands_of, steps_of
+from bsrgen.epilogues import EPILOGUES, QUANTIZED_X, Epilogue, as_epilogues, composed, gate_rows, operands_of, steps_of
 from bsrgen.errors import ArtifactError
 from bsrgen.integrity import MANIFEST
 from bsrgen.operators import NAME, kernel_name
@@ -125,6 +125,7 @@ class Manifest(_Record, frozen=True):
     weight_scale: Literal["max", "given", "none"]  # of int8: from each row's largest magnitude, the caller's, or ones
     epilogue: tuple[str, ...]  # with the steps that int8 brings itself
     operands: tuple[OperandRecord, ...]
+    parts: tuple[int, ...]  # features of Y by weight, where several share X
     pattern: str
     weight: str
     family: str
@@ -166,6 +167,13 @@ class Manifest(_Record, frozen=True):
             raise ValueError(f"name {self.name!r:.80} is not that of the kernel described, {says!r:.80}")
         if min(*self.shape, self.nnzb) < 0 or min(self.blocksize) < 1 or self.nnzb > 2**31:
             raise ValueError("a size is out of range")
+        if sum(self.parts) != self.rows or min(self.parts) < 0:
+            raise ValueError("the parts of Y are not Y")
+
+    @property
+    def rows(self) -> int:
+        """Features of Y."""
+        return self.shape[0] - gate_rows(self.steps, self.shape[0], self.blocksize[0])
 
     @property
     def types(self) -> tuple[DType, DType, DType]:

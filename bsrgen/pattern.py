@@ -238,7 +238,8 @@ def as_weight(
     given = None if shape is None else pair("shape", shape, 0)
     if isinstance(W, Weight) and want in (None, W.pattern.blocksize) and given in (None, W.pattern.shape):
         to = target(dtype, W.data.dtype)
-        return W if to == W.data.dtype else Weight(W.pattern, cast(W.data, to, False), W.notes)
+        data = cast(W.data, to, False)
+        return W if data is W.data else Weight(W.pattern, data, W.notes)
     raw = reshaped(_raw(W) if isinstance(W, Weight) else read(W, given), given)
     want = want or (None if raw.native else otherwise)
     to = target(dtype, raw.data.dtype)

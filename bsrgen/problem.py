@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from bsrgen import epilogues
 from bsrgen.dtypes import ACCUMULATORS, BFLOAT16, DTYPES, INT8, INT32, DType, as_types, bound_factor
-from bsrgen.epilogues import QUANTIZED_X, Epilogue, Operand, as_epilogues, composed
+from bsrgen.epilogues import QUANTIZED_X, W_SCALE, Epilogue, Operand, as_epilogues, composed
 from bsrgen.errors import UnsupportedError
 from bsrgen.operators import Operator, as_operator, kernel_name
 from bsrgen.pattern import Pattern, Weight
@@ -43,6 +43,16 @@ class Problem:
         if (self.dtype, self.x_dtype, self.out_dtype) != as_types(self.dtype):
             types += f" x {self.x_dtype.name} -> {self.out_dtype.name}"
         return f"{self.operator.name} {types} {p.M}x{p.K} blocks {p.R}x{p.C} density {p.density:.3g}{steps}"
+
+    @property
+    def gate_rows(self) -> int:
+        """Rows of W, the first ones, that make the gate of swiglu or geglu; 0 without."""
+        return epilogues.gate_rows(self.epilogue, self.pattern.M, self.pattern.R)
+
+    @property
+    def rows(self) -> int:
+        """Features of Y."""
+        return self.pattern.M - self.gate_rows
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -90,7 +100,7 @@ class Problem:
         return x, {operand.name: self._sample(rng, n, operand) for operand in self.operands}
 
     def _sample(self, rng: np.random.Generator, n: int, operand: Operand) -> Any:
-        M, dtype = self.pattern.M, self.operand_dtype(operand)
+        M, dtype = self.rows_of(operand), self.operand_dtype(operand)
         shape = {"row": (M,), "token": (n,), "element": self.operator.shape(n, M), "scalar": ()}[operand.kind]
         if not operand.positive:
             return _random(rng, shape, dtype)
@@ -99,9 +109,13 @@ class Problem:
             size *= math.sqrt(1 + self.pattern.nnz / max(M, 1))
         return (size * rng.uniform(0.5, 1.5, shape)).astype(dtype.numpy) if shape else dtype.numpy.type(size)
 
+    def rows_of(self, operand: Operand) -> int:
+        """Values of an operand of kind "row": of w_scale, for the rows of W, of others for the features of Y."""
+        return self.pattern.M if operand in W_SCALE.operands else self.rows
+
     def sample_out(self, rng: np.random.Generator, n: int) -> Array:
         """Random old content of `out`."""
-        old: Array = _random(rng, self.operator.shape(n, self.pattern.M), self.out_dtype)
+        old: Array = _random(rng, self.operator.shape(n, self.rows), self.out_dtype)
         return old
 
     def reference(
@@ -117,6 +131,9 @@ class Problem:
         y, bound = self._sums(weight, np.asarray(x, np.float64))
         given = {**(given or {}), **({} if scale is None else {QUANTIZED_X.operands[0].name: scale})}
         for step in self.epilogue:
+            if step.gate:
+                (gate, tolerance), (y, bound) = self._gated(step.gate, y, bound)
+                given[step.operands[0].name], bound = gate, bound * np.abs(gate) + (np.abs(y) + bound) * tolerance
             values = [
                 np.asarray(0.0 if out is None else out, np.float64)
                 if operand.kind == "out"
@@ -146,6 +163,17 @@ class Problem:
                 top = np.abs(other[np.isfinite(other)]).max(initial=0.0)
                 bound = bound + self._per_row(entries * (half.smallest * top))
         return y, bound
+
+    def _gated(self, step: Epilogue, y: Array, bound: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        """(gate, its bound) and (the other half of the sums, theirs) of a pair of weights."""
+        axis, half = 1 - self.operator.token_axis, self.gate_rows
+        (v, up), (b, rest) = (np.split(part, [half], axis) for part in (y, bound))
+        keep = [slice(None)] * 2
+        keep[axis] = slice(self.rows)
+        v, b = v[tuple(keep)], b[tuple(keep)]
+        gate = step.numpy(v)
+        u = self.real.unit_roundoff
+        return (gate, step.gain() * b + step.roundings * u * (np.abs(v) + np.abs(gate)) + self.real.smallest), (up, rest)
 
     @property
     def _underflow(self) -> float:
@@ -188,6 +216,9 @@ def as_problem(
         )
     steps = composed(as_epilogues(epilogue), w, x, y, quantize_x)
     problem = Problem(as_operator(operator), pattern, w, steps, n, x, y)
+    user = as_epilogues(epilogue)
+    if any(step.gate for step in user[1:]):
+        raise ArgumentError(f"epilogue {[step.name for step in user]}: swiglu and geglu come first, and once")
     if y is INT8 and any(operand.kind == "out" for step in steps for operand in step.operands):
         raise UnsupportedError(
             f"{problem}: 'accumulate' adds to real numbers, and out is int8; use out_dtype='float32'"

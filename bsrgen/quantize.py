@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen.canonical import symmetric
 from bsrgen.dtypes import FLOAT32, INT8, DType
 from bsrgen.errors import PatternError
 from bsrgen.foreign import pair, read
@@ -40,12 +39,11 @@ def quantized(weight: Weight, scale: Array | None = None) -> tuple[Weight, Array
 
     Of floating numbers w = round(W / w_scale) to nearest, ties to even, clipped to [-127, 127], where w_scale is
     `scale` or, for each row, its largest magnitude / 127: 1 for a row of zeros, no less than LEAST_SCALE for others.
-    What is int8 already is taken as it is, with `scale` or ones.  PatternError for -128, Inf, NaN, and rows whose
-    scale float32 cannot hold.
+    What is int8 already is taken as it is, with `scale` or ones.  PatternError for Inf, NaN, and rows whose scale
+    float32 cannot hold.
     """
     p = weight.pattern
     if weight.data.dtype == INT8.numpy:
-        symmetric(weight.data)
         return weight, np.ones(p.M, np.float32) if scale is None else scale
     w = weight.data.astype(np.float64)
     lost = ~np.isfinite(w)

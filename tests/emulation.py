@@ -28,7 +28,7 @@ def build_emulated(
     """Print, compile with warnings as errors and load plans, the matrix unit's among them emulated."""
     plans = (plans,) if isinstance(plans, CPlan) else tuple(plans)
     source = emit(plans, weight)
-    extra = ("-O1", "-Werror", "-D_GNU_SOURCE=", "-include", str(HEADER))  # what main.c defines itself, before the header
+    extra = ("-O1", "-Werror", "-D_GNU_SOURCE=", "-include", str(HEADER))  # defined as main.c defines it, but before
     source = replace(source, units=tuple(replace(unit, flags=(*unit.flags, *extra)) for unit in source.units))
     compiler = compiler or build.find_compiler(plans[0].target)
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ FLOORS = """
     backends
     backends.c
     backends.c.candidates  backends.c.text
-    backends.c.matrix_candidates  backends.c.tiling
+    backends.c.matrix_candidates  backends.c.tiling  backends.c.levels
     backends.c.covers
     build  tune  backends.c.plan
     backends.c.layout  backends.c.count_matrix  backends.c.matrix_text

@@ -28,6 +28,8 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
     filled = problem.pattern.R >= 8  # enough rows of a tile for a good guess
     yield from matrix if filled else ()
     for cover in (None, *(covers(problem, target) if reblock else columns(problem, target))):
+        if cover and problem.gate_rows % cover.blocks.R:
+            continue  # a block would hold rows of the gate and of what it gates
         for plan in _tables(problem, target, cover):
             yield plan
             code = replace(plan, encoding="code")

@@ -220,4 +220,7 @@ class Layout(Plan):
     def work(self) -> Array:
         """Running cost of the block rows, for the partition over threads: nonzeros plus what a stored row costs."""
         p = self.pattern
-        return np.concatenate(([0], np.cumsum(p.row_counts * p.C + 16))).astype(np.uint64)
+        row = p.row_counts * p.C + 16
+        if gate := self.problem.gate_rows // p.R:  # row by row of the result, that of the gate with it
+            row = row[:gate] + np.pad(row[gate:], (0, 2 * gate - row.size))
+        return np.concatenate(([0], np.cumsum(row))).astype(np.uint64)

@@ -25,6 +25,8 @@ def matrix_plans(problem: Problem, target: Target, *, reblock: bool) -> Iterator
         return
     for other in (None, *(_covers(problem.pattern, product) if reblock else ())):
         blocks = other.blocks if other else problem.pattern
+        if problem.gate_rows % blocks.R:
+            continue  # a block would hold rows of the gate and of what it gates
         for tile in _tiles(problem, blocks, product):
             plan = CPlan(problem, target, None, None, cover=other, product=product, matrix=_in_l2(tile, blocks, target))
             if _fits(plan):

@@ -4,11 +4,11 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from bsrgen.backends.c.matrix_text import matrix_view, packing_view
+from bsrgen.backends.c.levels import level_of, offset_type
+from bsrgen.backends.c.matrix_text import matrix_view
 from bsrgen.backends.c.plan import CPlan
 from bsrgen.backends.c.tiles import TokenTile, WeightTile
 from bsrgen.backends.c.tiling import code, folds, group, token_groups, variants
-from bsrgen.cover import Cover
 from bsrgen.emit import Source, Unit, banner, render, runtime_file
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
@@ -41,7 +41,7 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
     files: dict[str, bytes] = {}
     blobs: list[dict[str, str]] = []
     packings: list[dict[str, Any]] = []
-    levels = [_level(plan, weight, files, blobs, packings) for plan in plans]
+    levels = [level_of(plan, weight, files, blobs, packings) for plan in plans]
     artifact = _artifact(plans, levels, blobs, packings)
     head = banner(problem, plans)
     units = [Unit(f"{name}.c", baseline(plans[0].target).flags)]  # runs before the check of the CPU
@@ -86,7 +86,7 @@ def _parts(plan: CPlan, name: str) -> list[_Part]:
 
 
 def _needs_math(problem: Problem) -> bool:
-    return any("v_" in step.c for step in problem.epilogue)
+    return any("v_" in step.c + (step.gate.c if step.gate else "") for step in problem.epilogue)
 
 
 def _artifact(
@@ -107,7 +107,8 @@ def _artifact(
         "name": problem.name, "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c, "levels": levels, "blobs": blobs,
         "x_one": _ONE.get(x.name, "1"), "y_bits": "'s bits" if y.name in _ONE else "", "packings": packings,
         "operands": operands, "prototype": prototype, "linear": problem.operator.token_axis == 0,
-        "x86": levels[0]["family"] == "x86_64", "M": p.M, "K": p.K, "R": p.R, "C": p.C, "nnzb": p.nnzb,
+        "x86": levels[0]["family"] == "x86_64", "M": p.M, "rows": problem.rows, "K": p.K, "R": p.R,
+        "C": p.C, "nnzb": p.nnzb,
         "flop_per_token": max(2 * max(plan.pattern.nnz for plan in plans), 1), "flop_per_part": FLOP_PER_PART,
         "missing_bytes": 1 + sum(len(f) + 1 for f in (*levels[-1]["requires"], _PERMISSION)), "permission": _PERMISSION,
         "formula": problem.operator.formula, "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
@@ -120,111 +121,44 @@ def epilogue_formula(problem: Problem) -> str:
     return "; then ".join(f"{step.name}: v = {step.c}" for step in problem.epilogue) or "no epilogue"
 
 
-def _level(
-    plan: CPlan,
-    weight: Weight,
-    files: dict[str, bytes],
-    blobs: list[dict[str, str]],
-    packings: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """One ISA level: its data files, shared with an earlier level where they are the same."""
-    name, p = plan.problem.name, plan.pattern
-    blocks = f"{name}_{'dense' if plan.dense else 'b'}{p.R}x{plan.stored.C}" if plan.cover else name
-    if f"{blocks}_work.bin" not in files:
-        _blob(files, blobs, f"{blocks}_work", plan.work, "uint64_t")
-        if plan.cover:
-            _blob(files, blobs, f"{blocks}_moves", plan.cover.moves, "uint32_t")
-    tables = _tables(plan, blocks, files, blobs)
-    shape = plan.matrix.row_tiles if plan.matrix else plan.groups
-    key = (shape, plan.k_lanes, tables, plan.product.name)
-    keys = [packing["key"] for packing in packings]
-    if key not in keys:
-        symbol = f"{name}_values_{len(packings)}"
-        _blob(files, blobs, symbol, plan.packing.pack(weight.data, plan.corrections), _packed_type(plan))
-        cover = _cover(plan.cover, f"{blocks}_moves") if plan.cover else None
-        packings.append({"key": key, "symbol": symbol, "cover": cover, **_packing(plan, tables)})
-        keys.append(key)
-    packing = packings[keys.index(key)]
-    return {
-        "name": f"{name}_{plan.target.name.replace('-', '_')}", "target": plan.target.name,
-        "family": plan.target.family, "requires": plan.target.requires, "tables": tables, "work": f"{blocks}_work",
-        "block_rows": p.block_rows, "few": plan.small_n if plan.tokens and plan.weight else 0,
-        "by_rows": int(not plan.tokens and not plan.matrix), "tiles": plan.matrix is not None,
-        "data": packing["symbol"], "packing": keys.index(key),
-        "values_bytes": packing["bytes"],
-    }  # fmt: skip
-
-
-def _tables(plan: CPlan, blocks: str, files: dict[str, bytes], blobs: list[dict[str, str]]) -> str:
-    """Names of the tables that the kernel walks, which are written where no earlier level has them."""
-    unit, packing, m = plan.product, plan.packing, plan.matrix
-    tables = f"{blocks}_u{8 * packing.offset_bytes}" + (f"_{plan.k_panel}" if plan.panels > 1 else "")
-    tables += f"_{m.form}{m.token_tiles}" if m else ""
-    tables += f"_{'gathered' if plan.gather else 'by'}{unit.group}" if unit.group > 1 else ""
-    if f"{tables}_pointers.bin" in files:
-        return tables
-    _blob(files, blobs, f"{tables}_pointers", packing.pointers, "uint32_t")
-    _blob(files, blobs, f"{tables}_offsets", packing.offsets, _offset_type(plan))
-    if plan.panels > 1 or plan.gather:
-        _blob(files, blobs, f"{tables}_order", packing.order, "uint32_t")
-    if plan.panels > 1:
-        _blob(files, blobs, f"{tables}_rows", packing.segment_rows, "uint32_t")
-    if m:
-        _blob(files, blobs, f"{tables}_firsts", plan.matrix_packing.firsts, "uint32_t")
-    return tables
-
-
-def _packing(plan: CPlan, tables: str) -> dict[str, Any]:
-    """What the packing must know of its order."""
-    p, unit = plan.pattern, plan.product
-    return {
-        "R": p.R, "C": p.C, "k_lanes": plan.k_lanes, "tables": tables, "segments": len(plan.packing.pointers) - 1,
-        "groups": () if plan.matrix else plan.groups, "panels": plan.panels > 1,
-        "gather": plan.gather, "group": unit.group, "part": unit.part or plan.problem.dtype.c,
-        "corrections": plan.corrections, "bytes": plan.value_bytes,
-        "matrix": packing_view(plan.matrix_packing, f"{tables}_firsts") if plan.matrix else None,
-    }  # fmt: skip
-
-
-def _cover(cover: Cover, moves: str) -> dict[str, Any]:
-    """What the packing must know to fill the blocks of a cover."""
-    (r, c), own, blocks = cover.piece, cover.own, cover.blocks
-    return {
-        "moves": moves, "piece_rows": r, "piece_cols": c, "pieces": own.nnzb * cover.pieces, "own_R": own.R,
-        "own_C": own.C, "wide": blocks.C // c, "nnzb": blocks.nnzb, "cols": blocks.C,
-    }  # fmt: skip
-
-
-def _blob(files: dict[str, bytes], blobs: list[dict[str, str]], symbol: str, array: Any, c: str) -> None:
-    files[f"{symbol}.bin"] = array.tobytes()
-    blobs.append({"symbol": symbol, "file": f"{symbol}.bin", "c": c})
-
-
-def _packed_type(plan: CPlan) -> str:
-    """C type of the packed values: units of W, or where corrections come first, the numbers of those."""
-    if plan.corrections:
-        return "int32_t"
-    return "uint32_t" if plan.product.group > 1 else plan.problem.dtype.c
+def _unit(part: _Part) -> tuple[int, int]:
+    """Tokens of a unit, and the units that share what they read."""
+    plan = part.plan
+    if plan.matrix:
+        return plan.matrix_packing.tokens, plan.matrix.chunk
+    if part.weight:
+        return part.weight.tokens, part.weight.chunk
+    assert part.tokens is not None
+    return part.tokens.vectors * plan.lanes, 1
 
 
 def _quantized_units(part: _Part) -> int:
     """Units of tokens whose X is made int8 together, in a quarter of L2; 0 where it is taken as it is."""
-    plan = part.plan
+    plan, (tokens, chunk) = part.plan, _unit(part)
     if not plan.problem.quantizes_x:
         return 0
-    tokens = part.tokens.vectors * plan.lanes if part.tokens else part.weight.tokens if part.weight else 0
-    tokens, chunk = tokens or plan.matrix_packing.tokens, part.weight.chunk if part.weight else 1
-    chunk = plan.matrix.chunk if plan.matrix else chunk
     return max(plan.target.l2_bytes // 4 // max(plan.problem.pattern.K * tokens, 1), chunk, 1)
+
+
+def _pair(part: _Part) -> dict[str, int] | None:
+    """Of swiglu and geglu: the gate's rows, and how much of it waits, within half of L2."""
+    plan, gate, (tokens, chunk) = part.plan, part.plan.problem.gate_rows, _unit(part)
+    if not gate:
+        return None
+    R, room = plan.pattern.R, plan.target.l2_bytes // 2 // plan.unit_bytes
+    units = max(room // (tokens * gate), chunk, 1)
+    whole = plan.weight_window if part.weight else 1
+    return {"rows": gate, "block_rows": gate // R, "units": units,
+            "chunk": max(room // (tokens * units * R) // whole, 1) * whole}  # fmt: skip
 
 
 def _steps(problem: Problem) -> list[dict[str, Any]]:
     """The epilogue, each operand with its place in the call; the old Y has none."""
     index = iter(range(len(problem.operands)))
     return [
-        {"name": step.name, "c": step.c, "operands": [
+        {"name": step.name, "c": step.c, "gate": step.gate and step.gate.c, "operands": [
             {"kind": "token" if o.kind == "inside" else o.kind, "symbol": o.symbol or o.name,
-             "index": -1 if o.kind == "out" else len(problem.operands) if o.kind == "inside" else next(index)}
+             "index": -1 if o.kind in ("out", "gate") else len(problem.operands) if o.kind == "inside" else next(index)}
             for o in step.operands]}
         for step in problem.epilogue
     ]  # fmt: skip
@@ -239,13 +173,10 @@ def _arithmetic(plan: CPlan) -> dict[str, Any]:
     return {
         "real": real.c, "real_bytes": real.bytes,
         "kinds": {name: row.short for name, row in kinds.items()}, "scale_index": len(problem.operands),
+        "gate_index": len(problem.operands) + problem.quantizes_x,
         "group": product.group, "dot": product.name, "gather": int(plan.gather), "same_x": plan.same_x,
         "integer": int(problem.accumulator.name == "int32"), "corrections": plan.corrections,
     }  # fmt: skip
-
-
-def _offset_type(plan: CPlan) -> str:
-    return f"uint{8 * plan.packing.offset_bytes}_t"
 
 
 def _c_string(text: str) -> str:
@@ -258,9 +189,10 @@ def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
     linear = problem.operator.token_axis == 0
     shared = {
         "name": part.name, "tables": level["tables"], **_arithmetic(plan), "lanes": part.lanes,
-        "quantize": _quantized_units(part), "M": p.M, "K": problem.pattern.K, "R": p.R, "C": p.C,
-        "block_rows": p.block_rows, "panels": plan.panels, "offset_type": _offset_type(plan), "linear": linear,
+        "quantize": _quantized_units(part), "pair": _pair(part), "M": p.M, "K": problem.pattern.K, "R": p.R, "C": p.C,
+        "block_rows": p.block_rows, "panels": plan.panels, "offset_type": offset_type(plan), "linear": linear,
         "math": _needs_math(problem), "epilogue": _steps(problem), "finish_rows": part.weight is not None or linear,
+        "gate_by_token": part.weight is not None or linear,
         "finish_tokens": not linear and part.weight is None,
     }  # fmt: skip
     if plan.matrix:
