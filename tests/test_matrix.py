@@ -217,7 +217,7 @@ def test_absent_blocks_read_no_x(form, blocksize, tiles, rng: np.random.Generato
     assert_right(problem, weight, kernel(x), x)
 
 
-@pytest.mark.parametrize(("operator", "epilogue"), product(("linear", "spmm"), ((), ("bias", "relu"))))
+@pytest.mark.parametrize(("operator", "epilogue"), list(product(("linear", "spmm"), ((), ("bias", "relu")))))
 @pytest.mark.parametrize(("x", "y", "quantize"), [(INT8, INT8, False), (INT8, BF16, False), ("float32", None, True)])
 def test_types_of_int8(operator, epilogue, x, y, quantize, rng: np.random.Generator, tmp_path: Path) -> None:
     """Y of int8, and X that the kernel quantises."""
@@ -228,6 +228,19 @@ def test_types_of_int8(operator, epilogue, x, y, quantize, rng: np.random.Genera
     kernel = build_emulated(replace(plan_of(problem, "gathered", (2, 1)), target=emulated()), weight, tmp_path / "k")
     for n in (1, 33, 67):
         check(kernel, problem, weight, n, n % 3, rng)
+
+
+@pytest.mark.parametrize("operator", ["linear", "spmm"])
+@pytest.mark.parametrize("form", ["direct", "gathered"])
+def test_a_gate_and_what_it_gates(form, operator, rng: np.random.Generator, tmp_path: Path) -> None:
+    if (form, operator) == ("direct", "spmm"):
+        pytest.skip("X in columns is no operand A")
+    weight = random_weight(1, (96, 100), (16, 32), 0.4, dtype=BF16)
+    problem = problem_of(weight, operator, ("swiglu",))
+    kernel = build_emulated(replace(plan_of(problem, form, (2, 1)), target=emulated()), weight, tmp_path / "kernel")
+    for n in (1, 33, 67):
+        x, given = problem.sample(rng, n)
+        assert_right(problem, weight, kernel(x, **given), x, given)
 
 
 @pytest.mark.parametrize(
