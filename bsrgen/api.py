@@ -235,7 +235,8 @@ def _make(
         choices.append(choose(backend, problem, weight, target, step, compiler, exam, folder / "tune"))
     if (lesser := choices[-1].plan.fallback) is not None:
         modelled = replace(tuning, mode="model") if tuning.mode == "measure" else tuning
-        choices.append(choose(backend, problem, weight, lesser, modelled, compiler, exam, folder / "tune"))
+        with suppress(UnsupportedError):  # the matrix unit has a plan, vectors have none
+            choices.append(choose(backend, problem, weight, lesser, modelled, compiler, exam, folder / "tune"))
     plans = tuple(choice.plan for choice in choices)
     source = backend.emit(plans, weight)
     build.build(source, folder, compiler)

@@ -526,4 +526,5 @@ def test_a_problem_is_plain_data():
     with pytest.raises(AttributeError):
         problem.n = 3
     knobs = next(iter(candidates(problem, V3))).knobs()
-    assert set(knobs) == {"tokens", "weight", "small_n", "encoding", "blocksize", "dense"}
+    tiles = {"tokens", "weight", "matrix"}
+    assert set(knobs) == tiles | {"small_n", "encoding", "product", "gather", "blocksize", "dense"}
