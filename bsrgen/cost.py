@@ -50,14 +50,27 @@ def dense_seconds(plan: Plan, n: int) -> float:
 
 def dense_flop_per_cycle(problem: Problem, target: Target, n: int) -> float:
     """What a dense library does in a cycle of one core for n tokens of these types."""
-    dtype, lanes = problem.dtype, target.lanes(problem.real.bytes)
-    alike = dtype is problem.read_dtype
-    if alike and dtype in TILED and target.has("amx-bf16" if dtype is BFLOAT16 else "amx-int8"):
-        tokens, rates = TILED[dtype]
+    if _on_tiles(problem, target):
+        tokens, rates = TILED[problem.dtype]
         return float(np.interp(np.log(n), np.log(tokens), rates))
-    peak = target.flop_per_cycle(problem.real.bytes)
-    if alike and dtype is BFLOAT16 and target.has("avx512bf16"):
-        peak = max(peak, 2 * 2 * lanes * target.bf16_dot_per_cycle)
-    if alike and dtype is INT8 and (target.has("avx512vnni") or target.has("avxvnni")):
-        peak = 2 * 4 * lanes * target.int8_dot_per_cycle
-    return peak * DENSE_SHARE * min(1.0, (n + lanes // 2) / (2 * lanes))
+    lanes = target.lanes(problem.real.bytes)
+    return peak_flop_per_cycle(problem, target) * DENSE_SHARE * min(1.0, (n + lanes // 2) / (2 * lanes))
+
+
+def peak_flop_per_cycle(problem: Problem, target: Target) -> float:
+    """What a core can do at most in a cycle with these types: multiply-adds, dot products, or products of tiles."""
+    dtype, lanes, fma = problem.dtype, target.lanes(problem.real.bytes), target.flop_per_cycle(problem.real.bytes)
+    if _on_tiles(problem, target):
+        return 2 * 16 * 16 * (64 // dtype.bytes) / target.product_cycles(16, 16)
+    if dtype is problem.read_dtype is BFLOAT16 and target.has("avx512bf16"):
+        return max(fma, 2 * 2 * lanes * target.bf16_dot_per_cycle)
+    if dtype is problem.read_dtype is INT8 and target.family == "x86_64":
+        quads = target.has("avx512vnni") or target.has("avxvnni")
+        return max(2 * fma, 2 * 4 * lanes * target.int8_dot_per_cycle * quads)
+    return fma
+
+
+def _on_tiles(problem: Problem, target: Target) -> bool:
+    """Whether the matrix unit multiplies these types."""
+    alike = problem.dtype is problem.read_dtype and problem.dtype in TILED
+    return alike and target.has("amx-bf16" if problem.dtype is BFLOAT16 else "amx-int8")

@@ -52,8 +52,7 @@ class CPlan(Layout):
         blocks = ""
         if self.cover is not None:
             blocks = "dense, " if self.dense else f"as {self.stored.R}x{self.stored.C} blocks, "
-        how = "" if self.product is FMA else f"{self.product.name} dot products, "
-        how = how.replace("dot ", "") if self.matrix else how
+        how = "" if self.product is FMA else f"{self.product.name} {'' if self.matrix else 'dot '}products, "
         how += "gathered columns, " if self.gather else ""
         return f"{self.target.name}: {blocks}{how}{'; '.join(parts)}; pattern as {self.encoding}"
 
