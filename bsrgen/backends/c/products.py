@@ -1,6 +1,7 @@
 """The products: one row for each way to multiply and add, and where it works."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from bsrgen.dtypes import BFLOAT16, INT8, DType
 from bsrgen.problem import Problem
@@ -23,6 +24,9 @@ class Product:
 
     def __str__(self) -> str:
         return self.name
+
+    def __reduce__(self) -> Any:
+        return _row, (self.name,)  # rows are told apart by identity, in another process too
 
     @property
     def tiles(self) -> bool:
@@ -48,6 +52,10 @@ AMX_BF16 = Product("amx_bf16", 2, BFLOAT16, "uint16_t", 2, False, ("amx-bf16",),
 AMX_S8 = Product("amx_s8", 4, INT8, "int8_t", 1, False, ("amx-int8",), "_tile_dpbssd")  # both signed: exact as they are
 
 PRODUCTS = (FMA, BF16, S16, U8, AMX_BF16, AMX_S8)
+
+
+def _row(name: str) -> Product:
+    return next(row for row in PRODUCTS if row.name == name)
 
 
 def products(problem: Problem, target: Target) -> list[Product]:
