@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from bsrgen.backends import BACKENDS, Backend
-from bsrgen.cost import DENSE_SHARE, Cost, estimate
+from bsrgen.cost import DENSE_SHARE, Cost, estimate, peak_flop_per_cycle
 from bsrgen.dtypes import as_types
 from bsrgen.errors import ArgumentError, UnsupportedError
 from bsrgen.occupancy import EvenPattern, Occupancy, occupancies
@@ -90,8 +90,8 @@ def _worth_ranking(found: Iterable[Occupancy], most: int) -> list[Occupancy]:
 
 
 def _elements_within(seconds: float, problem: Problem, target: Target) -> float:
-    """Stored elements that the multiply-adds of a core can take in that time, at their peak."""
-    flop_per_s = target.flop_per_cycle(problem.dtype.bytes) * target.ghz * 1e9
+    """Stored elements that the products of a core can take in that time, at their peak."""
+    flop_per_s = peak_flop_per_cycle(problem, target) * target.ghz * 1e9
     return max(problem.pattern.nnz, seconds * flop_per_s / (2 * (problem.n or PLANNED_N)))
 
 

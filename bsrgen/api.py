@@ -96,7 +96,8 @@ def compile(
     epilogue: steps applied to the (scaled) sums in this order, rows of bsrgen.epilogues; their operands come with the
         call, or here by name (bias=b): converted like W, to float32 for reduced types, they become defaults of the
         kernel and of its artifact.
-    target: "native", an ISA level or microarchitecture, or several for one library that picks at run time.
+    target: "native", an ISA level or microarchitecture, or several for one library that picks at run time.  Where the
+        lowest one's plan uses the matrix unit (AMX), x86-64-v4-bf16 is added: the system may refuse that unit.
     n, threads: hints.  n is the number of tokens to plan for (128); threads the default of calls, None all cores.
     tune: "off" takes the first legal plan, "model" the one the cost model likes best, "measure" times the best few.
     tune_seconds, executor, progress: of tune="measure".  When tune_seconds have passed, no further plan is compiled and
@@ -232,6 +233,10 @@ def _make(
     for number, target in enumerate(targets):
         step = replace(tuning, progress=functools.partial(_part, tuning.progress, number, len(targets)))
         choices.append(choose(backend, problem, weight, target, step, compiler, exam, folder / "tune"))
+    if (lesser := choices[-1].plan.fallback) is not None:
+        modelled = replace(tuning, mode="model") if tuning.mode == "measure" else tuning
+        with suppress(UnsupportedError):  # the matrix unit has a plan, vectors have none
+            choices.append(choose(backend, problem, weight, lesser, modelled, compiler, exam, folder / "tune"))
     plans = tuple(choice.plan for choice in choices)
     source = backend.emit(plans, weight)
     build.build(source, folder, compiler)

@@ -2,8 +2,17 @@
 
 from dataclasses import dataclass
 
-from bsrgen.plan import Plan
+import numpy as np
 
+from bsrgen.dtypes import BFLOAT16, INT8
+from bsrgen.plan import Plan
+from bsrgen.problem import Problem
+from bsrgen.targets import Target
+
+TILED = {  # FLOP a cycle of oneDNN's dense products on matrix tiles, at so many tokens (research/cpu.md, section 3)
+    BFLOAT16: ((1, 8, 128), (33, 249, 478)),
+    INT8: ((1, 8, 128), (66, 380, 988)),
+}
 DENSE_SHARE = 0.85  # of FMA peak: what a good dense f32 product reaches once N >= 64 (MKL, oneDNN; research note)
 
 
@@ -31,10 +40,37 @@ def estimate(plan: Plan, n: int) -> Cost:
 
 
 def dense_seconds(plan: Plan, n: int) -> float:
-    """A dense product of the same shape and type: FLOP at a library's share of peak, or the weight's bytes."""
-    p, dtype, target = plan.problem.pattern, plan.problem.dtype, plan.target
-    lanes = target.lanes(dtype.bytes)
-    peak = target.flop_per_cycle(dtype.bytes) * DENSE_SHARE * min(1.0, (n + lanes // 2) / (2 * lanes))
-    weight_bytes = p.M * p.K * dtype.bytes
-    cycles = max(2 * p.M * p.K * n / peak, weight_bytes / target.bytes_per_cycle(weight_bytes))
+    """A dense product of the same shape and types: FLOP at a library's share of peak, or the weight's bytes."""
+    p, target = plan.problem.pattern, plan.target
+    weight_bytes = p.M * p.K * plan.problem.dtype.bytes
+    rate = dense_flop_per_cycle(plan.problem, target, n)
+    cycles = max(2 * p.M * p.K * n / rate, weight_bytes / target.bytes_per_cycle(weight_bytes))
     return cycles / (target.ghz * 1e9) + target.call_s
+
+
+def dense_flop_per_cycle(problem: Problem, target: Target, n: int) -> float:
+    """What a dense library does in a cycle of one core for n tokens of these types."""
+    if _on_tiles(problem, target):
+        tokens, rates = TILED[problem.dtype]
+        return float(np.interp(np.log(n), np.log(tokens), rates))
+    lanes = target.lanes(problem.real.bytes)
+    return peak_flop_per_cycle(problem, target) * DENSE_SHARE * min(1.0, (n + lanes // 2) / (2 * lanes))
+
+
+def peak_flop_per_cycle(problem: Problem, target: Target) -> float:
+    """What a core can do at most in a cycle with these types: multiply-adds, dot products, or products of tiles."""
+    dtype, lanes, fma = problem.dtype, target.lanes(problem.real.bytes), target.flop_per_cycle(problem.real.bytes)
+    if _on_tiles(problem, target):
+        return 2 * 16 * 16 * (64 // dtype.bytes) / target.product_cycles(16, 16)
+    if dtype is problem.read_dtype is BFLOAT16 and target.has("avx512bf16"):
+        return max(fma, 2 * 2 * lanes * target.bf16_dot_per_cycle)
+    if dtype is problem.read_dtype is INT8 and target.family == "x86_64":
+        quads = target.has("avx512vnni") or target.has("avxvnni")
+        return max(2 * fma, 2 * 4 * lanes * target.int8_dot_per_cycle * quads)
+    return fma
+
+
+def _on_tiles(problem: Problem, target: Target) -> bool:
+    """Whether the matrix unit multiplies these types."""
+    alike = problem.dtype is problem.read_dtype and problem.dtype in TILED
+    return alike and target.has("amx-bf16" if problem.dtype is BFLOAT16 else "amx-int8")

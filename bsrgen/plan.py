@@ -42,6 +42,11 @@ class Plan:
         """Whether elements that are not stored are multiplied as zeros: Inf and NaN in X reach their rows."""
         raise NotImplementedError
 
+    @property
+    def fallback(self) -> Target | None:
+        """A lesser target for where the system keeps this one's units from the process; None where it cannot."""
+        return None
+
     def knobs(self) -> dict[str, Any]:
         """The decisions alone, as plain data: what the manifest keeps and `inspect` prints."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("problem", "target")}

@@ -71,7 +71,7 @@ _V3 = (*_V2, "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _V4_VNNI = (*_V4, "avx512vnni")
 _V4_BF16 = (*_V4_VNNI, "avx512bf16")
-_V4_AMX = (*_V4_BF16, "amx-tile", "amx-bf16", "amx-int8")
+_V4_AMX = (*_V4_BF16, "avx512vbmi", "amx-tile", "amx-bf16", "amx-int8")
 _WIDE = "-mprefer-vector-width=512"  # gcc 12 and clang 19 prefer 256 bits for most AVX-512 machines
 
 X86_64 = Target("x86-64", "x86_64", ("-march=x86-64",), (), 16, 16, False, 1)
@@ -90,13 +90,13 @@ def _with(level: Target, suffix: str, requires: tuple[str, ...]) -> Target:
 X86_64_V3_VNNI = _with(X86_64_V3, "vnni", (*_V3, "avxvnni"))
 X86_64_V4_VNNI = _with(X86_64_V4, "vnni", _V4_VNNI)
 X86_64_V4_BF16 = replace(_with(X86_64_V4, "bf16", _V4_BF16), bf16_dot_per_cycle=2.0)  # as Zen 4 and 5, not yet tiles
-X86_64_V4_AMX = _with(X86_64_V4, "amx", _V4_AMX)
+X86_64_V4_AMX = replace(_with(X86_64_V4, "amx", _V4_AMX), l1_bytes=48 << 10, l2_bytes=2 << 20, ghz=3.05)  # Golden Cove
 
 _X86 = (X86_64, X86_64_V2, X86_64_V3, X86_64_V3_VNNI, X86_64_V4, X86_64_V4_VNNI, X86_64_V4_BF16, X86_64_V4_AMX)
 TARGETS = {row.name: row for row in (*_X86, AARCH64)}
 _SPELLINGS = {  # archspec's, which are Linux's, of what no level of its own has
     "avxvnni": "avx_vnni", "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16",
-    "amx-tile": "amx_tile", "amx-bf16": "amx_bf16", "amx-int8": "amx_int8",
+    "avx512vbmi": "avx512vbmi", "amx-tile": "amx_tile", "amx-bf16": "amx_bf16", "amx-int8": "amx_int8",
 }  # fmt: skip
 _AMX = frozenset(("amx_tile", "amx_bf16", "amx_int8"))
 

@@ -1,7 +1,7 @@
 /* One multiply-add of a kernel, and what it reads.  Include after bsrgen_types.h.  Before it:
  *   GROUP      neighbouring k in one lane: 1 multiplies and adds, 2 and 4 are dot products of pairs and quads
  *   DOT        for GROUP > 1: bf16 (vdpbf16ps), s16 (vpmaddwd), u8 (vpdpbusd: X + 128 is unsigned, what that adds to the
- *              sums is known with W and taken back at the end)
+ *              sums is known with W and taken back at the end); amx_bf16 and amx_s8: on tiles, which read memory as it lies
  *   INTEGER    1: sums are int32, exact
  *   GATHER     1: columns of W are paired as they occur, X is kept feature by feature and paired when it is read
  * It defines  acc, avec   sums;  unit, xvec   what is multiplied;  w_t   packed W;  cell   X in panels and copies. */
@@ -11,6 +11,8 @@
 #define DOT_bf16 1
 #define DOT_s16 2
 #define DOT_u8 3
+#define DOT_amx_bf16 4
+#define DOT_amx_s8 5
 #define DOT_IS(kind) (NAME_OF(DOT_, DOT) == NAME_OF(DOT_, kind))
 
 #if INTEGER
@@ -27,6 +29,7 @@ INLINE avec acc_load(const acc *p) { avec v; memcpy(&v, p, sizeof v); return v; 
 INLINE void acc_store(acc *p, avec v) { memcpy(p, &v, sizeof v); }
 INLINE avec acc_zero(void) { return (avec){0}; }
 
+#if GROUP == 1 || !(DOT_IS(amx_bf16) || DOT_IS(amx_s8))
 #if GROUP == 1
 typedef acc unit;
 typedef avec xvec;
@@ -213,4 +216,5 @@ INLINE xvec unit_group(const unit *p, const int group)
 #endif
     return unit_load(p);
 }
+#endif
 #endif

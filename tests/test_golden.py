@@ -15,7 +15,8 @@ import pytest
 
 import bsrgen
 from bsrgen.backends.c import CPlan, emit
-from bsrgen.backends.c.plan import TokenTile, WeightTile
+from bsrgen.backends.c.products import FMA, Product, matrix_product
+from bsrgen.backends.c.tiles import MatrixTile, TokenTile, WeightTile
 from bsrgen.cover import cover
 from bsrgen.dtypes import DTYPES
 from bsrgen.emit import Source
@@ -38,6 +39,7 @@ class Level:
     small_n: int = 0
     encoding: Literal["table", "code"] = "table"
     blocksize: tuple[int, int] | None = None  # of the blocks that cover the problem's own
+    matrix: MatrixTile | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Golden:
         m, k = np.ogrid[:M, :K]
         i, j = m // R, k // C
         stored = ((3 * i + 5 * j) % 4 == 0) & (i != 1)
-        return as_weight(np.where(stored, (m + 1) / (k + 2), 0).astype(self.dtype), blocksize=(R, C), dtype=self.dtype)
+        dense = np.where(stored, (m + 1) / (k + 2), 0).astype(DTYPES[self.dtype].numpy)
+        return as_weight(dense, blocksize=(R, C), dtype=self.dtype)
 
     @cached_property
     def problem(self) -> Problem:
@@ -78,10 +81,13 @@ class Golden:
         return tuple(
             CPlan(
                 self.problem, TARGETS[v.target], v.tokens, v.weight, v.small_n, v.encoding,
-                v.blocksize and cover(self.problem.pattern, v.blocksize),
+                v.blocksize and cover(self.problem.pattern, v.blocksize), self._product(v), matrix=v.matrix,
             )
             for v in self.levels
         )  # fmt: skip
+
+    def _product(self, level: Level) -> Product:
+        return (level.matrix and matrix_product(self.problem, TARGETS[level.target])) or FMA
 
     @cached_property
     def source(self) -> Source:
@@ -141,6 +147,19 @@ GOLDEN = (
             Level("x86-64", weight=WeightTile(row_lanes=4, k_lanes=1, vectors=1, tokens=4)),
         ),
         entry=True,
+    ),
+    Golden(
+        "matrix_direct", "tiles of the matrix unit, X as it lies, and what runs where the system refuses it", "linear",
+        "bfloat16", (48, 64), (16, 32),
+        (
+            Level("x86-64-v4-amx", matrix=MatrixTile("direct", token_tiles=2, row_tiles=1)),
+            Level("x86-64-v3", weight=WeightTile(row_lanes=8, k_lanes=1, vectors=2, tokens=3)),
+        ),
+        ("bias",), entry=True,
+    ),
+    Golden(
+        "matrix_gathered", "tiles of the matrix unit, columns of X gathered into full K steps", "linear", "bfloat16",
+        (64, 40), (32, 1), (Level("x86-64-v4-amx", matrix=MatrixTile("gathered", token_tiles=2, row_tiles=2)),),
     ),
 )  # fmt: skip
 

@@ -24,10 +24,13 @@ FLOORS = """
     backends
     backends.c
     backends.c.candidates  backends.c.text
+    backends.c.matrix_candidates  backends.c.tiling  backends.c.levels
     backends.c.covers
     build  tune  backends.c.plan
+    backends.c.layout  backends.c.count_matrix  backends.c.matrix_text
+    backends.c.matrix
     backends.c.packing
-    backends.c.products
+    backends.c.products  backends.c.tiles
     emit  cost  backends.c.count
     verify
     exam

@@ -218,7 +218,7 @@ MACROS = {  # of gcc and clang, and the feature that __builtin_cpu_supports know
     "__MOVBE__": "movbe", "__F16C__": "f16c", "__AVX512F__": "avx512f", "__AVX512BW__": "avx512bw",
     "__AVX512CD__": "avx512cd", "__AVX512DQ__": "avx512dq", "__AVX512VL__": "avx512vl", "__AVXVNNI__": "avxvnni",
     "__AVX512VNNI__": "avx512vnni", "__AVX512BF16__": "avx512bf16", "__AMX_TILE__": "amx-tile",
-    "__AMX_BF16__": "amx-bf16", "__AMX_INT8__": "amx-int8",
+    "__AMX_BF16__": "amx-bf16", "__AMX_INT8__": "amx-int8", "__AVX512VBMI__": "avx512vbmi",
 }  # fmt: skip
 
 
@@ -260,6 +260,9 @@ def test_a_microarchitecture_stands_for_its_level(name, level):
     assert [row.name for row in as_targets(name)] == [level]
 
 
+GOLDEN_COVE = ("avx512_vnni", "avx512_bf16", "avx512vbmi", "amx_tile", "amx_bf16")
+
+
 @pytest.fixture
 def fresh_host():
     """What is detected once for a process, detected anew; and forgotten again."""
@@ -277,9 +280,8 @@ def fresh_host():
     [
         ((), True, "x86-64-v4"), (("avx_vnni",), True, "x86-64-v4"), (("avx512_vnni",), True, "x86-64-v4-vnni"),
         (("avx512_bf16",), True, "x86-64-v4"), (("avx512_vnni", "avx512_bf16"), True, "x86-64-v4-bf16"),
-        (("avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"), True, "x86-64-v4-amx"),
-        (("avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"), False, "x86-64-v4-bf16"),
-        (("avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"), True, "x86-64-v4-bf16"),
+        ((*GOLDEN_COVE, "amx_int8"), True, "x86-64-v4-amx"), ((*GOLDEN_COVE, "amx_int8"), False, "x86-64-v4-bf16"),
+        (GOLDEN_COVE, True, "x86-64-v4-bf16"),
     ],
 )  # fmt: skip
 def test_native_is_what_the_cpu_has_and_the_kernel_permits(fresh_host, monkeypatch, extra, permitted, level):
@@ -524,4 +526,5 @@ def test_a_problem_is_plain_data():
     with pytest.raises(AttributeError):
         problem.n = 3
     knobs = next(iter(candidates(problem, V3))).knobs()
-    assert set(knobs) == {"tokens", "weight", "small_n", "encoding", "blocksize", "dense"}
+    tiles = {"tokens", "weight", "matrix"}
+    assert set(knobs) == tiles | {"small_n", "encoding", "product", "gather", "blocksize", "dense"}

@@ -4,8 +4,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from bsrgen.backends.c.covers import columns, covers
-from bsrgen.backends.c.plan import ALL, PANEL_BYTES, CPlan, TokenTile, WeightTile
+from bsrgen.backends.c.layout import PANEL_BYTES
+from bsrgen.backends.c.matrix_candidates import matrix_plans
+from bsrgen.backends.c.plan import CPlan
 from bsrgen.backends.c.products import products
+from bsrgen.backends.c.tiles import ALL, TokenTile, WeightTile
 from bsrgen.cover import Cover
 from bsrgen.problem import Problem
 from bsrgen.targets import Target
@@ -21,6 +24,9 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
 
     Empty only where offsets inside one block outgrow a C int.
     """
+    matrix = list(matrix_plans(problem, target, reblock=reblock))
+    filled = problem.pattern.R >= 8  # enough rows of a tile for a good guess
+    yield from matrix if filled else ()
     for cover in (None, *(covers(problem, target) if reblock else columns(problem, target))):
         if cover and problem.gate_rows % cover.blocks.R:
             continue  # a block would hold rows of the gate and of what it gates
@@ -29,6 +35,7 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
             code = replace(plan, encoding="code")
             if code.fits_code:
                 yield code
+    yield from matrix if not filled else ()
 
 
 def _tables(problem: Problem, target: Target, cover: Cover | None) -> Iterator[CPlan]:

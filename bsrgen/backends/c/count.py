@@ -166,7 +166,7 @@ def _token_work(plan: "CPlan", n: int, segments: int, blocks: float, f: Fitted) 
         x_bytes=steps * v * plan.target.vector_bytes,
         x_live_bytes=min(plan.k_panel, p.K) * v * plan.lanes * plan.cell_bytes,
         w_passes=units,
-        control=control + _epilogue(plan, n),
+        control=control + epilogue_cycles(plan, n),
     )
 
 
@@ -199,11 +199,11 @@ def _weight_work(plan: "CPlan", n: int, segments: int, stored: float, f: Fitted)
         x_bytes=p.block_rows * row_tiles * n * p.K * cell * touched,
         x_live_bytes=min(w.tokens, n) * min(plan.k_panel, p.K) * cell,
         w_passes=units / chunk,
-        control=control + _epilogue(plan, n),
+        control=control + epilogue_cycles(plan, n),
     )
 
 
-def _epilogue(plan: "CPlan", n: int) -> float:
+def epilogue_cycles(plan: "CPlan", n: int) -> float:
     """Cycles of the epilogue's operations."""
     flop = sum(step.flop for step in plan.problem.epilogue) * n * plan.pattern.M
     return flop / plan.lanes / plan.target.fma_per_cycle

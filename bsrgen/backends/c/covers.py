@@ -35,12 +35,12 @@ def covers(problem: Problem, target: Target) -> Iterator[Cover]:
     if p.R > TALLEST and p.block_rows < 8:
         yield cover(p, (TALLEST, p.C))
     yield from (cover(p, blocksize) for blocksize in _merged(p))
-    if _may_be_dense(p) and (p.nnzb < p.block_rows * p.block_cols or p.R < 8 or p.C > DENSE_COLS):
+    if may_be_dense(p) and (p.nnzb < p.block_rows * p.block_cols or p.R < 8 or p.C > DENSE_COLS):
         for rows in _dense_rows(problem, target):
             yield full(p, (rows, min(DENSE_COLS, max(p.K, 1))))
 
 
-def _may_be_dense(p: Pattern) -> bool:
+def may_be_dense(p: Pattern) -> bool:
     """Whether storing all of the matrix is thinkable: places of pieces are 32 bits."""
     return min(max(DENSE_ELEMENTS, 4 * p.nnz), OUTSIDE // 2) >= p.M * p.K
 

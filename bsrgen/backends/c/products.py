@@ -1,6 +1,7 @@
 """The products: one row for each way to multiply and add, and where it works."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from bsrgen.dtypes import BFLOAT16, INT8, DType
 from bsrgen.problem import Problem
@@ -19,9 +20,18 @@ class Product:
     part_bytes: int = 0
     corrections: bool = False  # X is multiplied as X + 128: the rows' sums of W take that back
     features: tuple[str, ...] = ()  # of the CPU, one of which is enough; none: every x86
+    intrinsic: str = ""  # on tiles of the matrix unit; "": of vectors
 
     def __str__(self) -> str:
         return self.name
+
+    def __reduce__(self) -> Any:
+        return _row, (self.name,)  # rows are told apart by identity, in another process too
+
+    @property
+    def tiles(self) -> bool:
+        """Whether the matrix unit multiplies."""
+        return self.intrinsic != ""
 
     def per_cycle(self, target: Target) -> float:
         """Instructions of this kind a cycle, whole vectors."""
@@ -38,15 +48,30 @@ FMA = Product("fma")
 BF16 = Product("bf16", 2, BFLOAT16, "uint16_t", 2, features=("avx512bf16",))  # vdpbf16ps
 S16 = Product("s16", 2, INT8, "int16_t", 2)  # vpmaddwd, elements widened to 16 bits
 U8 = Product("u8", 4, INT8, "int8_t", 1, corrections=True, features=("avx512vnni", "avxvnni"))  # vpdpbusd
+AMX_BF16 = Product("amx_bf16", 2, BFLOAT16, "uint16_t", 2, False, ("amx-bf16",), "_tile_dpbf16ps")
+AMX_S8 = Product("amx_s8", 4, INT8, "int8_t", 1, False, ("amx-int8",), "_tile_dpbssd")  # both signed: exact as they are
 
-PRODUCTS = (FMA, BF16, S16, U8)
+PRODUCTS = (FMA, BF16, S16, U8, AMX_BF16, AMX_S8)
+
+
+def _row(name: str) -> Product:
+    return next(row for row in PRODUCTS if row.name == name)
 
 
 def products(problem: Problem, target: Target) -> list[Product]:
-    """Those that work for a problem on a target, the one of the most FLOP an instruction first."""
+    """Those of vectors that work for a problem on a target, the one of the most FLOP an instruction first."""
+    return [row for row in _working(problem, target) if not row.tiles][::-1]
+
+
+def matrix_product(problem: Problem, target: Target) -> Product | None:
+    """The matrix unit's, where it works."""
+    return next((row for row in _working(problem, target) if row.tiles), None)
+
+
+def _working(problem: Problem, target: Target) -> list[Product]:
     found = [FMA]
     for row in PRODUCTS[1:]:
         alike = problem.dtype is problem.read_dtype is row.dtype
         if alike and target.family == "x86_64" and (not row.features or any(map(target.has, row.features))):
             found.append(row)
-    return found[::-1]
+    return found

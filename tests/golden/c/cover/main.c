@@ -92,7 +92,7 @@ const char *spmm_f32_9x7_b1x1_dfaa5c3d_info(int what)
     const struct level *level = choose_level();
     if (what == 0) return manifest;
     if (what == 2) return level ? level->target : "";
-    static char missing[72];
+    static char missing[87];
     char text[sizeof missing] = "";
     if (!level) {
         if (!__builtin_cpu_supports("sse3")) strcat(text, "sse3 ");

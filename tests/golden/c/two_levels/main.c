@@ -84,7 +84,7 @@ const char *spmm_f32_12x16_b4x1_6d89d2d2_info(int what)
     const struct level *level = choose_level();
     if (what == 0) return manifest;
     if (what == 2) return level ? level->target : "";
-    static char missing[1];
+    static char missing[16];
     char text[sizeof missing] = "";
     if (!level) {
         memcpy(missing, text, sizeof missing);
