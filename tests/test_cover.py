@@ -372,14 +372,14 @@ def test_x_that_is_packed_a_panel_at_a_time(operator, rng, tmp_path, monkeypatch
     weight = gaps((4, 3))
     plan = CPlan(problem_of(weight, operator), HERE, TokenTile(4, 2, 66), None)
     assert plan.packs_whole
-    monkeypatch.setattr("bsrgen.backends.c.plan.PANEL_BYTES", 66 * 2 * HERE.vector_bytes)
+    monkeypatch.setattr("bsrgen.backends.c.layout.PANEL_BYTES", 66 * 2 * HERE.vector_bytes)
     assert not plan.packs_whole
     check_calls(build_plan(plan, weight, tmp_path), plan.problem, weight, rng, (0, 1, 7, 33, 130))
 
 
 @pytest.mark.parametrize("operator", OPERATOR_NAMES)
 def test_one_block_wider_than_the_scratch_for_x(operator, rng, tmp_path, monkeypatch):
-    monkeypatch.setattr("bsrgen.backends.c.plan.PANEL_BYTES", 1 << 12)
+    monkeypatch.setattr("bsrgen.backends.c.layout.PANEL_BYTES", 1 << 12)
     weight = make_weight("uniform", (3, 2000), (1, 2000), "float32")
     plan = CPlan(problem_of(weight, operator), HERE, TokenTile(1, 2, 2000), None)
     assert plan.packs_whole
