@@ -153,12 +153,12 @@ class Kernel:
         x_scale * x, where x_scale is one number or an array like x without its features (1), and a result of int8 for
         y_scale * y (1): real numbers are divided by y_scale, rounded to nearest, ties to even, and saturate at 127.
 
-        Of several weights that share X, the result is a tuple of views of one array, which `out` may give; bias and scale
-        have the values of all weights, one after the other.
+        Of several weights that share X, the result is a tuple of views of one array, which `out` may give; bias and
+        scale have the values of all weights, one after the other.
         """
         if self._plain and threads is None and type(x) is np.ndarray and x.dtype is self._x_dtype:
             axis, shape, values = self._token_axis, x.shape, self._values
-            records, numbers = self._with_numbers(values, operands) if operands else (values.records, None)
+            records, _kept = self._with_numbers(values, operands) if operands else (values.records, None)
             if records is not None and len(shape) == 2 and shape[1 - axis] == self._features:
                 n = shape[axis]
                 full = (self._rows, n) if axis else (n, self._rows)
@@ -197,7 +197,7 @@ class Kernel:
                 records[index].data, records[index].ld = numbers[-1], 0
         return records, numbers
 
-    def _general(self, x: Any, out: Array | None, threads: int | None, operands: dict[str, Any]) -> Array:
+    def _general(self, x: Any, out: Array | None, threads: int | None, operands: dict[str, Any]) -> Any:
         ffi = self._tramp.ffi
         if self._foreign:
             raise self._foreign
@@ -219,7 +219,7 @@ class Kernel:
             raise OutOfMemoryError(f"{self.name}: no memory for the packed activations")
         raise ArtifactError(f"{self.name}: the library refused the call (status {status})")
 
-    def __matmul__(self, x: Any) -> Array:
+    def __matmul__(self, x: Any) -> Any:
         """k @ x for spmm without operands: the same as k(x)."""
         if self._token_axis == 0 and np.ndim(x) != 1:
             raise ArgumentError(
@@ -232,7 +232,7 @@ class Kernel:
     def __reduce__(self) -> Any:
         raise TypeError(f"{self.name}: a kernel cannot be pickled; save it to a folder and load it there")
 
-    def matvec(self, x: Any) -> Array:
+    def matvec(self, x: Any) -> Any:
         """W @ x for one vector: with shape and dtype, all that scipy.sparse.linalg.aslinearoperator asks for."""
         return self(np.asarray(x).reshape(-1))
 
