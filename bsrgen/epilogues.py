@@ -103,7 +103,7 @@ CLAMP = Epilogue(
 RESIDUAL = Epilogue("residual", "v + residual", lambda v, residual: v + residual, (Operand("residual", "element"),))
 # Of two weights that share X: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202, section 2.
 SWIGLU, GEGLU = (
-    Epilogue(name, "v * gate", lambda v, gate: v * gate, (Operand("gate", "gate"),), 1 + step.flop, gate=step)
+    Epilogue(name, "v * gate", lambda v, gate: v * gate, (Operand("gate", "gate"),), 1 + step.flop, np.abs, gate=step)
     for name, step in (("swiglu", SILU), ("geglu", GELU))
 )
 ACCUMULATE = Epilogue(
@@ -139,34 +139,21 @@ QUANTIZE = Epilogue(  # the store rounds to the nearest integer in [-127, 127]
 )
 
 EPILOGUES = {
-    row.name: row
-    for row in (
-        BIAS,
-        SCALE,
-        RELU,
-        GELU,
-        GELU_TANH,
-        SILU,
-        SIGMOID,
-        TANH,
-        CLAMP,
-        RESIDUAL,
-        ACCUMULATE,
-        SWIGLU,
-        GEGLU,
-    )
+    row.name: row for row in (BIAS, SCALE, RELU, GELU, GELU_TANH, SILU, SIGMOID, TANH, CLAMP, RESIDUAL, ACCUMULATE)
 }
-STEPS = EPILOGUES | {row.name: row for row in (W_SCALE, X_SCALE, QUANTIZED_X, QUANTIZE)}
+GATED = {row.name: row for row in (SWIGLU, GEGLU)}  # the first step of a pair of weights
+CHOICES = EPILOGUES | GATED
+STEPS = CHOICES | {row.name: row for row in (W_SCALE, X_SCALE, QUANTIZED_X, QUANTIZE)}
 
 
 def as_epilogues(names: str | Sequence[str]) -> tuple[Epilogue, ...]:
     """The rows of `names`, in order.  An epilogue that comes a second time numbers its operands: bias, bias2."""
     names = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, (list, tuple)) else names
     if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
-        raise ArgumentTypeError(f"epilogue={names!r}: a name or a sequence of names, of {', '.join(EPILOGUES)}")
+        raise ArgumentTypeError(f"epilogue={names!r}: a name or a sequence of names, of {', '.join(CHOICES)}")
     for name in names:
-        if name not in EPILOGUES:
-            raise ArgumentError(f"epilogue {name!r}: one of {', '.join(EPILOGUES)}")
+        if name not in CHOICES:
+            raise ArgumentError(f"epilogue {name!r}: one of {', '.join(CHOICES)}")
     return steps_of(names)
 
 

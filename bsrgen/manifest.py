@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from bsrgen.dtypes import DType, as_types
-from bsrgen.epilogues import EPILOGUES, QUANTIZED_X, Epilogue, as_epilogues, composed, gate_rows, operands_of, steps_of
+from bsrgen.epilogues import CHOICES, QUANTIZED_X, Epilogue, as_epilogues, composed, gate_rows, operands_of, steps_of
 from bsrgen.errors import ArtifactError
 from bsrgen.integrity import MANIFEST
 from bsrgen.operators import NAME, kernel_name
@@ -149,7 +149,7 @@ class Manifest(_Record, frozen=True):
         names += [PATTERN_FILE, *([OPERANDS_FILE] if self.bound else [])]
         if not self.levels or not set(names) <= set(self.files):
             raise ValueError("a level or a file it needs is not listed")
-        user, quantizes = [name for name in self.epilogue if name in EPILOGUES], QUANTIZED_X.name in self.epilogue
+        user, quantizes = [name for name in self.epilogue if name in CHOICES], QUANTIZED_X.name in self.epilogue
         if quantizes and (self.dtype != "int8" or self.x_dtype == "int8"):
             raise ValueError("only X of floating numbers is quantised, for W of int8")
         own = composed(as_epilogues(user), *self.types, quantizes)

@@ -131,9 +131,10 @@ class Problem:
         y, bound = self._sums(weight, np.asarray(x, np.float64))
         given = {**(given or {}), **({} if scale is None else {QUANTIZED_X.operands[0].name: scale})}
         for step in self.epilogue:
+            off = 0.0
             if step.gate:
-                gate, tolerance, y, bound = self._gated(step.gate, y, bound)
-                given[step.operands[0].name], bound = gate, bound * np.abs(gate) + (np.abs(y) + bound) * tolerance
+                given[step.operands[0].name], tolerance, y, bound = self._gated(step.gate, y, bound)
+                off = (np.abs(y) + bound) * tolerance
             values = [
                 np.asarray(0.0 if out is None else out, np.float64)
                 if operand.kind == "out"
@@ -142,7 +143,7 @@ class Problem:
             ]
             before, y = y, step.numpy(y, *values)
             size = np.abs(before) + np.abs(y) + sum(np.abs(v) for v in values if np.all(np.isfinite(v)))
-            bound = step.gain(*values) * bound + step.roundings * (u * size + self.real.smallest)
+            bound = step.gain(*values) * bound + off + step.roundings * (u * size + self.real.smallest)
         if self.out_dtype is INT8:
             return np.clip(y, -INT8.largest, INT8.largest), bound + 0.5
         if self.out_dtype is not self.real:

@@ -318,7 +318,7 @@ REQUEST = {
     "tune": "model",
     "strict": False,
     "compiler": COMPILER,
-    "bound": api.Bound({"bias": np.ones(36, np.float32)}, "none"),
+    "bound": api.Bound({"bias": np.ones(36, np.float32)}, "none", (36,)),
 }
 
 
@@ -346,7 +346,7 @@ MUTATIONS = {
     "dtype": {"problem": as_problem("linear", W.pattern, "float64", None, None, "bias", 64)},
     "dtype of W alone": {"problem": replace(PROBLEM, dtype=DTYPES["bfloat16"])},
     "dtype of W and Y": {"problem": replace(PROBLEM, dtype=DTYPES["bfloat16"], out_dtype=DTYPES["bfloat16"])},
-    "source of the scales": {"bound": api.Bound(REQUEST["bound"].arrays, "given")},
+    "source of the scales": {"bound": api.Bound(REQUEST["bound"].arrays, "given", (36,))},
     "epilogue": {"problem": replace(PROBLEM, epilogue=as_epilogues(("bias", "relu")))},
     "order of the epilogue": {"problem": replace(PROBLEM, epilogue=as_epilogues(("relu", "bias")))},
     "n": {"problem": replace(PROBLEM, n=65)},
@@ -366,9 +366,9 @@ MUTATIONS = {
     "strict": {"strict": True},
     "version of the compiler": {"compiler": replace(COMPILER, version="cc 1.2.4")},
     "machine of the compiler": {"compiler": replace(COMPILER, machine="x86_64-linux-musl")},
-    "bound values": {"bound": api.Bound({"bias": np.zeros(36, np.float32)}, "none")},
-    "bound names": {"bound": api.Bound({"bias2": np.ones(36, np.float32)}, "none")},
-    "nothing bound": {"bound": api.Bound({}, "none")},
+    "bound values": {"bound": api.Bound({"bias": np.zeros(36, np.float32)}, "none", (36,))},
+    "bound names": {"bound": api.Bound({"bias2": np.ones(36, np.float32)}, "none", (36,))},
+    "nothing bound": {"bound": api.Bound({}, "none", (36,))},
 }
 
 
@@ -397,7 +397,7 @@ def test_the_key_changes_with_the_generator(where, name, value, monkeypatch):
 def test_the_key_does_not_change_with_what_cannot_matter(tmp_path):
     assert key_of(compiler=replace(COMPILER, path="/opt/bin/cc")) == key_of()
     assert key_of(weight=Weight(W.pattern, W.data.copy())) == key_of()
-    assert key_of(bound=api.Bound({"bias": np.ones(72, np.float32)[::2]}, "none")) == key_of()
+    assert key_of(bound=api.Bound({"bias": np.ones(72, np.float32)[::2]}, "none", (36,))) == key_of()
     assert len({key_of(**change) for change in MUTATIONS.values()}) == len(MUTATIONS)
 
 
@@ -432,7 +432,7 @@ w = random_weight(11, (36, 30), (4, 3), 0.5)
 problem = Problem(OPERATORS["linear"], w.pattern, DTYPES["float32"], as_epilogues(("bias", "gelu", "clamp")), 64)
 targets = as_targets(("x86-64", "x86-64-v3", "x86-64-v4"))
 compiler = build.Compiler("cc", "1", "x86_64")
-bound = api.Bound({"hi": np.float64(1), "lo": np.float64(0)}, "none")
+bound = api.Bound({"hi": np.float64(1), "lo": np.float64(0)}, "none", (36,))
 key = api._key(problem, w, targets, "model", False, compiler, bound)
 plans = [[str(p) for p in BACKENDS["c"].candidates(problem, t)] for t in targets]
 chosen = tuple(choose(BACKENDS["c"], problem, w, t, as_tuning("model"), compiler, None, None).plan for t in targets)

@@ -137,7 +137,6 @@ def test_types_that_do_not_go_together(weight_file: Path) -> None:
         assert "kernels read" in refused(verb, weight_file, "--dtype", "int8", "--x-dtype", "float64", code=2)
         assert "kernels write" in refused(verb, weight_file, "--out-dtype", "int8", code=2)
         assert "one of float32" in refused(verb, weight_file, "--x-dtype", "int3", code=2)
-    assert "float32 and float64" in refused("bench", weight_file, "--dtype", "bfloat16", code=2)
 
 
 # ── inspect ──────────────────────────────────────────────────────────────────────────────────────────────────────────

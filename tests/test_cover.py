@@ -240,7 +240,7 @@ def test_kernel_over_a_cover(name, rng, tmp_path):
 def test_verify_sees_a_filled_zero_that_is_none(tmp_path):
     plan, weight = covered("dense")
     artifact = read_artifact(build_artifact([plan], weight, tmp_path / "a").folder)
-    at = plan.packing.pack(weight.data).tolist().index(0)
+    at = plan.packing.pack(weight.data).view(np.float32).tolist().index(0)
     with open(artifact.library, "r+b") as file:
         file.seek(artifact.manifest.levels[0].values.offset + 4 * at)
         file.write(np.float32(7).tobytes())
@@ -261,7 +261,7 @@ def c_pack(kernel: Kernel):
         packed = np.full(count + 64, 7, np.uint8)  # what lies behind must stay
         assert function(data.ctypes.data, packed.ctypes.data, level) == count
         assert (packed[count:] == 7).all()
-        return packed[:count].view(data.dtype)
+        return packed[:count]
 
     return pack
 

@@ -35,7 +35,10 @@ FORBIDDEN_CALLS = {
     "os.execv", "os.execve", "os.execvp", "subprocess.getoutput", "subprocess.getstatusoutput", "tempfile.mktemp",
     "ctypes.CDLL",
 }  # fmt: skip
-ALLOWED = {("bench/clock.py", "os.execve"): "this interpreter again, without variables that slow a peer down"}
+ALLOWED = {
+    ("bench/clock.py", "os.execve"): "this interpreter again, without variables that slow a peer down",
+    ("machine.py", "ctypes.CDLL"): "this process's own libc, for arch_prctl",
+}
 DANGEROUS_KEYWORDS = {("shell", True), ("allow_pickle", True), ("weights_only", False)}
 
 

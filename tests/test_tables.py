@@ -123,7 +123,10 @@ BY_HAND = {  # one number, in Python's own mathematics
     "accumulate": lambda v, alpha, beta, out: alpha * v + beta * out,
     "w_scale": lambda v, w_scale: v * w_scale,
     "x_scale": lambda v, x_scale: v * x_scale,
+    "quantized_x": lambda v, x_scale: v * x_scale,
     "quantize": lambda v, y_scale: v / y_scale,
+    "swiglu": lambda v, gate: v * gate,
+    "geglu": lambda v, gate: v * gate,
 }
 POINTS = [-30.0, -8.5, -3.0, -1.0, -0.3, -1e-8, 0.0, 1e-8, 0.2, 0.9, 2.5, 7.0, 40.0]
 

@@ -202,7 +202,7 @@ def call_of(types, operator="linear", steps=()):
     """The signature of a kernel that nobody compiled."""
     problem = case(types, operator, steps)[1]
     manifest = SimpleNamespace(
-        name=problem.name, shape=(M, K), operator=operator, steps=problem.epilogue,
+        name=problem.name, shape=(M, K), rows=M, operator=operator, steps=problem.epilogue,
         epilogue=tuple(step.name for step in problem.epilogue),
         types=(problem.dtype, problem.x_dtype, problem.out_dtype),
     )  # fmt: skip
@@ -211,7 +211,7 @@ def call_of(types, operator="linear", steps=()):
 
 def prepared(call, problem, n, x=None, **given):
     x = problem.sample(np.random.default_rng(0), n)[0] if x is None else x
-    operands = call.prepare(x, None, None, given).operands
+    operands = call.prepare(x, None, None, given, call.settled({})).operands
     return dict(zip((o.name for o in call.operands), operands, strict=True))
 
 
@@ -300,31 +300,34 @@ def test_types_of_x_and_out():
         call, _ = call_of(types)
         x, y = (DTYPES[name].numpy for name in types[1:])
         given = {o.name: np.ones(M, np.float32) for o in call.operands if o.kind == "row"}
-        assert call.prepare(np.ones((2, K), x), None, None, given).out.dtype == y
-        assert call.prepare(np.ones((2, K), x), np.ones((2, M), y), None, given).out.dtype == y
+        assert call.prepare(np.ones((2, K), x), None, None, given, call.settled({})).out.dtype == y
+        assert call.prepare(np.ones((2, K), x), np.ones((2, M), y), None, given, {}).out.dtype == y
         for other in {"f4", "f8", "f2", "i1", BF16}:
             if np.dtype(other) != x:
                 way = r"rint\(x / x_scale\)" if x == np.int8 else "astype"
                 with pytest.raises(bsrgen.ArgumentTypeError, match=f"x has dtype .*{way}"):
-                    call.prepare(np.ones((2, K), other), None, None, given)
+                    call.prepare(np.ones((2, K), other), None, None, given, {})
             if np.dtype(other) != y:
                 with pytest.raises(bsrgen.ArgumentTypeError, match="out has dtype"):
-                    call.prepare(np.ones((2, K), x), np.ones((2, M), other), None, given)
+                    call.prepare(np.ones((2, K), x), np.ones((2, M), other), None, given, {})
 
 
 def test_settled_operands():
-    """All that a call without operands passes; nothing where one must come with it."""
+    """What a call need not give: operands that are bound, and those with a default."""
     call, _ = call_of(("int8", "int8", "int8"), steps=("bias",))
     ones = np.ones(M, np.float32)
-    assert call.settled({}) is call.settled({"w_scale": ones}) is call.settled({"bias": ones}) is None
+    assert call.settled({}).keys() == {"x_scale", "y_scale"}
+    assert call.settled({"bias": ones}).keys() == {"x_scale", "y_scale", "bias"}
     settled = call.settled({"w_scale": ones, "bias": ones, "x_scale": np.array(0.5)})
-    assert [(None if a is None else a.tolist(), ld, scalar) for a, ld, scalar in settled] == [
-        ([1.0] * M, 0, 0.0), ([0.5], 0, 0.0), ([1.0] * M, 0, 0.0), (None, 0, 1.0)
-    ]  # fmt: skip
-    assert call_of(("float32",) * 3)[0].settled({}) == []
-    assert call_of(("float32",) * 3, steps=("clamp",))[0].settled({}) == [(None, 0, -np.inf), (None, 0, np.inf)]
+    assert {name: (None if a is None else a.tolist(), ld, scalar) for name, (a, ld, scalar) in settled.items()} == {
+        "w_scale": ([1.0] * M, 0, 0.0), "x_scale": ([0.5], 0, 0.0), "bias": ([1.0] * M, 0, 0.0),
+        "y_scale": (None, 0, 1.0),
+    }  # fmt: skip
+    assert call_of(("float32",) * 3)[0].settled({}) == {}
+    clamp = call_of(("float32",) * 3, steps=("clamp",))[0].settled({})
+    assert clamp == {"lo": (None, 0, -np.inf), "hi": (None, 0, np.inf)}
     for steps in (("residual",), ("accumulate",)):
-        assert call_of(("float32",) * 3, steps=steps)[0].settled({}) is None
+        assert call_of(("float32",) * 3, steps=steps)[0].settled({}) == {}
 
 
 class TestTorch:
@@ -338,7 +341,7 @@ class TestTorch:
         dtype = getattr(self.torch, name)
         x, bias = self.torch.rand(6, K).to(dtype), self.torch.rand(M).to(dtype)
         residual = self.torch.rand(2 * M, 6).to(dtype).T[:, ::2]
-        ready = call.prepare(x, None, None, {"residual": residual, "bias": bias})
+        ready = call.prepare(x, None, None, {"residual": residual, "bias": bias}, call.settled({}))
         assert ready.x.ctypes.data == x.data_ptr()
         np.testing.assert_array_equal(ready.x.astype(np.float32), x.float().numpy())
         np.testing.assert_array_equal(ready.operands[0][0].astype(np.float32), residual.float().numpy())
@@ -349,4 +352,4 @@ class TestTorch:
         x = self.torch.zeros(2, K, dtype=self.torch.bfloat16)
         for wrong in (x.clone().requires_grad_(), x.to("meta"), x.to_sparse(), x.half(), x.float()):
             with pytest.raises(bsrgen.ArgumentTypeError, match="x "):
-                call.prepare(wrong, None, None, {})
+                call.prepare(wrong, None, None, {}, {})
