@@ -131,7 +131,7 @@ class Problem:
         y, bound = self._sums(weight, np.asarray(x, np.float64))
         given = {**(given or {}), **({} if scale is None else {QUANTIZED_X.operands[0].name: scale})}
         for step in self.epilogue:
-            off = 0.0
+            off: Any = 0.0
             if step.gate:
                 given[step.operands[0].name], tolerance, y, bound = self._gated(step.gate, y, bound)
                 off = (np.abs(y) + bound) * tolerance

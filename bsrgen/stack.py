@@ -17,10 +17,8 @@ def are_several(W: Any) -> bool:
 def stacked(weights: Sequence[Weight]) -> Weight:
     """One weight of all rows: whole blocks of every weight but the last.
 
-    ArgumentError where there is none, or they differ in K, block shape or type.
+    ArgumentError where they differ in K, block shape or type.
     """
-    if not weights:
-        raise ArgumentError("W=[]: at least one weight")
     first = weights[0].pattern
     for number, weight in enumerate(weights):
         p = weight.pattern
@@ -40,6 +38,8 @@ def stacked(weights: Sequence[Weight]) -> Weight:
 
 def parts_of(weights: Sequence[Weight], paired: bool) -> tuple[int, ...]:
     """Features of Y that each weight makes, or a pair of them together.  ArgumentError where they do not fit."""
+    if not weights:
+        raise ArgumentError("W=[]: at least one weight")
     rows = [weight.pattern.M for weight in weights]
     if paired and (len(rows) != 2 or rows[0] != rows[1]):
         raise ArgumentError(

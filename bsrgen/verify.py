@@ -101,9 +101,10 @@ def _results(kernel: Kernel, problem: Problem, weight: Weight) -> list[Finding]:
     for n in CHECK_N:
         x, given = problem.sample(rng, n)
         old = problem.sample_out(rng, n)
-        one = kernel(x, out=old.copy(), threads=1, **given)
+        kernel(x, out=(one := old.copy()), threads=1, **given)
         worst = max(worst, error_share(one, *problem.reference(weight, x, given, old)))
-        same &= kernel(x, out=old.copy(), threads=threads, **given).tobytes() == one.tobytes()
+        kernel(x, out=(other := old.copy()), threads=threads, **given)
+        same &= other.tobytes() == one.tobytes()
     ns = ", ".join(map(str, CHECK_N))
     return [
         Finding("results", worst <= 1, f"largest error {100 * worst:.2g} % of the float64 bound at n = {ns}"),

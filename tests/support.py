@@ -1,5 +1,6 @@
 """Judging kernels: the float64 reference and its bound, arrays in hostile places, plans built one by one."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -141,3 +142,20 @@ def run_python(script: str, *arguments: str, timeout_s: float = 120, **environme
     )  # fmt: skip
     assert result.returncode == 0, f"exit status {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result.stdout
+
+
+def c_pack(kernel: Kernel):
+    """The library's own packing: (data or None, level) -> packed values, or the bytes of them."""
+    function = ctypes.CDLL(str(kernel.artifact.library))[f"{kernel.name}_pack"]
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int], ctypes.c_int64
+
+    def pack(data, level: int):
+        count = function(None, None, level)
+        if data is None:
+            return count
+        packed = np.full(count + 64, 7, np.uint8)  # what lies behind must stay
+        assert function(data.ctypes.data, packed.ctypes.data, level) == count
+        assert (packed[count:] == 7).all()
+        return packed[:count]
+
+    return pack

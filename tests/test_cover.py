@@ -1,6 +1,5 @@
 """Covers: the same elements in other blocks, which of them are tried, and kernels that walk them."""
 
-import ctypes
 import itertools
 import tracemalloc
 from dataclasses import replace
@@ -12,6 +11,7 @@ from support import (
     OPERATOR_NAMES,
     assert_right,
     build_plan,
+    c_pack,
     check_calls,
     framed,
     make_weight,
@@ -247,23 +247,6 @@ def test_verify_sees_a_filled_zero_that_is_none(tmp_path):
     write_manifest(artifact.folder, artifact.manifest)
     seen = {finding.what: finding.ok for finding in verify(artifact.folder)[1]}
     assert not seen["values"]
-
-
-def c_pack(kernel: Kernel):
-    """The library's own packing: (data or None, level) -> packed values, or the bytes of them."""
-    function = ctypes.CDLL(str(kernel.artifact.library))[f"{kernel.name}_pack"]
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int], ctypes.c_int64
-
-    def pack(data, level: int):
-        count = function(None, None, level)
-        if data is None:
-            return count
-        packed = np.full(count + 64, 7, np.uint8)  # what lies behind must stay
-        assert function(data.ctypes.data, packed.ctypes.data, level) == count
-        assert (packed[count:] == 7).all()
-        return packed[:count]
-
-    return pack
 
 
 @pytest.mark.parametrize("name", COVERED)

@@ -39,7 +39,7 @@ def built(types, operator="linear", blocksize=(16, 1), epilogue=(), shape=(53, 7
         pytest.param(types, operator, BLOCKS[(3 * i + j + k) % len(BLOCKS)], id=f"{'-'.join(types)}-{operator}-{k}")
         for i, types in enumerate(REDUCED)
         for j, operator in enumerate(OPERATOR_NAMES)
-        for k in (0, 2, 5)
+        for k in (0, 2)[: 2 - i % 2]
     ],
 )
 def test_every_triple(types, operator, blocksize, rng):
@@ -52,30 +52,30 @@ def test_every_triple(types, operator, blocksize, rng):
 @pytest.mark.parametrize("target", LEVELS)
 @BY_TYPES
 def test_every_level(types, target, rng):
-    for operator, blocksize in (("linear", (32, 1)), ("spmm", (4, 4))):
-        kernel, problem, weight = built(types, operator, blocksize, STEPS, target=target)
-        check_calls(kernel, problem, weight, rng, (1, 3, 40))
+    turn = (REDUCED.index(types) + len(target)) % 2
+    operator, blocksize = (("linear", (32, 1)), ("spmm", (4, 4)))[turn]
+    kernel, problem, weight = built(types, operator, blocksize, STEPS, target=target)
+    check_calls(kernel, problem, weight, rng, (1, 3, 40))
 
 
 @pytest.mark.parametrize("kind", ["empty", "full", "one", "banded", "uniform"])
 @BY_TYPES
 def test_every_kind(types, kind, rng):
-    for operator in OPERATOR_NAMES:
-        kernel, problem, weight = built(types, operator, (4, 4), ("bias",), (30, 41), kind)
-        check_calls(kernel, problem, weight, rng, (1, 20))
+    operator = OPERATOR_NAMES[(REDUCED.index(types) + len(kind)) % 2]
+    kernel, problem, weight = built(types, operator, (4, 4), ("bias",), (30, 41), kind)
+    check_calls(kernel, problem, weight, rng, (1, 20))
 
 
-@pytest.mark.parametrize("step", EPILOGUES)
+@pytest.mark.parametrize("steps", [tuple(EPILOGUES)[i : i + 3] for i in range(0, len(EPILOGUES), 3)], ids="-".join)
 @pytest.mark.parametrize(
     "types",
     [("bfloat16",) * 3, ("float16",) * 3, INT8, ("int8",) * 3, ("int8", "float32", "float32")],
     ids="-".join,
 )  # fmt: skip
-def test_every_epilogue(types, step, rng):
-    if step == "accumulate" and types[2] == "int8":
-        pytest.skip("refused: see test_types.py")
+def test_every_epilogue(types, steps, rng):
+    steps = tuple(step for step in steps if step != "accumulate" or types[2] != "int8")  # refused: see test_types.py
     for operator in OPERATOR_NAMES:
-        kernel, problem, weight = built(types, operator, epilogue=step)
+        kernel, problem, weight = built(types, operator, epilogue=steps)
         check_calls(kernel, problem, weight, rng, (1, 3, 40))
 
 
