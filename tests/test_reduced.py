@@ -3,6 +3,8 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from support import DTYPE_NAMES, LEVELS, OPERATOR_NAMES, REDUCED, assert_right, check_calls, make_weight, problem_of
 
 import bsrgen
@@ -39,7 +41,7 @@ def built(types, operator="linear", blocksize=(16, 1), epilogue=(), shape=(53, 7
         pytest.param(types, operator, BLOCKS[(3 * i + j + k) % len(BLOCKS)], id=f"{'-'.join(types)}-{operator}-{k}")
         for i, types in enumerate(REDUCED)
         for j, operator in enumerate(OPERATOR_NAMES)
-        for k in (0, 2)[: 2 - i % 2]
+        for k in (0, 2)[: 1 + (i % 4 == 0)]
     ],
 )
 def test_every_triple(types, operator, blocksize, rng):
@@ -58,8 +60,14 @@ def test_every_level(types, target, rng):
     check_calls(kernel, problem, weight, rng, (1, 3, 40))
 
 
-@pytest.mark.parametrize("kind", ["empty", "full", "one", "banded", "uniform"])
-@BY_TYPES
+@pytest.mark.parametrize(
+    ("kind", "types"),
+    [
+        pytest.param(kind, types, id=f"{kind}-{'-'.join(types)}")
+        for i, kind in enumerate(("empty", "full", "one", "banded", "uniform"))
+        for types in REDUCED[i % 3 :: 3]
+    ],
+)
 def test_every_kind(types, kind, rng):
     operator = OPERATOR_NAMES[(REDUCED.index(types) + len(kind)) % 2]
     kernel, problem, weight = built(types, operator, (4, 4), ("bias",), (30, 41), kind)
@@ -77,6 +85,26 @@ def test_every_epilogue(types, steps, rng):
     for operator in OPERATOR_NAMES:
         kernel, problem, weight = built(types, operator, epilogue=steps)
         check_calls(kernel, problem, weight, rng, (1, 3, 40))
+
+
+@settings(
+    max_examples=20, deadline=None, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+@given(
+    st.sampled_from(REDUCED), st.sampled_from(OPERATOR_NAMES), st.tuples(st.integers(1, 40), st.integers(1, 20)),
+    st.tuples(st.integers(1, 120), st.integers(1, 150)), st.floats(0, 1), st.lists(st.sampled_from(STEPS), unique=True),
+    st.lists(st.integers(0, 67), min_size=3, max_size=3),
+)  # fmt: skip
+def test_drawn_problems(types, operator, blocksize, shape, density, steps, tokens):
+    rng = np.random.default_rng(0)
+    weight = random_weight(1, shape, blocksize, density)
+    weight = quantized(weight)[0] if types[0] == "int8" else as_weight(weight, dtype=types[0])
+    kernel = bsrgen.compile(
+        weight, operator, dtype=types[0], x_dtype=types[1], out_dtype=types[2], epilogue=steps,
+        **({"w_scale": np.full(shape[0], 0.01)} if types[0] == "int8" else {}),
+    )  # fmt: skip
+    check_calls(kernel, problem_of(weight, operator, steps, *types), weight, rng, tuple(tokens))
 
 
 def test_long_rows(rng):

@@ -22,9 +22,14 @@ def pair(blocksize=(16, 1), shape=(90, 83)):
     return [random_weight(seed, shape, blocksize, 0.3) for seed in (1, 2)]
 
 
-@pytest.mark.parametrize("step", ["swiglu", "geglu"])
-@pytest.mark.parametrize("operator", OPERATOR_NAMES)
-@pytest.mark.parametrize(("dtype", "blocksize"), [("float32", (16, 1)), ("bfloat16", (4, 4)), ("int8", (32, 1))])
+@pytest.mark.parametrize(
+    ("dtype", "blocksize", "operator", "step"),
+    [
+        ("float32", (16, 1), "linear", "geglu"), ("float32", (4, 4), "spmm", "swiglu"),
+        ("bfloat16", (4, 4), "linear", "swiglu"), ("bfloat16", (32, 1), "spmm", "geglu"),
+        ("int8", (32, 1), "linear", "swiglu"), ("int8", (1, 1), "spmm", "geglu"),
+    ],
+)  # fmt: skip
 def test_pairs(dtype, operator, blocksize, step, rng):
     weights = pair(blocksize)
     options = {"x_dtype": "float32", "quantize_x": True} if dtype == "int8" else {}
@@ -82,9 +87,10 @@ def test_weights_that_do_not_go_together():
 # ── X that the kernel quantises ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("operator", OPERATOR_NAMES)
-@pytest.mark.parametrize("blocksize", [(32, 1), (4, 4), (1, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("blocksize", "operator", "x_dtype"),
+    [((32, 1), "linear", "float32"), ((4, 4), "spmm", "bfloat16"), ((1, 3), "linear", "bfloat16")],
+)
 def test_quantize_x(blocksize, operator, x_dtype, rng):
     weight, scale = quantized(make_weight("uniform", (70, 83), blocksize, "float32"))
     kernel = bsrgen.compile(
@@ -134,7 +140,7 @@ def test_every_way_to_multiply(dtype, blocksize, rng, tmp_path):
     for number, operator in enumerate(OPERATOR_NAMES):
         for plan in candidates(as_problem(operator, weight.pattern, dtype), native()):
             plans.setdefault((*ways(plan), number), plan)
-    some = list(plans.values())[:: max(len(plans) // 9, 1)]
+    some = list(plans.values())[:: max(len(plans) // 5, 1)]
     for number, plan in enumerate(some):
         (folder := tmp_path / str(number)).mkdir()
         kernel = build_plan(plan, weight, folder)
