@@ -119,10 +119,11 @@ def compile(
     if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
         raise ArgumentError(f"n={n!r}: a number of tokens from 1 up, or None")
     default_threads(threads)
-    as_operator(operator), as_epilogues(epilogue)
+    as_operator(operator)
+    paired = pair_of(as_epilogues(epilogue)) is not None
     targets = as_targets(target)
     weights = [source_of(part, w, blocksize=blocksize, shape=shape) for part in (W if are_several(W) else [W])]
-    parts = parts_of(weights, pair_of(as_epilogues(epilogue)) is not None)
+    parts = parts_of(weights, paired)
     weight = stacked(weights) if len(weights) > 1 else weights[0]
     problem = as_problem(operator, weight.pattern, w, x, y, epilogue, None if n is None else int(n), bool(quantize_x))
     bound, how = bind(problem, operands), "none"

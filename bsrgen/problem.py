@@ -212,9 +212,9 @@ def as_problem(
         raise UnsupportedError(
             f"quantize_x with W of {w.name} and X of {x.name}: it makes int8 of X of float32 or bfloat16, for W of int8"
         )
-    steps = composed(as_epilogues(epilogue), w, x, y, quantize_x)
-    problem = Problem(as_operator(operator), pattern, w, steps, n, x, y)
     user = as_epilogues(epilogue)
+    steps = composed(user, w, x, y, quantize_x)
+    problem = Problem(as_operator(operator), pattern, w, steps, n, x, y)
     if any(step.gate for step in user[1:]):
         raise ArgumentError(f"epilogue {[step.name for step in user]}: swiglu and geglu come first, and once")
     if y is INT8 and any(operand.kind == "out" for step in steps for operand in step.operands):
