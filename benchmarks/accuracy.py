@@ -32,6 +32,7 @@ from bsrgen.bench.ceilings import Ceilings
 from bsrgen.bench.clock import Timing, at_their_best, measure
 from bsrgen.bench.peers import check
 from bsrgen.cost import estimate
+from bsrgen.dtypes import DTYPES
 from bsrgen.kernel import Kernel
 from bsrgen.operators import OPERATORS
 from bsrgen.pattern import Weight
@@ -50,8 +51,8 @@ MOST_NNZ, MOST_FLOP = 3_000_000, 1_000_000_000  # of one matrix: 16 plans of it 
 LIMIT_S = 8.0  # of timing one matrix
 
 
-def draw(count: int = COUNT, seed: int = SEED) -> tuple[Point, ...]:
-    """`count` points; the first are the same for every count.  What would take too long is drawn again."""
+def draw(count: int = COUNT, seed: int = SEED, dtype: str = "float32") -> tuple[Point, ...]:
+    """`count` points in `dtype`; the first are the same for every count.  What would take too long is drawn again."""
     rng = np.random.default_rng(seed)
     found: list[Point] = []
     while len(found) < count:
@@ -59,7 +60,7 @@ def draw(count: int = COUNT, seed: int = SEED) -> tuple[Point, ...]:
         R, C = (int(size) for size in str(rng.choice(BLOCKS.split())).split("x"))
         density = float(np.exp(rng.uniform(*np.log(DENSITIES))).round(3))
         n, operator = int(rng.choice(TOKENS)), str(rng.choice(list(OPERATORS)))
-        point = Point(operator, (M, K), (R, C), density, n, str(rng.choice(KINDS)), seed=seed + len(found))
+        point = Point(operator, (M, K), (R, C), density, n, str(rng.choice(KINDS)), seed=seed + len(found), dtype=dtype)
         if M * K * density <= MOST_NNZ and 2 * M * K * density * n <= MOST_FLOP:
             found.append(point)
     return tuple(found)
@@ -83,6 +84,15 @@ def contenders(case: Case, top: int, others: int, seed: int) -> tuple[int, list[
     return len(ranked), [(place, ranked[place]) for place in places]
 
 
+def stored(case: Case) -> Weight:
+    """The weight in the type of X; int8 without its scales, which come with the call."""
+    if case.w_scale is None:
+        return case.weight
+    p = case.weight.pattern
+    scale = np.pad(case.w_scale, (0, p.block_rows * p.R - p.M), constant_values=1).reshape(p.block_rows, p.R, 1)
+    return Weight(p, np.rint(case.weight.data / scale[p.rows]).astype(np.int8))
+
+
 @dataclass(frozen=True, slots=True)
 class Loss:
     """The model on one matrix; ratios are 1 where it is perfect."""
@@ -95,14 +105,16 @@ def examine(point: Point, top: int, others: int, jobs: int, rounds: int, ceiling
     """Build, check and time the plans of one matrix in alternation, with the FMA peak in the same rounds."""
     case = point.case()
     candidates, placed = contenders(case, top, others, point.seed)
+    weight = stored(case)
     expected, bound = case.reference()
-    peak = ceilings.fma(case.problem.dtype.short)
+    scales = {} if case.w_scale is None else case.given | {"w_scale": case.w_scale}
+    peak = ceilings.fma(case.problem.real.short)
     with tempfile.TemporaryDirectory(prefix="bsrgen-accuracy-") as root:
 
         def make(place: int, plan: Plan) -> functools.partial[Any]:
             folder = Path(root, str(place))
             folder.mkdir(mode=0o700)
-            return functools.partial(build_plan(plan, case.weight, folder), case.x, out=case.out())
+            return functools.partial(build_plan(plan, weight, folder), case.x, out=case.out(), **scales)
 
         with ThreadPoolExecutor(jobs) as pool:
             calls = list(pool.map(make, *zip(*placed, strict=True)))
@@ -194,6 +206,7 @@ def document(entries: Sequence[Mapping[str, Any]], **settings: Any) -> dict[str,
 @click.command()
 @click.option("--count", type=click.IntRange(1), default=COUNT, show_default=True, help="Matrices.")
 @click.option("--seed", type=int, default=SEED, show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of W and X.")
 @click.option("--top", type=click.IntRange(1), default=TOP, show_default=True, help="The model's best plans.")
 @click.option("--others", type=click.IntRange(0), default=OTHERS, show_default=True, help="Plans from the rest.")
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Compilers at a time.")
@@ -201,14 +214,16 @@ def document(entries: Sequence[Mapping[str, Any]], **settings: Any) -> dict[str,
 @click.option("--minutes", type=float, default=math.inf, help="Stop before the next matrix after so many.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file, written anew after each matrix.")
 @click.option("--again", type=click.Path(exists=True, path_type=Path), help="Judge today's model by a kept file.")
-def main(*, count: int, seed: int, minutes: float, out: Path | None, again: Path | None, **how: int) -> None:
+def main(
+    *, count: int, seed: int, dtype: str, minutes: float, out: Path | None, again: Path | None, **how: int
+) -> None:
     """Print for how many matrices the model's pick is within 15 % of the best measured plan."""
     if again is not None:
         judge_again(json.loads(again.read_text()))
         return
     at_their_best()
     ceilings, entries, started = Ceilings(), [], time.monotonic()
-    for point in draw(count, seed):
+    for point in draw(count, seed, dtype):
         if time.monotonic() - started > 60 * minutes:
             break
         entries.append(examine(point, how["top"], how["others"], how["jobs"], how["rounds"], ceilings))
@@ -220,7 +235,7 @@ def main(*, count: int, seed: int, minutes: float, out: Path | None, again: Path
         )
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(document(entries, seed=seed, **how), indent=1) + "\n")
+            out.write_text(json.dumps(document(entries, seed=seed, dtype=dtype, **how), indent=1) + "\n")
     click.echo(sentence(summary([kept_loss(entry) for entry in entries])))
 
 

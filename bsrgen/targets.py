@@ -70,7 +70,7 @@ _V2 = ("sse3", "ssse3", "sse4.1", "sse4.2", "popcnt")
 _V3 = (*_V2, "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _V4_VNNI = (*_V4, "avx512vnni")
-_V4_BF16 = (*_V4_VNNI, "avx512bf16")
+_V4_BF16 = (*_V4_VNNI, "avx512bf16", "avx512vbmi2")  # Zen 4 on, Sapphire Rapids on
 _V4_AMX = (*_V4_BF16, "avx512vbmi", "amx-tile", "amx-bf16", "amx-int8")
 _WIDE = "-mprefer-vector-width=512"  # gcc 12 and clang 19 prefer 256 bits for most AVX-512 machines
 
@@ -96,6 +96,7 @@ _X86 = (X86_64, X86_64_V2, X86_64_V3, X86_64_V3_VNNI, X86_64_V4, X86_64_V4_VNNI,
 TARGETS = {row.name: row for row in (*_X86, AARCH64)}
 _SPELLINGS = {  # archspec's, which are Linux's, of what no level of its own has
     "avxvnni": "avx_vnni", "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16",
+    "avx512vbmi2": "avx512_vbmi2",
     "avx512vbmi": "avx512vbmi", "amx-tile": "amx_tile", "amx-bf16": "amx_bf16", "amx-int8": "amx_int8",
 }  # fmt: skip
 _AMX = frozenset(("amx_tile", "amx_bf16", "amx_int8"))

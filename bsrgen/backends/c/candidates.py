@@ -16,6 +16,8 @@ from bsrgen.targets import Target
 MAX_SUMS = 28  # in one register tile: 32 registers less the operands
 INT_MAX = 2**31 - 1  # offsets inside a register tile are C ints
 SMALL_TOKENS = 8  # register tile of the weight tile that only serves small n
+EXPAND_TOKENS = {1: 4, 2: 9, 4: 17}  # columns of a product: fewer tokens are faster with expanded rows (Zen 5)
+EXPAND_MOST = 16  # bits for each stored element
 CHUNK = 16  # tiles of tokens that take W out of L2 in turn, where W is larger than that
 
 
@@ -55,11 +57,14 @@ def _tiled(blank: CPlan) -> Iterator[CPlan]:
         return
     weights = list(_weight_tiles(blank))
     small = _small(weights) or _narrow(blank)
+    few = small.row_lanes * small.k_lanes if small else EXPAND_TOKENS[blank.product.group]
     alone = [replace(blank, weight=w) for w in weights] if problem.operator.token_axis == 0 else []
     tall = lanes <= p.R
     yield from alone if tall else ()
     for t in _token_tiles(blank):
-        yield replace(blank, tokens=t, weight=small, small_n=small.row_lanes * small.k_lanes if small else 0)
+        plan = replace(blank, tokens=t)
+        tile = small or _expanded(plan)
+        yield replace(plan, weight=tile, small_n=few if tile else 0)
     yield from alone if not tall else ()
 
 
@@ -81,6 +86,15 @@ def _narrow(blank: CPlan) -> WeightTile | None:
                 return tile if _addressable(blank, tile) else None
         lanes //= 2
     return None
+
+
+def _expanded(plan: CPlan) -> WeightTile | None:
+    """A vector of neighbouring k of single rows, stored ones expanded in registers; where bits are not too many."""
+    p = plan.pattern
+    if p.R > 1 or EXPAND_MOST * p.nnz < p.M * p.K or plan.lanes * plan.unit_bytes < 64:
+        return None
+    tile = WeightTile(1, plan.lanes, 1, SMALL_TOKENS, expand=True)
+    return tile if plan.may_expand(tile) and _addressable(plan, tile) else None
 
 
 def _weight_tiles(blank: CPlan) -> Iterator[WeightTile]:

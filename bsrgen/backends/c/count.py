@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SAMPLE = 20_000  # stored blocks by which empty segments are counted
 GATHER_OPS = {2: 1, 4: 2}  # shuffles for one gathered vector of X, by the columns of a unit
+WIDEN_OPS = 2  # for a vector of W that is narrower in memory than where it is multiplied
 FMA_BYTES = 7  # of code for one multiply-add and its share of the loads (gcc 12, AVX-512: 6 to 8)
 
 
@@ -39,6 +40,7 @@ class Fitted:
     tile_sum: float = 2.1  # one vector of sums by way of the tile
     tile_spill: float = 2.2  # the same, where it waits for the next panel
     fold: float = 0.2  # a round of folding one vector
+    expand: float = 2.5  # one vector of an expanded row
     code_row: float = 6.0  # the pattern as code: one call per block row
     unit: float = 23.0  # one unit of tokens
 
@@ -67,10 +69,14 @@ def counts(plan: "CPlan", n: int, fitted: Fitted = FITTED) -> Counts:
     table_bytes = 4 * (segments + 1) + round(units * _unit_offset_bytes(plan))
     if plan.panels > 1:
         table_bytes += 4 * segments + 4 * (plan.panels + 1)
-    few = plan.uses_weight_tile(n)
+    few, read_bytes = plan.uses_weight_tile(n), value_bytes + table_bytes
+    if plan.bits:
+        bit_bytes = round(segments * _bit_vectors(plan) * plan.bits.count / 8)
+        table_bytes += bit_bytes
+        read_bytes = value_bytes + bit_bytes if few else read_bytes
     work = (_weight_work if few else _token_work)(plan, n, segments, units, fitted)
     resident = work.x_live_bytes <= target.l1_bytes
-    w_bytes = (value_bytes + table_bytes) * work.w_passes
+    w_bytes = read_bytes * work.w_passes
     x_beyond = 0.0 if resident else work.x_bytes
     stream = w_bytes / target.bytes_per_cycle(value_bytes) + x_beyond / target.bytes_per_cycle(work.x_live_bytes)
     return Counts(
@@ -113,6 +119,11 @@ def _units(plan: "CPlan", segments: int) -> float:
     return p.nnzb / group + segments * (group - 1) / (2 * group) if plan.gather else p.nnzb
 
 
+def _bit_vectors(plan: "CPlan") -> int:
+    """Vectors of bits for one segment."""
+    return -(-plan.k_panel // plan.bits.step) if plan.bits else 0
+
+
 def _unit_offset_bytes(plan: "CPlan") -> int:
     """Bytes of offsets for one packed block or group of columns."""
     return plan.packing.offset_bytes * (plan.product.group if plan.gather else 1)
@@ -152,7 +163,7 @@ def _token_work(plan: "CPlan", n: int, segments: int, blocks: float, f: Fitted) 
         control += (sums + p.M * vectors) * f.spill
     packs = 1 if plan.packs_whole else -(-p.block_rows // plan.waiting_block_rows)
     packed = 0.0 if not t.pack and n % plan.lanes == 0 else p.K * vectors * packs / together
-    gathers = steps * (v * GATHER_OPS.get(together, 0) + rows * 2 * (plan.w_bytes < plan.unit_bytes))
+    gathers = steps * (v * GATHER_OPS.get(together, 0) + rows * WIDEN_OPS * (plan.w_bytes < plan.unit_bytes))
     control += packed * (f.pack_transposed if linear else f.pack)
     direct = not linear and plan.panels == 1
     control += 0 if direct else p.M * vectors * (f.finish_transposed if linear else f.finish)
@@ -179,11 +190,16 @@ def _weight_work(plan: "CPlan", n: int, segments: int, stored: float, f: Fitted)
     row_tiles = len(plan.groups)
     vectors = sum(g.slots for g in plan.groups) / w.row_lanes / row_tiles
     blocks = stored * row_tiles * units
-    steps = blocks * p.C / w.k_lanes
+    steps, offsets = blocks * p.C / w.k_lanes, blocks * _unit_offset_bytes(plan) / 8
     walks = segments * row_tiles * units
     sums = walks * t * vectors
-    direct = w.k_lanes == plan.panels == 1
+    expanded = 0.0
+    if plan.bits:
+        steps = expanded = walks * _bit_vectors(plan)
+        offsets = steps
+    direct, gathers = w.k_lanes == plan.panels == 1, plan.gather and not plan.bits
     control = f.unit * units + walks * f.weight_segment + sums * (f.weight_sum if direct else f.tile_sum)
+    control += expanded * f.expand
     if plan.panels > 1:
         control += (sums + n * p.M / w.row_lanes) * f.tile_spill
     control += n * p.M / plan.weight_lanes * (w.k_lanes - 1) * f.fold
@@ -193,8 +209,9 @@ def _weight_work(plan: "CPlan", n: int, segments: int, stored: float, f: Fitted)
     chunk = min(w.chunk, units)
     return _Work(
         fma=steps * t * vectors,
-        other=steps * (t * plan.product.group * 2 if plan.gather else vectors * (plan.w_bytes < plan.unit_bytes)),
-        loads=steps * (t + vectors) + blocks * _unit_offset_bytes(plan) / 8,
+        other=steps
+        * (t * plan.product.group * 2 if gathers else WIDEN_OPS * vectors * (plan.w_bytes < plan.unit_bytes)),
+        loads=steps * (t + vectors) + offsets,
         latency=steps * plan.product.latency(plan.target) / _chains(t * vectors),
         x_bytes=p.block_rows * row_tiles * n * p.K * cell * touched,
         x_live_bytes=min(w.tokens, n) * min(plan.k_panel, p.K) * cell,

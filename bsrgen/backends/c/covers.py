@@ -14,6 +14,7 @@ TALLEST = 64  # rows of a block made by merging or splitting
 DENSE_COLS = 256  # columns of a block of the dense plan: its panel of X stays in L1
 DENSE_ELEMENTS = 64 << 20  # of a matrix that has dense plans although few of its elements are stored
 SAMPLE = 20_000  # stored blocks by which merging is judged
+FEW = 8  # tokens
 MOST = 3  # merged patterns that are worth plans
 # Share of FMA peak by rows that share X (one Zen 5 core, 768x768, N = 128, density 0.2, 2026-11-21): what merging buys.
 RATE = {1: 0.50, 2: 0.62, 4: 0.75, 8: 0.85}
@@ -32,6 +33,8 @@ def covers(problem: Problem, target: Target) -> Iterator[Cover]:
     if not p.nnzb:
         return
     yield from columns(problem, target)
+    if p.R in (2, 3) and (problem.n or FEW) < FEW:
+        yield cover(p, (1, p.C))  # single rows are expanded in registers
     if p.R > TALLEST and p.block_rows < 8:
         yield cover(p, (TALLEST, p.C))
     yield from (cover(p, blocksize) for blocksize in _merged(p))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsrgen.backends.c.matrix import MatrixPacking
-from bsrgen.backends.c.packing import GatheredPacking, Group, Packing
+from bsrgen.backends.c.packing import Bits, GatheredPacking, Group, Packing
 from bsrgen.backends.c.products import FMA, Product
 from bsrgen.backends.c.tiles import MatrixTile, TokenTile, WeightTile
 from bsrgen.cover import Cover
@@ -91,7 +91,7 @@ class Layout(Plan):
     @property
     def k_lanes(self) -> int:
         """Neighbouring k that are packed side by side."""
-        return self.weight.k_lanes if self.weight else 1
+        return self.weight.k_lanes if self.weight and not self.weight.expand else 1
 
     @property
     def weight_lanes(self) -> int:
@@ -142,7 +142,7 @@ class Layout(Plan):
         if self.gather:
             features += 1  # zeros, for groups of fewer columns
             lanes *= self.product.group
-        if self.k_lanes > 1 or not self.same_x:
+        if (self.weight and self.weight.k_lanes > 1) or not self.same_x:
             features = -(-features // lanes) * lanes
         return features + lanes if features and features * self.cell_bytes % 4096 == 0 else features
 
@@ -151,6 +151,17 @@ class Layout(Plan):
         """Whether the weight tile reads a copy of X, with another leading dimension, also where X is contiguous."""
         unit = self.product.group
         return self.leading_dimension != self.pattern.K or not self.same_x or self.problem.pattern.K % unit != 0
+
+    @property
+    def bits(self) -> Bits | None:
+        """Of expanded rows: which of their elements are stored."""
+        return self.bits_of(self.weight) if self.weight and self.weight.expand else None
+
+    def bits_of(self, tile: WeightTile) -> Bits:
+        """The same of the rows that `tile` would expand."""
+        part = self.product.part_bytes if self.gather else self.w_bytes
+        together = 2 if self.product.group > 1 and not self.gather and self.pattern.C % 2 == 0 else 1
+        return Bits(tile.k_lanes * (self.w_bytes // part), together, part * together)
 
     @property
     def shared_block_rows(self) -> int:

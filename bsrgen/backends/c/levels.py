@@ -49,6 +49,8 @@ def _tables(plan: CPlan, blocks: str, files: dict[str, bytes], blobs: list[dict[
     tables = f"{blocks}_u{8 * packing.offset_bytes}" + (f"_{plan.k_panel}" if plan.panels > 1 else "")
     tables += f"_{m.form}{m.token_tiles}" if m else ""
     tables += f"_{'gathered' if plan.gather else 'by'}{unit.group}" if unit.group > 1 else ""
+    if (bits := plan.bits) and f"{tables}_bits{bits.step}.bin" not in files:
+        _blob(files, blobs, f"{tables}_bits{bits.step}", packing.stored_bits(bits), f"uint{bits.count}_t")
     if f"{tables}_pointers.bin" in files:
         return tables
     _blob(files, blobs, f"{tables}_pointers", packing.pointers, "uint32_t")

@@ -23,6 +23,20 @@ class Group:
     slots: int
 
 
+@dataclass(frozen=True, slots=True)
+class Bits:
+    """How bits tell the stored cells of X's features from the others, a vector at a time."""
+
+    step: int  # cells of a vector
+    cells: int  # that a bit stands for
+    bytes: int  # of W that it stands for
+
+    @property
+    def count(self) -> int:
+        """Bits of a vector."""
+        return self.step // self.cells
+
+
 @dataclass(frozen=True)
 class Packing:
     """Blocks by panel of X and block row; in one such segment group after group, block after block."""
@@ -100,6 +114,16 @@ class Packing:
     def segment_rows(self) -> Array:
         """Block row of each segment."""
         return (self.segments % max(self.blocks.block_rows, 1)).astype(np.uint32)
+
+    def stored_bits(self, bits: Bits) -> Array:
+        """Whole vectors of bits for the panel of each segment, of single rows: which of its features are stored."""
+        C, per_panel = self.blocks.C, -(-self.k_panel // bits.step) * bits.count
+        segment = np.repeat(np.arange(self.segments.size), self._segments[1])
+        column = self.blocks.indices[self._sorted].astype(np.int64) * C % max(self.k_panel, 1)
+        marks = np.zeros((self.segments.size, per_panel), np.uint8)
+        for c in range(0, C, bits.cells):
+            marks[segment, (column + c) // bits.cells] = 1
+        return np.packbits(marks, axis=1, bitorder="little").view(f"<u{bits.count // 8}")
 
     @cached_property
     def panel_starts(self) -> Array:

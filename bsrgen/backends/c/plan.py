@@ -16,6 +16,7 @@ from bsrgen.backends.c.tiles import MatrixTile, TokenTile, WeightTile
 from bsrgen.plan import Counts
 from bsrgen.targets import X86_64_V4_BF16, Target
 
+EXPAND = {1: "avx512vbmi2", 2: "avx512vbmi2", 4: "avx512f", 8: "avx512f"}  # what expands units of so many bytes
 CODE_FMA = 1024  # most multiply-adds written out in one kernel: more takes gcc 12 seconds and gains nothing here
 CODE_ROWS = 64  # most block rows: each is a function of its own for each register tile
 
@@ -32,6 +33,7 @@ class CPlan(Layout):
         assert one_panel or self.tokens is None or self.tokens.pack, "X as it lies has no panels"
         assert not self.gather or (self.product.group > 1 and self.pattern.C == 1), "only single columns are gathered"
         assert self.product.tiles == (self.matrix is not None), "the matrix unit has products of its own"
+        assert not (self.weight and self.weight.expand) or self.may_expand(self.weight), "rows that cannot be expanded"
         assert not self.matrix or self.matrix_packing.tiles_needed <= TILES, "too many tiles"
 
     def __str__(self) -> str:
@@ -45,6 +47,7 @@ class CPlan(Layout):
             lanes = {1: "rows", self.weight_lanes: "k"}.get(w.k_lanes, f"{w.row_lanes} rows x {w.k_lanes} k")
             if self.weight_lanes < self.lanes:
                 lanes = f"{w.row_lanes} rows x {w.k_lanes} k"
+            lanes += ", rows expanded by bits" if w.expand else ""
             when = f"n < {self.small_n}: " if self.tokens else ""
             panels = f", panels of {self.k_panel} features" if self.panels > 1 and not self.tokens else ""
             panels += f", chunks of {w.chunk} tiles" if w.chunk > 1 else ""
@@ -68,6 +71,12 @@ class CPlan(Layout):
             "blocksize": list(self.stored.blocksize),
             "dense": self.dense,
         }
+
+    def may_expand(self, tile: WeightTile) -> bool:
+        """Whether rows may be expanded into vectors of `tile`: on the target, and whole vectors in a panel."""
+        bits = self.bits_of(tile)
+        whole = self.panels == 1 or self.k_panel % bits.step == 0
+        return whole and self.pattern.R == 1 and bits.bytes in EXPAND and self.target.has(EXPAND[bits.bytes])
 
     @property
     def _tiles(self) -> dict[str, TokenTile | WeightTile | MatrixTile | None]:
@@ -102,7 +111,13 @@ class CPlan(Layout):
     def fits_code(self) -> bool:
         """Whether the pattern may be printed as code: one group of rows, one panel, within the budget."""
         tile_rows = self.tokens.rows if self.tokens else self.pattern.R
-        single = not self.gather and len(self.groups) == 1 and tile_rows == self.pattern.R and self.panels == 1
+        single = (
+            not self.gather
+            and self.bits is None
+            and len(self.groups) == 1
+            and tile_rows == self.pattern.R
+            and self.panels == 1
+        )
         return single and self.pattern.block_rows <= CODE_ROWS and self.code_fma <= CODE_FMA
 
     def uses_weight_tile(self, n: int) -> bool:

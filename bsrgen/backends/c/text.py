@@ -56,7 +56,8 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
     files[f"{name}.h"] = render("c/header.h.j2", a=artifact, banner=head).encode()
     math = ("bsrgen_math.h",) if _needs_math(problem) else ()
     tiles = _AMX if any(plan.matrix for plan in plans) else ()
-    for runtime in (*_RUNTIME, *tiles, *math):
+    expand = ("bsrgen_expand.h",) if any(plan.bits for plan in plans) else ()
+    for runtime in (*_RUNTIME, *tiles, *expand, *math):
         files[runtime] = runtime_file(runtime)
     values = tuple(f"{level['data']}.bin" for level in levels)
     return Source(name, plans, files, tuple(units), artifact["prototype"], values, artifact)
@@ -196,8 +197,19 @@ def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
         "finish_tokens": not linear and part.weight is None,
     }  # fmt: skip
     if plan.matrix:
-        return shared | {"matrix": matrix_view(plan.matrix_packing)}
+        return shared | {"matrix": matrix_view(plan.matrix_packing), "bits": None}
     return shared | _vectors(part, linear)
+
+
+def _bits(part: _Part) -> dict[str, int] | None:
+    """Of expanded rows: the bits of a vector, and the vectors of a panel."""
+    plan, bits = part.plan, part.plan.bits
+    if part.weight is None or bits is None:
+        return None
+    features = plan.pattern.block_cols * plan.pattern.C
+    last = features - (plan.panels - 1) * plan.k_panel
+    return {"step": bits.step, "count": bits.count, "bytes": bits.bytes,
+            "vectors": -(-plan.k_panel // bits.step), "last": -(-last // bits.step)}  # fmt: skip
 
 
 def _vectors(part: _Part, linear: bool) -> dict[str, Any]:
@@ -205,6 +217,7 @@ def _vectors(part: _Part, linear: bool) -> dict[str, Any]:
     plan, tokens, weight, p = part.plan, part.tokens, part.weight, part.plan.pattern
     direct = not linear and plan.panels == 1
     padded_k, unit = p.block_cols * p.C, plan.weight.row_lanes if plan.weight else 1
+    k_lanes = weight.k_lanes if weight else plan.k_lanes
     groups = [group(plan, q, unit) for q in range(len(plan.groups))]
     full = sum(1 for g in groups if (g["rows"], g["slots"]) == (groups[0]["rows"], groups[0]["slots"]))
     rows = code(plan) if plan.encoding == "code" and (tokens or not plan.tokens) else ()
@@ -212,16 +225,16 @@ def _vectors(part: _Part, linear: bool) -> dict[str, Any]:
         "matrix": None, "K_cells": p.K,
         "panel_starts": plan.packing.panel_starts if plan.panels > 1 else (),
         "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
-        "block_values": plan.packing.block_values, "k_lanes": plan.k_lanes,
+        "block_values": plan.packing.block_values, "k_lanes": k_lanes, "bits": _bits(part),
         "weight": weight, "tokens": tokens, "direct": direct,
         "groups": groups, "groups_full": full if full > 1 else 0,
         "groups_single": groups[full:] if full > 1 else groups,
         "ldx": plan.leading_dimension, "copy_x": plan.copies_x,
-        "folds": folds(part.lanes, plan.k_lanes),
+        "folds": folds(part.lanes, k_lanes),
         "weight_vectors": sum(g["slots"] for g in groups) // unit,
         "weight_window": plan.weight_window, "weight_rows": plan.shared_block_rows,
         "weight_slab": plan.summed_block_rows,
-        "weight_direct": plan.k_lanes == plan.panels == 1 and not _needs_math(plan.problem),
+        "weight_direct": k_lanes == plan.panels == 1 and not _needs_math(plan.problem),
         "M_padded": p.block_rows * p.R != p.M,
         "weight_token_counts": variants(weight.tokens, bool(rows)) if weight else (),
         "token_vector_counts": variants(tokens.vectors, bool(rows)) if tokens else (),

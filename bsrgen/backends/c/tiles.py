@@ -16,6 +16,7 @@ class WeightTile:
     tokens: int
     k_panel: int = ALL  # features of X per walk over the pattern: X of one tile stays in L1
     chunk: int = 1  # tiles of tokens that take a window of W out of L2 in turn; 1: W is read anew for each tile
+    expand: bool = False  # single rows, values close together: bits say to which of a vector's k they belong
 
 
 @dataclass(frozen=True, slots=True)
