@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.machine import machine
 from benchmarks.points import Point
@@ -66,12 +67,12 @@ def draw(count: int = COUNT, seed: int = SEED, dtype: str = "float32") -> tuple[
     return tuple(found)
 
 
-def build_plan(plan: Plan, weight: Weight, folder: Path) -> Kernel:
-    """Print, compile and load one plan, past the store."""
+def build_plan(plan: Plan, weight: Weight, folder: Path, bound: dict[str, NDArray[Any]]) -> Kernel:
+    """Print, compile and load one plan, past the store, with operands of its own."""
     compiler = build.find_compiler(plan.target)
     source = BACKENDS["c"].emit((plan,), weight)
     build.build(source, folder, compiler)
-    return Kernel(write_manifest(folder, package.describe(source, weight, compiler, (), folder, {})), threads=1)
+    return Kernel(write_manifest(folder, package.describe(source, weight, compiler, (), folder, bound)), threads=1)
 
 
 def contenders(case: Case, top: int, others: int, seed: int) -> tuple[int, list[tuple[int, Plan]]]:
@@ -85,7 +86,7 @@ def contenders(case: Case, top: int, others: int, seed: int) -> tuple[int, list[
 
 
 def stored(case: Case) -> Weight:
-    """The weight in the type of X; int8 without its scales, which come with the call."""
+    """The weight in the type of X; int8 without its scales, which are operands."""
     if case.w_scale is None:
         return case.weight
     p = case.weight.pattern
@@ -107,14 +108,14 @@ def examine(point: Point, top: int, others: int, jobs: int, rounds: int, ceiling
     candidates, placed = contenders(case, top, others, point.seed)
     weight = stored(case)
     expected, bound = case.reference()
-    scales = {} if case.w_scale is None else case.given | {"w_scale": case.w_scale}
+    scales = {} if case.w_scale is None else {"w_scale": case.w_scale, "x_scale": np.array(case.x_scale, np.float32)}
     peak = ceilings.fma(case.problem.real.short)
     with tempfile.TemporaryDirectory(prefix="bsrgen-accuracy-") as root:
 
         def make(place: int, plan: Plan) -> functools.partial[Any]:
             folder = Path(root, str(place))
             folder.mkdir(mode=0o700)
-            return functools.partial(build_plan(plan, weight, folder), case.x, out=case.out(), **scales)
+            return functools.partial(build_plan(plan, weight, folder, scales), case.x, out=case.out())
 
         with ThreadPoolExecutor(jobs) as pool:
             calls = list(pool.map(make, *zip(*placed, strict=True)))

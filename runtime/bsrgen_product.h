@@ -61,12 +61,6 @@ INLINE xvec w_splat(const w_t *p)
 INLINE unit x_unit(const x_t *p) { return x_units(p, 1)[0]; }
 INLINE avec mac(avec sum, xvec w, xvec x) { return sum + w * x; }
 
-/* LANES tokens of feature p: zeros behind `count`. */
-INLINE xvec x_tokens(const x_t *p, int64_t ldx, int64_t features, int count)
-{
-    (void)ldx, (void)features;
-    return x_units(p, count);
-}
 INLINE xvec unit_load(const cell *p) { xvec v; memcpy(&v, p, sizeof v); return v; }
 INLINE avec mac_x(avec sum, xvec w, xvec x) { return mac(sum, w, x); }
 
@@ -90,19 +84,16 @@ typedef uint32_t w_t;
 /* An element of X as it lies in a word, from X as the caller has it. */
 #if DOT_IS(bf16)
 typedef uint16_t element;
-INLINE ivec widened(const x_t *p, int count) { return __builtin_convertvector(load_halves(p, count), ivec); }
 INLINE element x_element(x_t x) { return x; }
 INLINE avec mac(avec sum, xvec w, xvec x) { return (avec)MM(dpbf16_ps)((MM_T())sum, (MM_T(bh))x, (MM_T(bh))w); }
 INLINE avec mac_x(avec sum, xvec w, xvec x) { return (avec)MM(dpbf16_ps)((MM_T())sum, (MM_T(bh))w, (MM_T(bh))x); }
 #elif DOT_IS(s16)
 typedef int16_t element;
-INLINE ivec widened(const x_t *p, int count) { return load_integers(p, count); }
 INLINE element x_element(x_t x) { return x; }
 INLINE avec mac(avec sum, xvec w, xvec x) { return sum + (avec)MM(madd_epi16)((mm)x, (mm)w); }
 INLINE avec mac_x(avec sum, xvec w, xvec x) { return sum + (avec)MM(madd_epi16)((mm)w, (mm)x); }
 #else
 typedef uint8_t element;
-INLINE ivec widened(const x_t *p, int count) { return load_integers(p, count) ^ 0x80; }
 INLINE element x_element(x_t x) { return (element)(x ^ 0x80); }
 #if defined __AVX512VNNI__
 INLINE avec mac(avec sum, xvec w, xvec x) { return (avec)MM(dpbusd_epi32)((mm)sum, (mm)x, (mm)w); }
@@ -148,38 +139,28 @@ INLINE xvec x_units(const x_t *p, int64_t left)
 #endif
 }
 
-/* The words of `count` tokens at p, GROUP rows of X that lie ldx apart; zeros for rows from `features` on. */
-INLINE xvec x_tokens(const x_t *p, int64_t ldx, int64_t features, int count)
+/* One feature of LANES * GROUP tokens as a panel of features keeps it, from X; `left` > 0 tokens are there.  Inside 16 bytes
+ * come four tokens of each LANES, so that interleave() finds them in order. */
+INLINE xvec x_row(const x_t *p, int64_t left)
 {
-    xvec v = {0};
-    UNROLL
-    for (int g = 0; g < GROUP; g++)
-        if (g < features) v |= ((xvec)widened(p + g * ldx, count) & ELEMENT_MASK) << (g * ELEMENT_BITS);
-    return v;
-}
-
-#if GATHER
-/* One feature of LANES * GROUP tokens, as a panel keeps it: parts[j] holds its elements for the j-th LANES tokens, each
- * sign-extended.  Inside 16 bytes come four tokens of each part, so that gather() finds them in order. */
-INLINE void put_feature(cell *to, const ivec *parts)
-{
-#if GROUP == 2
-    const mm row = MM(packs_epi32)((mm)parts[0], (mm)parts[1]);
+    const xvec row = x_units(p, left);
+#if LANES == 16 && GROUP == 4
+    return __builtin_shufflevector(row, row, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+#elif LANES == 16
+    return (xvec)__builtin_shufflevector((words)row, (words)row, 0, 4, 1, 5, 2, 6, 3, 7);
+#elif LANES == 8 && GROUP == 4
+    return __builtin_shufflevector(row, row, 0, 2, 4, 6, 1, 3, 5, 7);
+#elif LANES == 8
+    return (xvec)__builtin_shufflevector((words)row, (words)row, 0, 2, 1, 3);
 #else
-    const mm row = MM(packs_epi16)(MM(packs_epi32)((mm)parts[0], (mm)parts[1]), MM(packs_epi32)((mm)parts[2], (mm)parts[3]));
+    return row;
 #endif
-    memcpy(to, &row, sizeof row);
 }
 
-/* Element g of each word, sign-extended. */
-INLINE ivec element_of(xvec words, int g) { return (ivec)(words << (32 - ELEMENT_BITS * (g + 1))) >> (32 - ELEMENT_BITS); }
-
-/* xv[GROUP]: the words of GROUP features at `rows` for LANES * GROUP tokens, in the order of the tokens. */
-INLINE void gather(xvec *xv, const cell *const *rows)
+/* xv[GROUP]: the words of GROUP such rows for LANES * GROUP tokens, in the order of the tokens. */
+INLINE void interleave(xvec *xv, const xvec *row)
 {
-    mm r[GROUP];
-    UNROLL
-    for (int g = 0; g < GROUP; g++) r[g] = (mm)unit_load(rows[g]);
+    const mm *r = (const mm *)row;
 #if GROUP == 2
     xv[0] = (xvec)MM(unpacklo_epi16)(r[0], r[1]);
     xv[1] = (xvec)MM(unpackhi_epi16)(r[0], r[1]);
@@ -191,6 +172,44 @@ INLINE void gather(xvec *xv, const cell *const *rows)
     xv[2] = (xvec)MM(unpacklo_epi16)(b, d);
     xv[3] = (xvec)MM(unpackhi_epi16)(b, d);
 #endif
+}
+
+#if GATHER
+/* The other way: from word[GROUP], the words of LANES tokens each, the rows of their features, the first `count` of GROUP. */
+INLINE void put_features(cell *to, int64_t ldp, const xvec *word, int count)
+{
+#if GROUP == 2
+#define BY_FEATURE 0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15
+#else
+#define BY_FEATURE 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15
+#endif
+    static const uint8_t order[64] = {BY_FEATURE, BY_FEATURE, BY_FEATURE, BY_FEATURE};
+    mm w[GROUP], row[GROUP];
+    UNROLL
+    for (int g = 0; g < GROUP; g++) w[g] = MM(shuffle_epi8)((mm)word[g], (mm)unit_load(order));
+#if GROUP == 2
+    row[0] = MM(unpacklo_epi64)(w[0], w[1]);
+    row[1] = MM(unpackhi_epi64)(w[0], w[1]);
+#else
+    const mm a = MM(unpacklo_epi32)(w[0], w[1]), b = MM(unpacklo_epi32)(w[2], w[3]);
+    const mm c = MM(unpackhi_epi32)(w[0], w[1]), d = MM(unpackhi_epi32)(w[2], w[3]);
+    row[0] = MM(unpacklo_epi64)(a, b);
+    row[1] = MM(unpackhi_epi64)(a, b);
+    row[2] = MM(unpacklo_epi64)(c, d);
+    row[3] = MM(unpackhi_epi64)(c, d);
+#endif
+    UNROLL
+    for (int g = 0; g < GROUP; g++)
+        if (g < count) memcpy(to + g * ldp, &row[g], sizeof row[g]);
+}
+
+/* The words of GROUP features at `rows`. */
+INLINE void gather(xvec *xv, const cell *const *rows)
+{
+    xvec r[GROUP];
+    UNROLL
+    for (int g = 0; g < GROUP; g++) r[g] = unit_load(rows[g]);
+    interleave(xv, r);
 }
 #endif
 #endif

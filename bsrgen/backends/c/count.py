@@ -24,19 +24,20 @@ FMA_BYTES = 7  # of code for one multiply-add and its share of the loads (gcc 12
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """Cycles and shares of overlap that rank plans: least squares of log time over 1,027 plans of 76 matrices
-    (`python -m benchmarks accuracy` and `fit`; Zen 5, 2026-11-21), good plans weighing more."""
+    in float32, 286 of 22 in bfloat16 (`python -m benchmarks accuracy` and `fit`; Zen 5, 2026-11-21), good plans most."""
 
     overlap: float = 0.12  # of the resources that do not bound
     load_share: float = 0.93  # of the loads a core can do that it does
-    token_segment: float = 22.0  # start and end of a segment in the token tile
+    token_segment: float = 10.0  # start and end of a segment in the token tile
     token_sum: float = 0.06  # each vector of sums that starts at zero and is stored
-    spill: float = 0.84  # each vector of sums that waits for the next panel
+    spill: float = 1.6  # each vector of sums that waits for the next panel
     pack: float = 2.6  # one vector of X into its panel
-    pack_transposed: float = 6.0
+    pack_transposed: float = 4.5
+    pack_words: float = 14.0  # the same of words, taken apart where they are gathered
     finish: float = 3.8  # one vector of sums into Y
     finish_transposed: float = 6.4
     weight_segment: float = 6.0
-    weight_sum: float = 1.06  # one vector of sums, straight to Y
+    weight_sum: float = 0.5  # one vector of sums, straight to Y
     tile_sum: float = 2.1  # one vector of sums by way of the tile
     tile_spill: float = 2.2  # the same, where it waits for the next panel
     fold: float = 0.2  # a round of folding one vector
@@ -143,6 +144,18 @@ def _chains(sums: float) -> int:
     return 1 if sums >= 8 else 2 if sums >= 4 else 4 if sums >= 2 else 8
 
 
+def _row_tiles(rows: int, most: int) -> list[int]:
+    """Rows of the register tiles of one group."""
+    return [most] * (rows // most) + [rows % most] * (rows % most > 0)
+
+
+def _stall(plan: "CPlan", rows: int, vectors: float) -> float:
+    """Cycles that a step of a register tile of several rows waits for its own sums."""
+    sums = rows * vectors
+    busy = sums / plan.product.per_cycle(plan.target)
+    return max(0.0, plan.product.latency(plan.target) / _chains(sums) - busy) if rows > 1 else 0.0
+
+
 def _token_work(plan: "CPlan", n: int, segments: int, blocks: float, f: Fitted) -> _Work:
     t, p = plan.tokens, plan.pattern
     assert t is not None
@@ -162,9 +175,13 @@ def _token_work(plan: "CPlan", n: int, segments: int, blocks: float, f: Fitted) 
     if plan.panels > 1:
         control += (sums + p.M * vectors) * f.spill
     packs = 1 if plan.packs_whole else -(-p.block_rows // plan.waiting_block_rows)
+    transposed = f.pack_words if plan.product.group > 1 else f.pack_transposed
     packed = 0.0 if not t.pack and n % plan.lanes == 0 else p.K * vectors * packs / together
     gathers = steps * (v * GATHER_OPS.get(together, 0) + rows * WIDEN_OPS * (plan.w_bytes < plan.unit_bytes))
-    control += packed * (f.pack_transposed if linear else f.pack)
+    control += packed * (transposed if linear else f.pack)
+    control += (
+        units * blocks * p.C * sum(_stall(plan, tile, v) for g in plan.groups for tile in _row_tiles(g.rows, t.rows))
+    )
     direct = not linear and plan.panels == 1
     control += 0 if direct else p.M * vectors * (f.finish_transposed if linear else f.finish)
     return _Work(

@@ -184,7 +184,7 @@ static void token_pack(const struct bsrgen_call *call, int64_t n0, int64_t n1, i
     for (int64_t f = k0; f < live; f++)
         for (int64_t n = 0; n < n1 - n0; n += LANES) {
             const int64_t left = n1 - n0 - n;
-            const xvec v = x_tokens(x + f * GROUP * call->ldx + n0 + n, call->ldx, K - f * GROUP, left < LANES ? (int)left : LANES);
+            const xvec v = x_units(x + f * call->ldx + n0 + n, left);
             memcpy(panel + (f - k0) * ldp + n, &v, sizeof v);
         }
     for (int64_t f = live; f < k1; f++) memset(panel + (f - k0) * ldp, 0, sizeof(cell) * (size_t)ldp);
