@@ -280,7 +280,7 @@ def test_matrices_are_drawn_by_the_seed() -> None:
 def test_accuracy_of_two_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("_BSRGEN_BENCH", "1")  # this process is not started again
     tiny = (Point("linear", (64, 48), (4, 4), 0.3, 8), Point("spmm", (40, 30), (1, 1), 0.3, 20))
-    monkeypatch.setattr(accuracy, "draw", lambda count, seed: tiny)
+    monkeypatch.setattr(accuracy, "draw", lambda count, seed, dtype: tiny)
     out = tmp_path / "a.json"
     options = ["--top", "2", "--others", "1", "--jobs", "2", "--rounds", "3", "--out", str(out)]
     result = CliRunner().invoke(accuracy.main, options, catch_exceptions=False)

@@ -222,6 +222,7 @@ MACROS = {  # of gcc and clang, and the feature that __builtin_cpu_supports know
     "__AVX512CD__": "avx512cd", "__AVX512DQ__": "avx512dq", "__AVX512VL__": "avx512vl", "__AVXVNNI__": "avxvnni",
     "__AVX512VNNI__": "avx512vnni", "__AVX512BF16__": "avx512bf16", "__AMX_TILE__": "amx-tile",
     "__AMX_BF16__": "amx-bf16", "__AMX_INT8__": "amx-int8", "__AVX512VBMI__": "avx512vbmi",
+    "__AVX512VBMI2__": "avx512vbmi2",
 }  # fmt: skip
 
 
@@ -263,7 +264,7 @@ def test_a_microarchitecture_stands_for_its_level(name, level):
     assert [row.name for row in as_targets(name)] == [level]
 
 
-GOLDEN_COVE = ("avx512_vnni", "avx512_bf16", "avx512vbmi", "amx_tile", "amx_bf16")
+GOLDEN_COVE = ("avx512_vbmi2", "avx512_vnni", "avx512_bf16", "avx512vbmi", "amx_tile", "amx_bf16")
 
 
 @pytest.fixture
@@ -282,7 +283,8 @@ def fresh_host():
     ("extra", "permitted", "level"),
     [
         ((), True, "x86-64-v4"), (("avx_vnni",), True, "x86-64-v4"), (("avx512_vnni",), True, "x86-64-v4-vnni"),
-        (("avx512_bf16",), True, "x86-64-v4"), (("avx512_vnni", "avx512_bf16"), True, "x86-64-v4-bf16"),
+        (("avx512_bf16",), True, "x86-64-v4"), (("avx512_vnni", "avx512_bf16"), True, "x86-64-v4-vnni"),
+        (("avx512_vnni", "avx512_bf16", "avx512_vbmi2"), True, "x86-64-v4-bf16"),
         ((*GOLDEN_COVE, "amx_int8"), True, "x86-64-v4-amx"), ((*GOLDEN_COVE, "amx_int8"), False, "x86-64-v4-bf16"),
         (GOLDEN_COVE, True, "x86-64-v4-bf16"),
     ],

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bsrgen.backends.c.plan import CPlan
 
 SAMPLE = 20_000  # stored blocks by which empty segments are counted
-GATHER_OPS = {2: 1, 4: 2}  # shuffles for one gathered vector of X, by the columns of a unit
+GATHER_OPS = {2: 2, 4: 3}  # shuffles for one gathered vector of X, by the columns of a unit
 WIDEN_OPS = 2  # for a vector of W that is narrower in memory than where it is multiplied
 FMA_BYTES = 7  # of code for one multiply-add and its share of the loads (gcc 12, AVX-512: 6 to 8)
 
@@ -24,7 +24,7 @@ FMA_BYTES = 7  # of code for one multiply-add and its share of the loads (gcc 12
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """Cycles and shares of overlap that rank plans: least squares of log time over 1,027 plans of 76 matrices
-    in float32, 286 of 22 in bfloat16 (`python -m benchmarks accuracy` and `fit`; Zen 5, 2026-11-21), good plans most."""
+    in float32, 286 of 22 in bfloat16 (`python -m benchmarks accuracy`, `fit`; Zen 5, 2026-11-21), good plans most."""
 
     overlap: float = 0.12  # of the resources that do not bound
     load_share: float = 0.93  # of the loads a core can do that it does
