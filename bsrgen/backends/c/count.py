@@ -33,14 +33,14 @@ class Fitted:
     spill: float = 1.6  # each vector of sums that waits for the next panel
     pack: float = 2.6  # one vector of X into its panel
     pack_transposed: float = 4.5
-    pack_words: float = 14.0  # the same of words, taken apart where they are gathered
+    pack_words: float = 7.0  # the same of words, taken apart where they are gathered
     finish: float = 3.8  # one vector of sums into Y
     finish_transposed: float = 6.4
     weight_segment: float = 6.0
     weight_sum: float = 0.5  # one vector of sums, straight to Y
     tile_sum: float = 2.1  # one vector of sums by way of the tile
     tile_spill: float = 2.2  # the same, where it waits for the next panel
-    fold: float = 0.2  # a round of folding one vector
+    fold: float = 0.7  # a round of folding one vector
     expand: float = 2.5  # one vector of an expanded row
     code_row: float = 6.0  # the pattern as code: one call per block row
     unit: float = 23.0  # one unit of tokens
