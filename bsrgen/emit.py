@@ -37,10 +37,12 @@ class Source:
     prototype: str
     values: tuple[str, ...]  # file of the packed values, for each plan
     entry: Mapping[str, Any]  # names and numbers of the entry points, for the companions of the library
+    reading: tuple[str, ...] = ()  # files of the best ISA level that are worth reading; (): its first C file
+    tools: str = ""  # what made some of the text or compiles it, beside the compiler: names and versions
 
     def __str__(self) -> str:
-        """The generated C of the best ISA level: the text to read."""
-        return self.files[self.units[1].file].decode()
+        """The generated text of the best ISA level: the text to read."""
+        return "\n".join(self.files[name].decode() for name in self.reading or (self.units[1].file,))
 
 
 def render(template: str, **names: Any) -> str:

@@ -64,7 +64,7 @@ def describe(
         epilogue=tuple(step.name for step in problem.epilogue),
         operands=operand_records(problem.epilogue),
         pattern=p.digest, weight=weight.digest, family=source.plans[0].target.family, levels=levels,
-        prototype=source.prototype, compiler=compiler.identity, flags=COMPILE_FLAGS,
+        prototype=source.prototype, compiler="; ".join(filter(None, (compiler.identity, source.tools))), flags=COMPILE_FLAGS,
         cost=CostRecord(cost.n, cost.flop, cost.bytes, cost.seconds, cost.dense_seconds, measured_s, measured_dense_s),
         verdict=_verdict(source.plans[0], cost, measured_s), strict=False, check=None,
         tuning=tuning, notes=weight.notes, bound=tuple(sorted(bound)),

@@ -58,7 +58,7 @@ def _tiled(blank: CPlan) -> Iterator[CPlan]:
     alone = [replace(blank, weight=w) for w in weights] if problem.operator.token_axis == 0 else []
     tall = lanes <= p.R
     yield from alone if tall else ()
-    for t in _token_tiles(blank):
+    for t in token_tiles(blank):
         yield replace(blank, tokens=t, weight=small, small_n=small.row_lanes * small.k_lanes if small else 0)
     yield from alone if not tall else ()
 
@@ -118,7 +118,7 @@ def _blocked(blank: CPlan, tile: WeightTile) -> Iterator[WeightTile]:
         yield replace(tile, k_panel=panel, chunk=CHUNK if large else 1)
 
 
-def _token_tiles(blank: CPlan) -> Iterator[TokenTile]:
+def token_tiles(blank: CPlan) -> Iterator[TokenTile]:
     """Rows of a block x vectors of tokens that fill the registers; panels of X that fit L1, or all of X."""
     p, target, lanes = blank.pattern, blank.target, blank.lanes
     features = max(p.block_cols * p.C, 1)

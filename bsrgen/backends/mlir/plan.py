@@ -1,0 +1,41 @@
+"""The plans of the MLIR backend: the token tile of the C backend, whose register tile is a linalg operation."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from bsrgen.backends.c.plan import CPlan
+
+CONSTANT_ENTRIES = 1 << 16  # of the tables that are printed into the module: more are linked, as in C
+
+
+@dataclass(frozen=True)
+class MlirPlan(CPlan):
+    """Knobs of an MLIR kernel: `tokens` alone, X packed, elements widened to the sums' type when they are read."""
+
+    def __post_init__(self) -> None:
+        CPlan.__post_init__(self)
+        assert self.tokens and self.tokens.pack and not self.weight and not self.gather, "token tiles over panels only"
+
+    def __str__(self) -> str:
+        name, _, rest = super().__str__().partition(": ")
+        return f"{name}: MLIR, {rest}"
+
+    def knobs(self) -> dict[str, Any]:
+        """The decisions alone, as plain data."""
+        return {"backend": "mlir", **super().knobs()}
+
+    @property
+    def lowered(self) -> bool:
+        """Whether the register tile comes from elsewhere than the C text."""
+        return True
+
+    @property
+    def table_entries(self) -> int:
+        """Numbers in the tables that the kernel walks."""
+        packing = self.packing
+        return packing.offsets.size + packing.pointers.size + (packing.segment_rows.size if self.panels > 1 else 0)
+
+    @property
+    def fits_constants(self) -> bool:
+        """Whether the pattern may be printed into the module."""
+        return self.table_entries <= CONSTANT_ENTRIES
