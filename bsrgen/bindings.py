@@ -28,14 +28,17 @@ class Bindings:
 def bindings() -> Bindings:
     """Those of $BSRGEN_MLIR_PACKAGE, else the first of PACKAGES that can lower.  UnsupportedError where none can."""
     asked = os.environ.get(VARIABLE)
-    found: list[str] = []
+    failures = []
     for package in (asked,) if asked else PACKAGES:
         try:
             return _load(package)
-        except (ImportError, ValueError, AttributeError) as e:
-            found.append(f"{package}: {' '.join(str(e).split())[:200]}")
-    where = f"{VARIABLE}={asked} " if asked else ""
-    raise UnsupportedError(f"backend='mlir': {where}no MLIR bindings that lower sparse tensors; {INSTALL} ({'; '.join(found)})")
+        except (ImportError, ValueError) as e:
+            failures.append(f"{package}: {' '.join(str(e).split())[:200]}")
+    raise UnsupportedError(
+        f"backend='mlir': no MLIR bindings that lower sparse tensors ({'; '.join(failures)}); "
+        + (f"unset {VARIABLE}, or " if asked else "")
+        + INSTALL
+    )
 
 
 @functools.cache
@@ -45,7 +48,8 @@ def _load(package: str) -> Bindings:
     llvm = importlib.import_module(f"{package}.dialects.llvm")
     if not hasattr(llvm, "translate_module_to_llvmir"):
         raise ImportError(f"{package} cannot translate to LLVM IR")
-    with ir.Context():
+    with ir.Context() as context:
+        context.enable_multithreading(False)
         passmanager.PassManager.parse(PROBE)
     return Bindings(f"{package} {_version(package)}", ir, passmanager, llvm)
 

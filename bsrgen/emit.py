@@ -85,6 +85,7 @@ def banner(problem: Problem, plans: Sequence[Plan]) -> str:
         f"{counts.table_bytes} of tables",
         f" *   rebuild   bsrgen compile FILE --operator {problem.operator.name} --dtype {problem.dtype.name}"
         + (f" --epilogue {','.join(step.name for step in problem.epilogue)}" if problem.epilogue else "")
+        + (f" --backend {plans[0].backend}" if plans[0].backend != "c" else "")
         + f" --target {','.join(plan.target.name for plan in plans)}",
         *(f" *   {line}".rstrip() for line in p.picture(64, 24).splitlines()),
         " */",

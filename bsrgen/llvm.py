@@ -27,7 +27,7 @@ def flags(target: Target) -> tuple[str, ...]:
     return f"-mtriple={TRIPLES[target.family]}", f"-mcpu={cpu}", f"-mattr={','.join(features)}"
 
 
-def compile_object(text: str, options: tuple[str, ...]) -> bytes:
+def compile_object(text: str, options: tuple[str, ...], *, vectorize: bool = False) -> bytes:
     """LLVM IR at -O3 as a relocatable object, position independent, for `flags` of a target.  BuildError."""
     llvm = _binding()
     triple, cpu, features = (option.partition("=")[2] for option in options)
@@ -39,7 +39,7 @@ def compile_object(text: str, options: tuple[str, ...]) -> bytes:
         )
         module.triple, module.data_layout = triple, str(machine.target_data)
         tuning = llvm.create_pipeline_tuning_options(speed_level=3)
-        tuning.loop_vectorization = tuning.slp_vectorization = False  # vectors are those of the plan
+        tuning.loop_vectorization = tuning.slp_vectorization = vectorize  # a plan has its own vectors
         builder = llvm.create_pass_builder(machine, tuning)
         builder.getModulePassManager().run(module, builder)
         return bytes(machine.emit_object(module))

@@ -33,15 +33,16 @@ def identity() -> str:
     return f"{bindings().identity}, {llvm.identity()}"
 
 
-def lower(text: str, sparsify: str = SPARSIFY) -> Lowered:
-    """Run the passes.  BuildError with MLIR's own words."""
+def lower(text: str, sparsify: str = SPARSIFY, to_llvm: str = TO_LLVM) -> Lowered:
+    """Run the passes, those of this backend unless others are given.  BuildError with MLIR's own words."""
     mlir = bindings()
-    with mlir.ir.Context():
+    with mlir.ir.Context() as context:
+        context.enable_multithreading(False)  # one function after the other: no threads that a fork would lose
         try:
             module = mlir.ir.Module.parse(text)
             _run(sparsify, module)
             loops = str(module)
-            _run(TO_LLVM, module)
+            _run(to_llvm, module)
             return Lowered(loops, str(mlir.llvm.translate_module_to_llvmir(module.operation)))
         except (mlir.ir.MLIRError, ValueError) as e:
             raise BuildError(f"{mlir.identity}: {' '.join(str(e).split())[:500]}") from e

@@ -1,7 +1,7 @@
 """The plans of the MLIR backend: the token tile of the C backend, whose register tile is a linalg operation."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from bsrgen.backends.c.plan import CPlan
 
@@ -12,9 +12,13 @@ CONSTANT_ENTRIES = 1 << 16  # of the tables that are printed into the module: mo
 class MlirPlan(CPlan):
     """Knobs of an MLIR kernel: `tokens` alone, X packed, elements widened to the sums' type when they are read."""
 
+    backend: ClassVar[str] = "mlir"
+
     def __post_init__(self) -> None:
         CPlan.__post_init__(self)
-        assert self.tokens and self.tokens.pack and not self.weight and not self.gather, "token tiles over panels only"
+        assert self.tokens is not None
+        assert self.tokens.pack, "X as it lies"
+        assert self.weight is None, "a second micro-kernel"
 
     def __str__(self) -> str:
         name, _, rest = super().__str__().partition(": ")
@@ -22,7 +26,7 @@ class MlirPlan(CPlan):
 
     def knobs(self) -> dict[str, Any]:
         """The decisions alone, as plain data."""
-        return {"backend": "mlir", **super().knobs()}
+        return {"backend": self.backend, **super().knobs()}
 
     @property
     def lowered(self) -> bool:
