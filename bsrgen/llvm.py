@@ -29,22 +29,27 @@ def flags(target: Target) -> tuple[str, ...]:
 
 def compile_object(text: str, options: tuple[str, ...], *, vectorize: bool = False) -> bytes:
     """LLVM IR at -O3 as a relocatable object, position independent, for `flags` of a target.  BuildError."""
+    module, machine = optimized(text, options, vectorize=vectorize)
+    return bytes(machine.emit_object(module))
+
+
+def optimized(text: str, options: tuple[str, ...], *, vectorize: bool = False) -> tuple[Any, Any]:
+    """The module after LLVM's passes, and its target machine."""
     llvm = _binding()
     triple, cpu, features = (option.partition("=")[2] for option in options)
     try:
         module = llvm.parse_assembly(text)
         module.verify()
-        machine = llvm.Target.from_triple(triple).create_target_machine(
-            cpu=cpu, features=features, opt=3, reloc="pic", codemodel="small"
-        )
-        module.triple, module.data_layout = triple, str(machine.target_data)
-        tuning = llvm.create_pipeline_tuning_options(speed_level=3)
-        tuning.loop_vectorization = tuning.slp_vectorization = vectorize  # a plan has its own vectors
-        builder = llvm.create_pass_builder(machine, tuning)
-        builder.getModulePassManager().run(module, builder)
-        return bytes(machine.emit_object(module))
+        target = llvm.Target.from_triple(triple)
     except RuntimeError as e:
         raise BuildError(f"llvmlite {' '.join(options)}: {' '.join(str(e).split())[:500]}") from e
+    machine = target.create_target_machine(cpu=cpu, features=features, opt=3, reloc="pic", codemodel="small")
+    module.triple, module.data_layout = triple, str(machine.target_data)
+    tuning = llvm.create_pipeline_tuning_options(speed_level=3)
+    tuning.loop_vectorization = tuning.slp_vectorization = vectorize  # a plan has its own vectors
+    builder = llvm.create_pass_builder(machine, tuning)
+    builder.getModulePassManager().run(module, builder)
+    return module, machine
 
 
 @functools.cache
