@@ -248,7 +248,7 @@ def test_source_shows_each_step():
     assert dict(emit((plan,), weight).files) == dict(source.files)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPE_NAMES, "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [*DTYPE_NAMES, "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("level", ["x86-64-v3", "x86-64-v4", "aarch64"])
 def test_sums_stay_in_registers(level, dtype):
     """LLVM unrolls the loops over rows and vectors of every register tile: no local buffer is left."""
