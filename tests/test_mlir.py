@@ -282,6 +282,7 @@ def test_artifacts_are_like_all_others(rng, tmp_path):
     assert "MLIR" in str(kernel.plan)
     assert identity() in kernel.artifact.manifest.compiler
     assert kernel.artifact.manifest.levels[0].knobs["backend"] == "mlir"
+    assert all(text in kernel.source for text in ("linalg.generic #product", "scf.for", "define void @", "token_pack"))
     new = Weight(weight.pattern, weight.data * 2)
     kernel.update(new)
     folder = kernel.save(tmp_path / "saved")
