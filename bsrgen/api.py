@@ -96,6 +96,7 @@ def compile(
     epilogue: steps applied to the (scaled) sums in this order, rows of bsrgen.epilogues; their operands come with the
         call, or here by name (bias=b): converted like W, to float32 for reduced types, they become defaults of the
         kernel and of its artifact.
+    backend: "c", which "auto" stands for, or "mlir", which needs the extra of that name (UnsupportedError without it).
     target: "native", an ISA level or microarchitecture, or several for one library that picks at run time.  Where the
         lowest one's plan uses the matrix unit (AMX), x86-64-v4-bf16 is added: the system may refuse that unit.
     n, threads: hints.  n is the number of tokens to plan for (128); threads the default of calls, None all cores.

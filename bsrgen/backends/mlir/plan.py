@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from bsrgen.backends.c.plan import CPlan
 
-CONSTANT_ENTRIES = 1 << 16  # of the tables that are printed into the module: more are linked, as in C
+CONSTANT_ENTRIES = 1 << 14  # of the tables that are printed into the module: more are linked, as in C
 
 
 @dataclass(frozen=True)
