@@ -5,12 +5,12 @@ What `backend="mlir"` is measured against, and another judge of its results.
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import cffi
 import numpy as np
 from numpy.typing import NDArray
 
@@ -60,15 +60,18 @@ def prepare(case: Case) -> Run:
     lanes = target.lanes(problem.real.bytes)
     options = f"enable-runtime-library=false enable-index-optimizations=true reassociate-fp-reductions=true vl={lanes}"
     lowered = lower(stock_text(problem), f"sparsifier{{{options}}}", "canonicalize")
-    function = _load(llvm.compile_object(lowered.llvm_ir, llvm.flags(target), vectorize=True))
+    code = llvm.compile_object(lowered.llvm_ir, llvm.flags(target), vectorize=True)
     y = np.zeros(problem.operator.shape(case.n, p.M), problem.accumulator.numpy)
     x, sums = (_split(a, size, problem) for a, size in ((case.x, p.C), (y, p.R)))
     values = np.ascontiguousarray(case.weight.data).reshape(-1)
     arguments = [*_memref(values), *_memref(x), *_memref(sums)]
+    library = _load(code, len(arguments))
+    entry = getattr(library, NAME)
 
-    def call() -> None:
+    def call(used: tuple[Any, ...] = (library, values, x, sums)) -> None:
+        """`used`: what the addresses in `arguments` and `entry` are of, kept as long as the call."""
         y.fill(0)
-        function(*arguments)
+        entry(*arguments)
 
     return Run(call, lambda: y)
 
@@ -80,16 +83,18 @@ def _split(array: Array, size: int, problem: Problem) -> Array:
     return array.reshape((array.shape[0], -1, size) if problem.operator.token_axis == 0 else (-1, size, array.shape[1]))
 
 
-def _memref(array: Array) -> list[Any]:
+def _memref(array: Array) -> list[int]:
     """A memref as arguments: allocated, aligned, offset, sizes, strides in elements."""
-    pointer = ctypes.c_void_p(array.ctypes.data)
-    numbers = (0, *array.shape, *(stride // array.itemsize for stride in array.strides))
-    return [pointer, pointer, *map(ctypes.c_int64, numbers)]
+    strides = (stride // array.itemsize for stride in array.strides)
+    return [array.ctypes.data, array.ctypes.data, 0, *array.shape, *strides]
 
 
-def _load(code: bytes) -> Any:
+def _load(code: bytes, arguments: int) -> Any:
+    """An object file as a library; its function takes so many integers and addresses."""
+    ffi = cffi.FFI()
+    ffi.cdef(f"void {NAME}({', '.join(['intptr_t'] * arguments)});")
     with tempfile.TemporaryDirectory() as folder:
         file, library = Path(folder) / f"{NAME}.o", Path(folder) / f"{NAME}.so"
         file.write_bytes(code)
         subprocess.run([find_compiler(native()).path, *LINK_FLAGS, str(file), "-o", str(library)], check=True)
-        return ctypes.CDLL(str(library))[NAME]
+        return ffi.dlopen(str(library))
