@@ -35,9 +35,8 @@ class MlirPlan(CPlan):
 
     @property
     def table_entries(self) -> int:
-        """Numbers in the tables that the kernel walks."""
-        packing = self.packing
-        return packing.offsets.size + packing.pointers.size + (packing.segment_rows.size if self.panels > 1 else 0)
+        """Numbers in the tables that the kernel walks, at most: counted without packing."""
+        return self.pattern.nnzb + 2 * self.panels * self.pattern.block_rows + 1
 
     @property
     def fits_constants(self) -> bool:
