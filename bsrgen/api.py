@@ -74,8 +74,9 @@ def compile(
 
     W: scipy sparse array or matrix, 2-D ndarray, torch sparse_bsr / sparse_csr / dense tensor, bsrgen Weight, or the
         triple (data, indices, indptr) with shape=.  What is not BSR needs blocksize=(R, C); BSR is re-blocked by it.
-        A list of weights that share X makes one kernel of all: its results come as a tuple, or with the epilogue
-        "swiglu" or "geglu" [gate, up] make one, act(X @ gate.T) * (X @ up.T).
+        A list of weights that share X makes one kernel of all: its results come as a tuple, views of one array of all
+        rows (what `out` and operands are like), or with the epilogue "swiglu" or "geglu" [gate, up] make one,
+        act(X @ gate.T) * (X @ up.T).
     operator: "linear", Y[N, M] = X[N, K] @ W.T, or "spmm", Y[M, N] = W @ X[K, N]; all row-major, N free at each call.
     dtype, x_dtype, out_dtype: types of W as it is stored, of X and of Y, names or numpy dtypes (ml_dtypes.bfloat16):
         W                 X                   Y, the default first
@@ -131,7 +132,9 @@ def compile(
     if w is INT8:
         how = "given" if "w_scale" in bound else "none" if weight.data.dtype == w.numpy else "max"
         weight, bound["w_scale"] = quantized(weight, bound.get("w_scale"))
-    artifact = _artifact(chosen, problem, weight, targets, tuning, Bound(bound, how, parts))
+    artifact = _artifact(
+        chosen, problem, weight, targets, tuning, Bound(bound, how, parts if are_several(W) and not paired else ())
+    )
     return Kernel(artifact, threads=threads, may_be_foreign=True)
 
 

@@ -1,7 +1,8 @@
 """The epilogues: what happens to the accumulator `v` before it is stored.  One formula each, for every backend.
 
 A formula is C over one vector (or scalar) `v`.  It may use + - * /, comparisons through v_max and v_min, R(c) for
-literals, the functions of runtime/bsrgen_math.h, and its operands by name.  `numpy` is its twin in float64.
+literals, the functions of runtime/bsrgen_math.h, and its operands by name.  Of two products in a sum one is rounded():
+compilers contract either, and bits would depend on which.  `numpy` is its twin in float64.
 """
 
 from collections.abc import Callable, Sequence
@@ -108,7 +109,7 @@ SWIGLU, GEGLU = (
 )
 ACCUMULATE = Epilogue(
     "accumulate",  # BLAS: out = alpha * v + beta * out; beta = 0 does not read out (NaN there is not propagated)
-    "beta == 0 ? alpha * v : alpha * v + beta * out",
+    "beta == 0 ? alpha * v : rounded(alpha * v) + beta * out",
     lambda v, alpha, beta, out: alpha * v + (beta * out if np.any(beta) else 0),
     (Operand("alpha", "scalar", 1.0), Operand("beta", "scalar", 1.0), Operand("out", "out")),
     flop=3,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bsrgen.arguments import Call, COperand, default_threads
 from bsrgen.artifact import Artifact, read_artifact, save_artifact
+from bsrgen.epilogues import pair_of
 from bsrgen.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -27,7 +28,7 @@ from bsrgen.operators import OPERATORS
 from bsrgen.pattern import Pattern, Weight
 from bsrgen.problem import Problem
 from bsrgen.quantize import quantized, source_of
-from bsrgen.stack import are_several, stacked
+from bsrgen.stack import are_several, parts_of, stacked
 from bsrgen.trampoline import OVERLAP, trampoline
 from bsrgen.verdict import Verdict
 
@@ -95,7 +96,7 @@ class Kernel:
                 raise
             self._foreign = e
         else:
-            self._plain = self._values.records is not None and len(m.parts) == 1
+            self._plain = self._values.records is not None and not m.parts
 
     def _with(self, bound: dict[str, Any], weight_scale: str, data: Array | None) -> _Values:
         ffi = self._tramp.ffi
@@ -212,7 +213,7 @@ class Kernel:
             self._raise(status)
         y = call.finish()
         parts = self.artifact.manifest.parts
-        return y if len(parts) == 1 else tuple(np.split(y, np.cumsum(parts[:-1]), axis=y.ndim - 1 - self._token_axis))
+        return y if not parts else tuple(np.split(y, np.cumsum(parts[:-1]), axis=y.ndim - 1 - self._token_axis))
 
     def _raise(self, status: int) -> None:
         if status == _NO_MEMORY:
@@ -266,7 +267,13 @@ class Kernel:
         """W in the kernel's blocks and type, or where that is int8 and W is not, as it came."""
         m = self.artifact.manifest
         if are_several(W):
-            return stacked([source_of(part, m.types[0], blocksize=m.blocksize) for part in W])
+            weights = [source_of(part, m.types[0], blocksize=m.blocksize) for part in W]
+            parts = parts_of(weights, pair_of(m.steps) is not None)
+            if parts != (m.parts or (m.rows,)):
+                raise PatternMismatchError(
+                    f"{self.name}: weights of {parts} rows, the kernel's have {m.parts or m.rows}"
+                )
+            return stacked(weights)
         return source_of(W, m.types[0], blocksize=m.blocksize, shape=self._shape_for(W))
 
     def _shape_for(self, W: Any) -> tuple[int, int] | None:

@@ -17,7 +17,7 @@ from bsrgen.verdict import Verdict
 PATTERN_FILE = "pattern.npz"  # indptr, indices
 OPERANDS_FILE = "operands.npz"  # operands bound when the kernel was compiled
 TIME_UP = "the time was up"  # begins a TuningRecord's note
-SCHEMA = 3
+SCHEMA = 4
 ABI = 1  # BSRGEN_ABI in runtime/bsrgen.h
 
 
@@ -125,7 +125,7 @@ class Manifest(_Record, frozen=True):
     weight_scale: Literal["max", "given", "none"]  # of int8: from each row's largest magnitude, the caller's, or ones
     epilogue: tuple[str, ...]  # with the steps that int8 brings itself
     operands: tuple[OperandRecord, ...]
-    parts: tuple[int, ...]  # features of Y by weight, where several share X
+    parts: tuple[int, ...]  # features of Y by weight, where a list of weights shares X
     pattern: str
     weight: str
     family: str
@@ -167,7 +167,7 @@ class Manifest(_Record, frozen=True):
             raise ValueError(f"name {self.name!r:.80} is not that of the kernel described, {says!r:.80}")
         if min(*self.shape, self.nnzb) < 0 or min(self.blocksize) < 1 or self.nnzb > 2**31:
             raise ValueError("a size is out of range")
-        if sum(self.parts) != self.rows or min(self.parts) < 0:
+        if self.parts and (sum(self.parts) != self.rows or min(self.parts) < 0):
             raise ValueError("the parts of Y are not Y")
 
     @property

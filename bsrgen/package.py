@@ -60,7 +60,7 @@ def describe(
     return Manifest(
         schema=SCHEMA, abi=ABI, bsrgen=__version__, name=source.name, operator=problem.operator.name,
         shape=p.shape, blocksize=p.blocksize, nnzb=p.nnzb, dtype=problem.dtype.name,
-        parts=(problem.rows,), x_dtype=problem.x_dtype.name, out_dtype=problem.out_dtype.name, weight_scale="none",
+        parts=(), x_dtype=problem.x_dtype.name, out_dtype=problem.out_dtype.name, weight_scale="none",
         epilogue=tuple(step.name for step in problem.epilogue),
         operands=operand_records(problem.epilogue),
         pattern=p.digest, weight=weight.digest, family=source.plans[0].target.family, levels=levels,

@@ -233,7 +233,7 @@ def _quantized(x: Array, token_axis: int) -> tuple[Array, Array]:
     """(X as int8 in float32, x_scale[n]) in the very operations of the kernel (templates/c/quantize.c.j2)."""
     x = np.asarray(x, np.float32)
     with np.errstate(all="ignore"):
-        top = np.fmax.reduce(np.abs(x), axis=1 - token_axis, initial=0)
+        top = np.fmax.reduce(np.abs(x), axis=1 - token_axis, initial=np.float32(127 * 2.0**-126))
         inverse, scale = np.float32(127) / top, top / np.float32(127)
         scaled = np.nan_to_num(np.rint(x * np.expand_dims(inverse, 1 - token_axis)), nan=0.0)
     scale[np.isnan(x).any(axis=1 - token_axis)] = np.nan

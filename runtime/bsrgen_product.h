@@ -178,15 +178,20 @@ INLINE void interleave(xvec *xv, const xvec *row)
 /* The other way: from word[GROUP], the words of LANES tokens each, the rows of their features, the first `count` of GROUP. */
 INLINE void put_features(cell *to, int64_t ldp, const xvec *word, int count)
 {
+    mm w[GROUP], row[GROUP];
+#ifndef __SSSE3__ /* 16 bytes, two features */
+    for (int g = 0; g < GROUP; g++)
+        w[g] = _mm_shuffle_epi32(_mm_shufflehi_epi16(_mm_shufflelo_epi16((mm)word[g], 0xd8), 0xd8), 0xd8);
+#else
 #if GROUP == 2
 #define BY_FEATURE 0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15
 #else
 #define BY_FEATURE 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15
 #endif
     static const uint8_t order[64] = {BY_FEATURE, BY_FEATURE, BY_FEATURE, BY_FEATURE};
-    mm w[GROUP], row[GROUP];
     UNROLL
     for (int g = 0; g < GROUP; g++) w[g] = MM(shuffle_epi8)((mm)word[g], (mm)unit_load(order));
+#endif
 #if GROUP == 2
     row[0] = MM(unpacklo_epi64)(w[0], w[1]);
     row[1] = MM(unpackhi_epi64)(w[0], w[1]);

@@ -34,6 +34,19 @@ INLINE vec zero(void) { return (vec){0}; }
 INLINE vec splat(real s) { return s - (vec){0}; } /* s - 0 is s for every s, -0 and NaN included: folds to a broadcast */
 INLINE vec choose(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
 
+/* v, a product that no sum takes in: of two products in a sum the compiler would contract one here, the other there. */
+INLINE vec rounded(vec v)
+{
+#if defined __AVX512F__
+    __asm__("" : "+v"(v));
+#elif defined __x86_64__
+    __asm__("" : "+x"(v));
+#else
+    __asm__("" : "+w"(v));
+#endif
+    return v;
+}
+
 /* The first `count` lanes of p, zeros behind them.  0 <= count <= LANES. */
 INLINE vec load_part(const real *p, int count)
 {

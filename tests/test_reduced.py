@@ -122,6 +122,23 @@ def test_bits_do_not_depend_on_threads(types, rng):
     assert len(runs) == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bits_of_accumulate_do_not_depend_on_threads(dtype, rng):
+    """alpha * v + beta * out may be contracted in two ways; M leaves a part of a vector."""
+    weight = make_weight("uniform", (54, 4000), (1, 1), dtype)
+    kernel = bsrgen.compile(weight, dtype=dtype, epilogue="accumulate", n=80)
+    x, given = kernel.problem.sample(rng, 80)
+    old = kernel.problem.sample_out(rng, 80)
+    runs = {kernel(x, out=old.copy(), threads=threads, **given).tobytes() for threads in (1, 2, 3, 5)}
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("target", LEVELS)
+@pytest.mark.parametrize("blocksize", [(16, 1), (3, 5)], ids=str)
+def test_gathered_integers_on_every_level(blocksize, target, rng):
+    check_calls(*built(INT8, blocksize=blocksize, target=target), rng, (1, 16, 70))
+
+
 # ── int8 ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

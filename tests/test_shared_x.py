@@ -6,7 +6,7 @@ from support import OPERATOR_NAMES, build_plan, c_pack, check_calls, make_weight
 
 import bsrgen
 from bsrgen.backends.c import candidates
-from bsrgen.errors import ArgumentError, UnsupportedError
+from bsrgen.errors import ArgumentError, PatternMismatchError, UnsupportedError
 from bsrgen.exam import error_share
 from bsrgen.pattern import as_weight, random_weight
 from bsrgen.problem import as_problem
@@ -49,6 +49,18 @@ def test_pairs(dtype, operator, blocksize, step, rng):
         assert error_share(ys[0], expected, allowed) <= 1
 
 
+@pytest.mark.parametrize(("M", "blocksize"), [(99, (256, 2)), (2, (256, 4)), (70, (96, 1))])
+def test_a_pair_of_rows_that_blocks_outgrow(M, blocksize, rng):
+    """The gate is padded to whole blocks, and finer blocks that cover them are fewer for the other weight."""
+    weights = pair(blocksize, (M, 3000))
+    kernel = bsrgen.compile(weights, epilogue="swiglu", n=256)
+    x = rng.standard_normal((256, 3000), dtype=np.float32)
+    expected, allowed = kernel.problem.reference(as_weight(stacked(weights)), x, {})
+    ys = [kernel(x, threads=threads) for threads in (1, 2, 3, 4)]
+    assert error_share(ys[0], expected, allowed) <= 1
+    assert len({y.tobytes() for y in ys}) == 1
+
+
 def test_a_pair_is_what_it_says(rng):
     gate, up = pair()
     x = rng.standard_normal((7, 83), dtype=np.float32)
@@ -70,6 +82,27 @@ def test_several_weights_make_several_results(operator, tmp_path, rng):
             np.testing.assert_allclose(y, expected, atol=1e-4)
     assert all(finding.ok for finding in verify(tmp_path / "k")[1])
     kernel.update([weights[0], weights[1], random_weight(2, (40, 83), (16, 1), 0.3)])
+
+
+def test_update_minds_the_parts(rng):
+    a, b = pair((4, 1), (8, 12))
+    kernel = bsrgen.compile([a, b])
+    whole = stacked([a, b]).todense()
+    with pytest.raises(PatternMismatchError, match=r"weights of \(4, 12\) rows, the kernel's have \(8, 8\)"):
+        kernel.update([whole[:4], whole[4:]])
+    with pytest.raises(ArgumentError, match="two weights of one shape"):
+        bsrgen.compile([a, b], epilogue="swiglu").update([whole[:4], whole[4:]])
+    kernel.update([a, b])
+
+
+def test_a_list_of_one_makes_a_tuple_of_one(rng, tmp_path):
+    weight, x = pair()[0], rng.standard_normal((5, 83), dtype=np.float32)
+    kernel = bsrgen.compile([weight])
+    kernel.save(tmp_path / "k")
+    for k in (kernel, bsrgen.load(tmp_path / "k")):
+        assert [y.shape for y in k(x)] == [(5, 90)]
+        assert isinstance(k(x), tuple)
+    assert bsrgen.compile(weight)(x).shape == (5, 90)
 
 
 def test_weights_that_do_not_go_together():
@@ -113,6 +146,16 @@ def test_a_token_of_zeros_or_nan_stays_alone(rng):
     assert (y[1] == 0).all()
     assert np.isnan(y[2]).all()
     assert np.array_equal(y[[0, 3]], clean[[0, 3]])
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-36, 3e-37])
+def test_quantised_tokens_of_tiny_numbers(size, rng):
+    """Against float64 itself: the reference repeats the kernel's operations."""
+    W = rng.standard_normal((32, 400)).astype(np.float32)
+    x = (rng.standard_normal((3, 400)) * size).astype(np.float32)
+    y = bsrgen.compile(W, blocksize=(16, 1), dtype="int8", x_dtype="float32", quantize_x=True)(x)
+    expected = x.astype(np.float64) @ W.T
+    assert np.abs(y - expected).max() < 0.05 * np.abs(expected).max()
 
 
 def test_quantize_x_needs_int8_and_floating_x():

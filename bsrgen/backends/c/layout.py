@@ -232,6 +232,6 @@ class Layout(Plan):
         """Running cost of the block rows, for the partition over threads: nonzeros plus what a stored row costs."""
         p = self.pattern
         row = p.row_counts * p.C + 16
-        if gate := self.problem.gate_rows // p.R:  # row by row of the result, that of the gate with it
-            row = row[:gate] + np.pad(row[gate:], (0, 2 * gate - row.size))
+        if gate := self.problem.gate_rows // p.R:  # row by row of the result, that of the gate with it, not its padding
+            row = row[: row.size - gate] + row[gate:]
         return np.concatenate(([0], np.cumsum(row))).astype(np.uint64)

@@ -52,7 +52,7 @@ INLINE void put_tokens(const struct bsrgen_call *call, int64_t m, int64_t n, ave
         const real alpha = (real)call->operands[2].scalar;
         const real beta = (real)call->operands[3].scalar;
         const vec out = get_y((const y_t *)call->y + m * call->ldy + n, count);
-        v = beta == 0 ? alpha * v : alpha * v + beta * out;
+        v = beta == 0 ? alpha * v : rounded(alpha * v) + beta * out;
     }
     put_y((y_t *)call->y + m * call->ldy + n, v, count);
 }

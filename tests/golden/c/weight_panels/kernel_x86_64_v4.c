@@ -96,7 +96,7 @@ INLINE void weight_block(const int T, const int V, const int S, avec *sum, const
         for (int s = 0; s < S; s++)
             weight_step(T, V, sum + s * T * V, w + (c + s) * V * LANES, x + (c + s) * K_STEP);
     }
-    if (S > 1)
+    if (K_STEPS % S)
         for (; c < K_STEPS; c++) weight_step(T, V, sum, w + c * V * LANES, x + c * K_STEP);
 }
 
