@@ -73,7 +73,8 @@ def table(level: str) -> Iterator[Case]:
         weight = random_weight(0, (37, 45), blocksize, 0.4, dtype=dtype)
         plans = list(candidates(problem_of(weight, operator, steps), TARGETS[level]))
         kinds = [plans[0], plans[-1]]
-        kinds += [replace(p, tokens=replace(p.tokens, k_panel=p.pattern.C, pack=True)) for p in plans if p.tokens][:1]
+        panels = [replace(p, weight=None, small_n=0) if p.bits else p for p in plans if p.tokens][:1]
+        kinds += [replace(p, tokens=replace(p.tokens, k_panel=p.pattern.C, pack=True)) for p in panels]
         kinds += [p for p in plans if p.encoding == "code"][:1]
         for plan in {
             str(kinds[(number + turn + i) % len(kinds)]): kinds[(number + turn + i) % len(kinds)] for i in (0, 2)
@@ -117,11 +118,13 @@ def test_golden_text_compiles_without_warnings(case: Case, names: tuple[str, ...
 @pytest.mark.parametrize("names", COMPILERS, ids=lambda n: n[0])
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_problem_compiles_without_warnings(level: str, names: tuple[str, ...], tmp_path: Path) -> None:
+    """The compilers take turns: each sees half of the table on every level."""
     cc = compiler_for(names, TARGETS[level].family)
-    for number, case in enumerate(table(level)):
+    mine = (LEVELS.index(level) + COMPILERS.index(names)) % 2
+    for number, case in itertools.islice(enumerate(table(level)), mine, None, 2):
         folder = tmp_path / str(number)
         write(case.source, folder)
-        for unit in case.source.units[number % 2 :]:  # every other time without the entry points: plans share them
+        for unit in case.source.units[number // 2 % 2 :]:  # every other time without the entry points: plans share them
             command = [*cc, *BASE, *STRICT, *unit.flags, "-fsyntax-only", unit.file]
             result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
             assert result.returncode == 0, f"{case}: {case.plans[0]}\n{' '.join(command)}\n{result.stderr[:3000]}"

@@ -151,9 +151,9 @@ def test_plan_space(name, plan, rng, tmp_path):
 
 # ── random problems ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-# 4 combinations x 8 problems x 10 calls = 320 examples; BSRGEN_TEST_PROBLEMS=250 for the 10,000 of a long night
-PROBLEMS = int(os.environ.get("BSRGEN_TEST_PROBLEMS", "8"))
-CALLS = 10
+# 4 combinations x 5 problems x 16 calls = 320 examples; BSRGEN_TEST_PROBLEMS=157 for the 10,000 of a long night
+PROBLEMS = int(os.environ.get("BSRGEN_TEST_PROBLEMS", "5"))
+CALLS = 16
 
 
 @st.composite
