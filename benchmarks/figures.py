@@ -20,7 +20,7 @@ class Contender:
     """One way of computing the product; `over_*` is how many times faster bsrgen is."""
 
     name: str
-    kind: str  # bsrgen, dense, sparse
+    kind: str  # bsrgen, dense, sparse; mlir, stock: of the grid "mlir"
     min_s: float
     median_s: float
     samples: int

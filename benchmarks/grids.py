@@ -35,6 +35,7 @@ class Grid:
     source: str
     over: str
     points: Callable[[], Iterator[Point]]
+    mlir: bool = False  # whether the MLIR backend and MLIR's own sparsifier are contenders
 
     def thinned(self, every: int = 1) -> Iterator[Point]:
         """Every `every`-th point, spread over the whole grid: those that a shuffle with a fixed seed puts first."""
@@ -140,6 +141,11 @@ def _dense() -> Iterator[Point]:
         yield from _crossed(["linear"], [(768, 768)], [block], [tenth / 10 for tenth in range(1, 11)], [128])
 
 
+def _mlir() -> Iterator[Point]:
+    tiles = blocks("64x64 48x48 32x32 16x16 8x8 4x4 2x2 3x5 32x1 16x1 8x1 4x1 1x1 1x4 1x16 1x32")
+    return _crossed(BOTH, [(768, 768)], tiles, [0.2], [128])
+
+
 def _reduced() -> Iterator[Point]:
     tiles = blocks("64x64 32x32 16x16 8x8 4x4 64x1 32x1 16x1 4x1 1x1 1x16")
     for dtype in ("bfloat16", "int8"):
@@ -158,6 +164,7 @@ GRIDS = {
         Grid("threads", "One and two threads", "bsrgen's own", "block", _threads),
         Grid("dense", "Density up to 1: where dense wins", "bsrgen's own", "density", _dense),
         Grid("reduced", "bfloat16 and int8, a few points of float16", "bsrgen's own", "density", _reduced),
+        Grid("mlir", "Backends: C, MLIR, and MLIR's stock sparsifier", "bsrgen's own", "block", _mlir, mlir=True),
         Grid("big", "4096x4096, N = 512", "bsrgen's own", "block", _big),
         Grid("patterns", "Uniform, power-law and banded patterns", "bsrgen's own", "block", _patterns),
         Grid(

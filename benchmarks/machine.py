@@ -10,7 +10,7 @@ from bsrgen.build import find_compiler
 from bsrgen.machine import cache_bytes, cpu_model, usable_cores, versions
 from bsrgen.targets import native
 
-PACKAGES = ("numpy", "scipy", "mkl", "torch", "gimmik", "onnxruntime", "openvino", "pyfr")
+PACKAGES = ("numpy", "scipy", "mkl", "torch", "gimmik", "onnxruntime", "openvino", "pyfr", "torch-mlir", "llvmlite")
 
 
 def machine() -> dict[str, Any]:

@@ -22,6 +22,7 @@ from benchmarks.grids import DEFAULT, GRIDS, Grid
 from benchmarks.machine import machine
 from benchmarks.points import Point
 from bsrgen import api
+from bsrgen.bench import sparsifier
 from bsrgen.bench.case import Case
 from bsrgen.bench.ceilings import Ceiling, Ceilings
 from bsrgen.bench.clock import Timing, at_their_best, measure, peer_threads
@@ -39,6 +40,7 @@ LIMIT_S = 10.0  # of timing one point: a large one gets fewer rounds
 SETTLE_S = 5e-3  # between contenders of several threads (clock.measure)
 OWN_PROCESS = {"_BSRGEN_BENCH", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"}  # what clock.at_their_best sets
 OURS, IN_C, PEAK, READ = "bsrgen", "bsrgen, C entry", "FMA peak", "weight read"
+IN_MLIR, STOCK = "bsrgen, MLIR", "MLIR sparsifier"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,9 @@ def figure(grid: str, point: Point, settings: Settings, ceilings: Ceilings) -> F
     )
     own = Peer(OURS, OURS, "bsrgen", lambda _: None, lambda c: kernel_run(kernel, c), tuple(DTYPES))
     in_c = Peer(IN_C, OURS, "bsrgen", lambda _: None, lambda c: c_run(kernel, c), tuple(DTYPES.keys() - {"int8"}))
-    runs, absent = prepare(case, (own, in_c, *(peer for peer in PEERS if peer.kind != "bsrgen")))
-    kinds = {name: KINDS.get(name, "bsrgen") for name in runs}
+    more = backends(settings.tune) if GRIDS[grid].mlir else ()
+    runs, absent = prepare(case, (own, in_c, *more, *(peer for peer in PEERS if peer.kind != "bsrgen")))
+    kinds = {name: (KINDS | {peer.name: peer.kind for peer in more}).get(name, "bsrgen") for name in runs}
     runs, slow = without_slow(runs, kinds)
     peak = ceilings.fma(as_dtype(point.dtype).short)
     level, read = holding(ceilings, kernel.plan.values.bytes)
@@ -88,6 +91,21 @@ def c_run(kernel: Kernel, case: Case) -> Prepared:
     if status := entry():
         raise BsrgenError(f"{kernel.name}: status {status}")
     return Prepared(entry, lambda: y)
+
+
+def backends(tune: str) -> tuple[Peer, ...]:
+    """The MLIR backend, and the sparsifier that it builds on as MLIR has it."""
+
+    def mlir(case: Case) -> Prepared:
+        kernel = api.compile(
+            case.weight, case.operator, dtype=case.dtype.name, n=case.n, threads=case.threads, tune=tune, backend="mlir"
+        )
+        return kernel_run(kernel, case)
+
+    return (
+        Peer(IN_MLIR, OURS, "mlir", lambda _: None, mlir, tuple(DTYPES)),
+        Peer(STOCK, "torch-mlir", "stock", sparsifier.declines, sparsifier.prepare),
+    )
 
 
 KINDS = {peer.name: peer.kind for peer in PEERS}

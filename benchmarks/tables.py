@@ -85,6 +85,8 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 def tables(run: Run, grid: Grid) -> list[Table]:
     """README's, all peers', and one for each operator, type and, along blocks, density."""
+    if any(c.kind == "mlir" for f in run.figures for c in f.contenders):
+        return backends(run.figures)
     keys = ("operator", "dtype", "density") if grid.over == "block" else ("operator", "dtype")
     grouped: dict[tuple[object, ...], list[Figure]] = {}
     for f in run.figures:
@@ -124,6 +126,25 @@ def side_by_side(figures: Sequence[Figure]) -> list[Table]:
         )
         for rest, found in both.items()
     ]
+
+
+def backends(figures: Sequence[Figure]) -> list[Table]:
+    """C, MLIR and the stock sparsifier: rates, and shares of the FMA peak, medians over the rounds; one an operator."""
+    kinds = {"C": "bsrgen", "MLIR": "mlir", "stock": "stock"}
+    made = []
+    for operator in dict.fromkeys(f.point.operator for f in figures):
+        rows = []
+        for f in (f for f in figures if f.point.operator == operator):
+            chosen = {name: next((c for c in f.contenders if c.kind == kind), None) for name, kind in kinds.items()}
+            cells = [(f"{f.rate(c) * 1e-9:.0f}", f"{f.peak.share_rounds / c.over_rounds:.0%}") if c else ("-", "-")
+                     for c in chosen.values()]  # fmt: skip
+            peak = f"{f.peak.rate * 1e-9:.0f}"
+            rows.append((f.block, *(rate for rate, _ in cells), *(share for _, share in cells), peak))
+        head = ("block", *(f"{name} GFLOP/s" for name in kinds), *(f"{name} of peak" for name in kinds), "FMA peak")
+        p = figures[0].point
+        heading = f"{operator} {p.dtype}, {p.shape[0]} x {p.shape[1]}, density {p.density:.3g}, N = {p.n}"
+        made.append(Table(heading, head, tuple(rows)))
+    return made
 
 
 def break_evens(figures: Sequence[Figure]) -> list[Table]:

@@ -96,6 +96,7 @@ def compile(
     epilogue: steps applied to the (scaled) sums in this order, rows of bsrgen.epilogues; their operands come with the
         call, or here by name (bias=b): converted like W, to float32 for reduced types, they become defaults of the
         kernel and of its artifact.
+    backend: "c", which "auto" stands for, or "mlir", which needs the extra of that name (UnsupportedError without it).
     target: "native", an ISA level or microarchitecture, or several for one library that picks at run time.  Where the
         lowest one's plan uses the matrix unit (AMX), x86-64-v4-bf16 is added: the system may refuse that unit.
     n, threads: hints.  n is the number of tokens to plan for (128); threads the default of calls, None all cores.
@@ -148,7 +149,9 @@ def _backend(name: str, mode: str) -> Backend:
         raise UnsupportedError(f"mode={mode!r}: 'static' is what this version has")
     if name != "auto" and (not isinstance(name, str) or name not in BACKENDS):
         raise UnsupportedError(f"backend={name!r}: 'auto' or one of {', '.join(BACKENDS)}")
-    return BACKENDS["c" if name == "auto" else name]
+    backend = BACKENDS["c" if name == "auto" else name]
+    backend.tools()  # UnsupportedError where something is not installed
+    return backend
 
 
 def _artifact(
@@ -157,7 +160,7 @@ def _artifact(
 ) -> Artifact:  # fmt: skip
     """From the store, or built into it."""
     compiler = build.find_compiler(targets[0])
-    keys = [_key(problem, weight, targets, tune, tuning.strict, compiler, bound) for tune in tuning.keys]
+    keys = [_key(backend, problem, weight, targets, tune, tuning.strict, compiler, bound) for tune in tuning.keys]
     store = Store.default()
     found = [store.get(key) for key in keys]
     _prepare_calls()
@@ -187,12 +190,13 @@ def _prepare_calls() -> None:
 
 
 def _key(
-    problem: Problem, weight: Weight, targets: tuple[Target, ...], tune: str, strict: bool, compiler: build.Compiler,
-    bound: Bound,
+    backend: Backend, problem: Problem, weight: Weight, targets: tuple[Target, ...], tune: str, strict: bool,
+    compiler: build.Compiler, bound: Bound,
 ) -> str:  # fmt: skip
     """Everything that can change a byte of the artifact, or the choice of its plan."""
     request = {
         "bsrgen": [__version__, ABI, _own_digest()],
+        "backend": [backend.name, backend.tools()],
         "problem": [problem.operator.name, [step.name for step in problem.epilogue], problem.n],
         "types": [row.name for row in (problem.dtype, problem.x_dtype, problem.out_dtype)],
         "weight": weight.digest,

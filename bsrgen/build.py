@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from bsrgen import llvm
 from bsrgen._paths import RUNTIME
 from bsrgen.artifact import seal
-from bsrgen.emit import Source
+from bsrgen.emit import Source, Unit
 from bsrgen.errors import BuildError, CompilerNotFoundError
 from bsrgen.machine import parallel_cores
 from bsrgen.targets import Target, native
@@ -89,22 +90,27 @@ def build(source: Source, folder: Path, compiler: Compiler) -> Path:
         (folder / name).write_bytes(data)
     started = time.monotonic()
     objects = [f"{Path(unit.file).stem}.o" for unit in source.units]
-    compiles = [
-        [compiler.path, *COMPILE_FLAGS, *unit.flags, "-I.", "-c", unit.file, "-o", target]
-        for unit, target in zip(source.units, objects, strict=True)
-    ]
     library = f"lib{source.name}.so"
     run: Callable[[list[str]], str] = functools.partial(_run, folder=folder)
     with ThreadPoolExecutor(max_workers=parallel_cores()) as pool:
-        logs = list(pool.map(run, compiles))
+        logs = list(pool.map(functools.partial(_compile, compiler=compiler, folder=folder), source.units, objects))
     logs.append(run([compiler.path, *LINK_FLAGS, f"-Wl,-soname,{library}", *objects, "-o", library]))
     for name in objects:
         (folder / name).unlink(missing_ok=True)
     if not (folder / library).is_file():
         raise BuildError(f"{source.name}: {compiler.path} wrote no library; sources kept in {folder}")
-    (folder / "build.log").write_text(f"{compiler.identity}\n" + "".join(logs))
+    head = "".join(f"{who}\n" for who in (compiler.identity, source.tools) if who)
+    (folder / "build.log").write_text(head + "".join(logs))
     _log_time(source.name, time.monotonic() - started)
     return folder / library
+
+
+def _compile(unit: Unit, target: str, compiler: Compiler, folder: Path) -> str:
+    """One file -> an object in `folder`; log text."""
+    if unit.file.endswith(".ll"):
+        (folder / target).write_bytes(llvm.compile_object((folder / unit.file).read_text(), unit.flags))
+        return f"llvmlite -O3 {' '.join(unit.flags)} {unit.file} -o {target}\n"
+    return _run([compiler.path, *COMPILE_FLAGS, *unit.flags, "-I.", "-c", unit.file, "-o", target], folder)
 
 
 def build_trampoline() -> None:

@@ -37,10 +37,12 @@ class Source:
     prototype: str
     values: tuple[str, ...]  # file of the packed values, for each plan
     entry: Mapping[str, Any]  # names and numbers of the entry points, for the companions of the library
+    reading: tuple[str, ...] = ()  # files of the best ISA level that are worth reading; (): its first C file
+    tools: str = ""  # what made some of the text or compiles it, beside the compiler: names and versions
 
     def __str__(self) -> str:
-        """The generated C of the best ISA level: the text to read."""
-        return self.files[self.units[1].file].decode()
+        """The generated text of the best ISA level: the text to read."""
+        return "\n".join(self.files[name].decode() for name in self.reading or (self.units[1].file,))
 
 
 def render(template: str, **names: Any) -> str:
@@ -83,6 +85,7 @@ def banner(problem: Problem, plans: Sequence[Plan]) -> str:
         f"{counts.table_bytes} of tables",
         f" *   rebuild   bsrgen compile FILE --operator {problem.operator.name} --dtype {problem.dtype.name}"
         + (f" --epilogue {','.join(step.name for step in problem.epilogue)}" if problem.epilogue else "")
+        + (f" --backend {plans[0].backend}" if plans[0].backend != "c" else "")
         + f" --target {','.join(plan.target.name for plan in plans)}",
         *(f" *   {line}".rstrip() for line in p.picture(64, 24).splitlines()),
         " */",

@@ -392,9 +392,11 @@ class Kernel:
 
     @property
     def source(self) -> str:
-        """The generated C of the ISA level in use."""
-        target = self.plan.target.replace("-", "_")
-        return self.artifact.read(f"{self.name}_{target}.c").decode()
+        """The generated text of the ISA level in use: C; before it, from MLIR, the register tile as MLIR before and
+        after the sparsifier, and as LLVM IR."""
+        level = f"{self.name}_{self.plan.target.replace('-', '_')}"
+        steps = [f"{level}{end}" for end in ("_tile.mlir", "_loops.mlir", "_tile.ll", ".c")]
+        return "\n".join(self.artifact.read(step).decode() for step in steps if step in self.artifact.manifest.files)
 
     def __str__(self) -> str:
         m = self.artifact.manifest

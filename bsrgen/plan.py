@@ -1,7 +1,7 @@
 """Plan: every scheduling decision of one kernel, as data, and what it will cost in countable things."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from bsrgen.problem import Problem
 from bsrgen.targets import Target
@@ -28,6 +28,8 @@ class Counts:
 @dataclass(frozen=True)
 class Plan:
     """How a problem is solved on a target.  Each backend has its own subclass with its own knobs."""
+
+    backend: ClassVar[str] = "c"  # the row of BACKENDS that emits it
 
     problem: Problem
     target: Target

@@ -61,7 +61,7 @@ def build_artifact(plans: Sequence[Plan], weight: Weight, folder: Path) -> Artif
     """What `compile` builds of these plans, one per ISA level, past the store and the check."""
     folder.mkdir(parents=True, exist_ok=True)
     cc = build.find_compiler(plans[0].target)
-    source = BACKENDS["c"].emit(tuple(plans), weight)
+    source = BACKENDS[plans[0].backend].emit(tuple(plans), weight)
     build.build(source, folder, cc)
     manifest = package.describe(source, weight, cc, (), folder, {})
     write_manifest(folder, manifest)

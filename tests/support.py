@@ -105,7 +105,7 @@ def check_calls(kernel: Kernel, problem: Problem, weight: Weight, rng: np.random
 def build_plan(plan: Plan, weight: Weight, folder: Path) -> Kernel:
     """Print, compile and load one plan, past the store and the check of `compile`."""
     compiler = build.find_compiler(plan.target)
-    source = BACKENDS["c"].emit((plan,), weight)
+    source = BACKENDS[plan.backend].emit((plan,), weight)
     build.build(source, folder, compiler)
     write_manifest(folder, package.describe(source, weight, compiler, (), folder, {}))
     return Kernel(read_artifact(folder), threads=1)

@@ -189,6 +189,18 @@ def test_tables_name_what_varies_only() -> None:
     assert "Both operators" not in tables.markdown(synthetic("smalln"), GRIDS["smalln"])
 
 
+def test_backends_have_a_table_of_their_own() -> None:
+    run = synthetic("mlir")
+    beside = [
+        Contender(n, k, 2e-3, 2e-3, 3, 1.0, 4.0) for n, k in (("bsrgen, MLIR", "mlir"), ("MLIR sparsifier", "stock"))
+    ]
+    run = replace(run, figures=tuple(replace(f, contenders=(*f.contenders, *beside)) for f in run.figures))
+    text = tables.markdown(run, GRIDS["mlir"])
+    assert "| block | C GFLOP/s | MLIR GFLOP/s | stock GFLOP/s | C of peak |" in text
+    assert text.count("\n## ") == 2
+    assert "| 60% | 15% | 15% | 240 |" in text
+
+
 def test_reduced_types_have_tables_and_break_evens_of_their_own() -> None:
     text = tables.markdown(synthetic("reduced"), GRIDS["reduced"])
     assert all(f"## Both operators, density 0.2, {dtype}\n" in text for dtype in ("bfloat16", "int8", "float16"))

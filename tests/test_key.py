@@ -11,6 +11,7 @@ from support import run_python
 
 import bsrgen
 from bsrgen import api, build
+from bsrgen.bench.clock import importable
 from bsrgen.pattern import Weight, random_weight
 from bsrgen.quantize import quantized
 from bsrgen.targets import native
@@ -48,6 +49,8 @@ OTHER_REQUESTS: dict[str, dict[str, Any]] = {
     "x_scale": {"dtype": "int8", "x_scale": 0.5}, "w_scale": {"dtype": "int8", "w_scale": np.ones(8)},
     "max w_scale": {"dtype": "int8", "w_scale": quantized(WEIGHT)[1]},
 }  # fmt: skip
+if importable("torch_mlir") and importable("llvmlite"):
+    OTHER_REQUESTS["backend"] = {"backend": "mlir"}
 if native().family != "x86_64":
     OTHER_REQUESTS = {name: options for name, options in OTHER_REQUESTS.items() if not name.startswith("target")}
 

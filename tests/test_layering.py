@@ -22,11 +22,13 @@ FLOORS = """
     choose
     advice  package
     backends
-    backends.c
+    backends.mlir
+    backends.mlir.candidates  backends.mlir.text
+    backends.mlir.plan  backends.c
     backends.c.candidates  backends.c.text
     backends.c.matrix_candidates  backends.c.tiling  backends.c.levels
     backends.c.covers
-    build  tune  backends.c.plan
+    build  tune  backends.c.plan  backends.mlir.lower
     backends.c.layout  backends.c.count_matrix  backends.c.matrix_text
     backends.c.matrix
     backends.c.packing
@@ -39,9 +41,9 @@ FLOORS = """
     problem  occupancy  cover  quantize  stack
     pattern
     canonical  manifest  trampoline
-    store
+    store  llvm
     operators  epilogues  targets  foreign  integrity
-    calibration  strides
+    calibration  strides  bindings
     dtypes  _paths  clock  verdict
     errors  machine
 """
@@ -61,6 +63,7 @@ WORKSHOP = {
 
 ON_USE = {
     "torch", "ml_dtypes", "jinja2", "safetensors", "scipy", "matplotlib", "click", "rich", "archspec", "threadpoolctl",
+    "mlir", "torch_mlir", "llvmlite",
 }  # fmt: skip
 AT_ONCE = {"cli": {"click", "rich"}, "__main__": {"click", "rich"}, "bench": {"scipy"}}
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from bsrgen.backends import c
+from bsrgen.backends import c, mlir
 from bsrgen.emit import Source
 from bsrgen.pattern import Weight
 from bsrgen.plan import Plan
@@ -20,11 +20,18 @@ class Candidates(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The plan space, and emit: one plan per target, best target first, to sources."""
+    """The plan space, and emit: one plan per target, best target first, to sources.
+
+    `tools` names what beside the compiler makes equal sources equal bytes; UnsupportedError where that is missing.
+    """
 
     name: str
     candidates: Candidates
     emit: Callable[[tuple[Any, ...], Weight], Source]
+    tools: Callable[[], str] = lambda: ""
 
 
-BACKENDS = {row.name: row for row in (Backend("c", c.candidates, c.emit),)}
+BACKENDS = {
+    row.name: row
+    for row in (Backend("c", c.candidates, c.emit), Backend("mlir", mlir.candidates, mlir.emit, mlir.identity))
+}

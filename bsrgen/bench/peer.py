@@ -13,6 +13,7 @@ from bsrgen.bench.case import Case
 
 Array = NDArray[Any]
 FULL = ("float32", "float64")
+Kind = Literal["bsrgen", "dense", "sparse", "mlir", "stock"]  # the last two only where backends are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Peer:
 
     name: str
     library: str
-    kind: Literal["bsrgen", "dense", "sparse"]
+    kind: Kind
     declines: Callable[[Case], str | None]
     prepare: Callable[[Case], Run]
     dtypes: tuple[str, ...] = FULL

@@ -14,7 +14,7 @@ from bsrgen.backends import BACKENDS
 from bsrgen.bench.case import Case, case_of
 from bsrgen.bench.ceilings import Ceiling, Ceilings
 from bsrgen.bench.clock import Timing, measure
-from bsrgen.bench.peer import Run
+from bsrgen.bench.peer import Kind, Run
 from bsrgen.bench.peers import PEERS, check, kernel_run, prepare
 from bsrgen.errors import BuildError
 from bsrgen.exam import error_share
@@ -47,7 +47,7 @@ class Row:
     """A contender on the clock; `gain` is how many times faster bsrgen is, at least."""
 
     name: str
-    kind: Literal["bsrgen", "dense", "sparse"]
+    kind: Kind
     timing: Timing
     gain: float
 

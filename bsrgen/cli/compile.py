@@ -16,6 +16,13 @@ from bsrgen.cli.common import problem_options, read, show_json, tune_option, typ
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the artifact; replaced if it is one.")
 @click.option("--n", type=click.IntRange(1), help="Tokens to plan for; the kernel takes any number.")
 @click.option("--strict", is_flag=True, help="Absent blocks contribute nothing even where x holds Inf or NaN.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "c", "mlir"]),
+    default="auto",
+    show_default=True,
+    help="What prints the kernel; auto is c.",
+)
 @tune_option
 @verb
 def compile_(

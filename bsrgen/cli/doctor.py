@@ -14,7 +14,7 @@ import click
 from bsrgen.cli.common import FAILED, console, plain, show_json, size, verb, working
 from bsrgen.errors import BsrgenError
 
-VARIABLES = ("BSRGEN_CACHE_DIR", "BSRGEN_DISABLE_JIT", "BSRGEN_CC", "BSRGEN_NUM_THREADS")
+VARIABLES = ("BSRGEN_CACHE_DIR", "BSRGEN_DISABLE_JIT", "BSRGEN_CC", "BSRGEN_NUM_THREADS", "BSRGEN_MLIR_PACKAGE")
 NEEDED = ("numpy", "scipy", "jinja2", "cffi", "ml_dtypes", "safetensors")
 PEERS = ("mkl", "torch", "threadpoolctl")
 SMOKE = "#include <math.h>\n#include <pthread.h>\n#include <stdint.h>\n#include <stdlib.h>\nint f(void) { return 0; }\n"
@@ -100,6 +100,21 @@ def _compiler() -> Iterator[Finding]:
         )
     else:
         yield Finding("compiler", "ok", f"{compiler.path}: {compiler.identity}")
+
+
+def _mlir() -> Iterator[Finding]:
+    """An extra: that it is missing matters only to those who ask for it."""
+    from bsrgen.backends.mlir import identity
+    from bsrgen.bindings import INSTALL, VARIABLE
+    from bsrgen.errors import UnsupportedError
+
+    try:
+        yield Finding("mlir", "ok", identity())
+    except UnsupportedError as e:
+        if VARIABLE in os.environ:
+            yield Finding("mlir", "warn", f"{VARIABLE}={os.environ[VARIABLE]}: {e}", INSTALL)
+        else:
+            yield Finding("mlir", "ok", f"none, which only backend='mlir' needs: {INSTALL}")
 
 
 def _cpu() -> Iterator[Finding]:
@@ -233,4 +248,4 @@ def _variables() -> Iterator[Finding]:
             yield Finding("variable", "warn", setting, advice)
 
 
-LOOKS = (_versions, _compiler, _cpu, _calibration, _call_path, _store, _peers, _variables)
+LOOKS = (_versions, _compiler, _mlir, _cpu, _calibration, _call_path, _store, _peers, _variables)

@@ -61,7 +61,7 @@ def _tiled(blank: CPlan) -> Iterator[CPlan]:
     alone = [replace(blank, weight=w) for w in weights] if problem.operator.token_axis == 0 else []
     tall = lanes <= p.R
     yield from alone if tall else ()
-    for t in _token_tiles(blank):
+    for t in token_tiles(blank):
         plan = replace(blank, tokens=t)
         tile = small or _expanded(plan)
         yield replace(plan, weight=tile, small_n=few if tile else 0)
@@ -132,7 +132,7 @@ def _blocked(blank: CPlan, tile: WeightTile) -> Iterator[WeightTile]:
         yield replace(tile, k_panel=panel, chunk=CHUNK if large else 1)
 
 
-def _token_tiles(blank: CPlan) -> Iterator[TokenTile]:
+def token_tiles(blank: CPlan) -> Iterator[TokenTile]:
     """Rows of a block x vectors of tokens that fill the registers; panels of X that fit L1, or all of X."""
     p, target, lanes = blank.pattern, blank.target, blank.lanes
     features = max(p.block_cols * p.C, 1)

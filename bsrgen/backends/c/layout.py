@@ -26,7 +26,7 @@ class Layout(Plan):
     tokens: TokenTile | None
     weight: WeightTile | None
     small_n: int = 0
-    encoding: Literal["table", "code"] = "table"
+    encoding: Literal["table", "code", "constants"] = "table"  # constants: tables inside the module of MLIR
     cover: Cover | None = None  # other blocks that hold the stored ones; None: the problem's own
     product: Product = FMA
     gather: bool = False  # single columns, put together as they occur in a block row, and X likewise when it is read

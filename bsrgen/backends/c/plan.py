@@ -83,6 +83,11 @@ class CPlan(Layout):
         return {"tokens": self.tokens, "weight": self.weight, "matrix": self.matrix}
 
     @property
+    def lowered(self) -> bool:
+        """Whether the register tile comes from elsewhere than the C text, as a function for each number of vectors."""
+        return False
+
+    @property
     def fallback(self) -> Target | None:
         """The row for where the system refuses the matrix unit: what every CPU that has it can do beside it."""
         return X86_64_V4_BF16 if self.matrix else None

@@ -215,14 +215,14 @@ def _bits(part: _Part) -> dict[str, int] | None:
 def _vectors(part: _Part, linear: bool) -> dict[str, Any]:
     """What the tiles of vectors see alone."""
     plan, tokens, weight, p = part.plan, part.tokens, part.weight, part.plan.pattern
-    direct = not linear and plan.panels == 1
+    direct = not linear and plan.panels == 1 and not plan.lowered
     padded_k, unit = p.block_cols * p.C, plan.weight.row_lanes if plan.weight else 1
     k_lanes = weight.k_lanes if weight else plan.k_lanes
     groups = [group(plan, q, unit) for q in range(len(plan.groups))]
     full = sum(1 for g in groups if (g["rows"], g["slots"]) == (groups[0]["rows"], groups[0]["slots"]))
     rows = code(plan) if plan.encoding == "code" and (tokens or not plan.tokens) else ()
     return {
-        "matrix": None, "K_cells": p.K,
+        "matrix": None, "lowered": plan.lowered, "K_cells": p.K,
         "panel_starts": plan.packing.panel_starts if plan.panels > 1 else (),
         "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
         "block_values": plan.packing.block_values, "k_lanes": k_lanes, "bits": _bits(part),
