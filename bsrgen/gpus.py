@@ -27,6 +27,11 @@ class GpuTarget(Target):
         """The CPU architecture of the part of a library that launches kernels: this machine's."""
         return platform.machine()
 
+    @property
+    def where(self) -> str:
+        """What a prediction is the time of."""
+        return f"one GPU ({self.archs[-1]}, figures of data sheets)"
+
     def flop_per_cycle(self, real_bytes: int) -> float:
         """Peak FLOP of the GPU in one cycle, without its matrix units."""
         return 2.0 * self.sms * (self.fp64_lanes if real_bytes == 8 else self.fp32_lanes)

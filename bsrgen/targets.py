@@ -54,6 +54,11 @@ class Target:
         """The CPU architecture that a library for this target is loaded on."""
         return self.family
 
+    @property
+    def where(self) -> str:
+        """What a prediction is the time of."""
+        return "one core"
+
     def matrix_flop_per_cycle(self, dtype: str) -> float:
         """Peak of a GPU's matrix units, which dense libraries use; 0 where there are none."""
         return 0.0
