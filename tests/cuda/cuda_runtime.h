@@ -15,11 +15,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
-#include <algorithm>
-#include <functional>
-#include <map>
-#include <random>
-#include <vector>
 
 #define __global__ static
 #define __device__
@@ -34,24 +29,24 @@ struct dim3 {
 
 typedef int cudaError_t;
 typedef void *cudaStream_t;
-enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorIllegalAddress = 700, cudaErrorLaunchFailure = 719 };
+enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
 
 namespace emulation {
 
-enum { GUARD = 4096, STACK = 1 << 16, WARP = 32 };
+enum { GUARD = 4096, STACK = 1 << 15, WARP = 32, MOST = 1024, ARRAYS = 8 };
 struct Fiber { ucontext_t context; bool done; int barriers, shuffles; };
 struct Exchange { uint64_t value[WARP]; int arrived[WARP]; };
+struct Array { int line; size_t bytes; uint8_t *memory, *start; }; /* shared memory, by the line of its declaration */
 
-static std::mt19937 dice(1);
 static char said[256];
-static std::vector<Fiber> fibers;
-static std::vector<Exchange> exchanges;
-static std::map<int, std::vector<uint8_t>> arrays; /* shared memory, by the line of its declaration */
-static std::function<void()> body;
+static Fiber fibers[MOST];
+static Exchange exchanges[MOST / WARP];
+static Array arrays[ARRAYS];
+static void (*kernel)(void *), *argument;
 static ucontext_t scheduler;
 static sigjmp_buf escape;
-static unsigned current;
+static unsigned threads, current;
 static long progress;
 static dim3 thread_index, block_index;
 
@@ -59,6 +54,19 @@ static dim3 thread_index, block_index;
 {
     if (!*said) snprintf(said, sizeof said, "%s (thread block %u, thread %u)", what, block_index.x, current);
     siglongjmp(escape, 1);
+}
+
+/* 0 ... count - 1 in random order: Fisher, Yates; xorshift, Marsaglia, J. Stat. Softw. 8(14), 2003. */
+static unsigned *shuffled(unsigned count)
+{
+    static uint64_t state = 88172645463325252u;
+    unsigned *order = (unsigned *)malloc(sizeof *order * (count + 1));
+    for (unsigned i = 0; i < count; i++) {
+        state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+        const unsigned j = (unsigned)(state % (i + 1));
+        order[i] = order[j], order[j] = i;
+    }
+    return order;
 }
 
 static void yield()
@@ -70,16 +78,25 @@ static void yield()
 
 static void *shared(int line, size_t bytes)
 {
-    std::vector<uint8_t> &array = arrays[line];
-    if (array.empty()) array.assign(bytes + 2 * GUARD + 16, 0xff); /* NaN, -1 */
-    return (uint8_t *)(((uintptr_t)array.data() + 15) / 16 * 16) + GUARD;
+    Array *a = arrays;
+    while (a->memory && a->line != line) a++;
+    if (!a->memory) {
+        a->line = line, a->bytes = bytes, a->memory = (uint8_t *)malloc(bytes + 2 * GUARD + 16);
+        memset(a->memory, 0xff, bytes + 2 * GUARD + 16); /* NaN, -1 */
+        a->start = (uint8_t *)(((uintptr_t)a->memory + 15) / 16 * 16) + GUARD;
+    }
+    return a->start;
 }
 
-static void check_guards(int line, size_t bytes)
+static void free_arrays()
 {
-    const uint8_t *start = (uint8_t *)shared(line, bytes);
-    for (int i = 1; i <= GUARD; i++)
-        if (start[-i] != 0xff || start[bytes + i - 1] != 0xff) fail("shared memory written outside of its array");
+    const Array *broken = NULL;
+    for (Array *a = arrays; a->memory; a++) {
+        for (int i = 1; i <= GUARD; i++)
+            if (a->start[-i] != 0xff || a->start[a->bytes + i - 1] != 0xff) broken = a;
+        free(a->memory), a->memory = NULL;
+    }
+    if (broken) fail("shared memory written outside of its array");
 }
 
 static void barrier()
@@ -88,77 +105,82 @@ static void barrier()
     progress++;
     for (;;) {
         bool all = true;
-        for (Fiber &fiber : fibers) {
-            if (fiber.done && fiber.barriers < mine) fail("a barrier that not all threads reach");
-            all &= fiber.barriers >= mine;
+        for (unsigned t = 0; t < threads; t++) {
+            if (fibers[t].done && fibers[t].barriers < mine) fail("a barrier that not all threads reach");
+            all &= fibers[t].barriers >= mine;
         }
         if (all) return;
         yield();
     }
 }
 
+static bool arrived(const Exchange &x, int count)
+{
+    for (int lane = 0; lane < WARP; lane++)
+        if (x.arrived[lane] < count) return false;
+    return true;
+}
+
 static uint64_t exchanged(uint64_t value, int distance)
 {
     Exchange &x = exchanges[current / WARP];
     const int lane = current % WARP, mine = 2 * ++fibers[current].shuffles;
-    const auto all = [&](int count) { return std::all_of(x.arrived, x.arrived + WARP, [&](int a) { return a >= count; }); };
     x.value[lane] = value, x.arrived[lane] = mine - 1, progress++;
-    while (!all(mine - 1)) yield();
-    const uint64_t other = x.value[lane ^ distance];
+    while (!arrived(x, mine - 1)) yield();
+    const uint64_t other = x.value[(lane ^ distance) % WARP];
     x.arrived[lane] = mine, progress++;
-    while (!all(mine)) yield(); /* before the next one overwrites it */
+    while (!arrived(x, mine)) yield(); /* before the next one overwrites it */
     return other;
 }
 
 static void fiber_main()
 {
-    body();
+    kernel(argument);
     fibers[current].done = true, progress++;
     swapcontext(&fibers[current].context, &scheduler);
 }
 
-static void run_block(unsigned threads, std::vector<uint8_t> &stacks)
+static void run_block(uint8_t *stacks)
 {
-    fibers.assign(threads, Fiber()), exchanges.assign(threads / WARP, Exchange()), arrays.clear();
+    memset(exchanges, 0, sizeof exchanges);
     for (unsigned t = 0; t < threads; t++) {
-        ucontext_t &c = fibers[t].context;
-        getcontext(&c);
-        c.uc_stack.ss_sp = stacks.data() + (size_t)t * STACK, c.uc_stack.ss_size = STACK, c.uc_link = &scheduler;
-        makecontext(&c, fiber_main, 0);
+        Fiber &f = fibers[t];
+        f.done = false, f.barriers = f.shuffles = 0;
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = stacks + (size_t)t * STACK, f.context.uc_stack.ss_size = STACK;
+        f.context.uc_link = &scheduler;
+        makecontext(&f.context, fiber_main, 0);
     }
-    std::vector<unsigned> order(threads);
-    for (unsigned t = 0; t < threads; t++) order[t] = t;
-    for (;;) {
-        bool left = false;
+    for (bool left = true; left;) {
         const long before = progress;
-        std::shuffle(order.begin(), order.end(), dice);
-        for (unsigned t : order) {
-            if (fibers[t].done) continue;
-            left = true, current = t, thread_index.x = t;
-            swapcontext(&scheduler, &fibers[t].context);
+        unsigned *order = shuffled(threads);
+        left = false;
+        for (unsigned i = 0; i < threads; i++) {
+            if (fibers[order[i]].done) continue;
+            left = true, current = thread_index.x = order[i];
+            swapcontext(&scheduler, &fibers[current].context);
         }
-        if (!left) break;
-        if (progress == before) fail("deadlock: no thread can go on");
+        free(order);
+        if (left && progress == before) fail("deadlock: no thread can go on");
     }
-    for (auto &array : arrays) check_guards(array.first, array.second.size() - 2 * GUARD - 16);
+    free_arrays();
 }
 
 static void on_fault(int) { fail("an address outside of every array"); }
 
 static cudaError_t launch(dim3 grid, dim3 block)
 {
+    if (block.x % WARP || block.x > MOST || !grid.x) return cudaErrorInvalidConfiguration;
     struct sigaction mine = {}, before;
     mine.sa_handler = on_fault, mine.sa_flags = SA_NODEFER;
     sigaction(SIGSEGV, &mine, &before);
-    *said = 0;
-    std::vector<uint8_t> stacks((size_t)block.x * STACK);
-    std::vector<unsigned> order(grid.x);
-    for (unsigned b = 0; b < grid.x; b++) order[b] = b;
-    std::shuffle(order.begin(), order.end(), dice);
-    volatile bool failed = block.x % WARP || block.x > 1024;
-    if (!failed && !sigsetjmp(escape, 1))
-        for (unsigned b : order) block_index.x = b, run_block(block.x, stacks);
-    else failed = true;
+    *said = 0, threads = block.x;
+    uint8_t *stacks = (uint8_t *)malloc((size_t)threads * STACK);
+    unsigned *const order = shuffled(grid.x);
+    const bool failed = sigsetjmp(escape, 1);
+    for (unsigned i = 0; !failed && i < grid.x; i++) block_index.x = order[i], run_block(stacks);
+    for (Array *a = arrays; a->memory; a++) free(a->memory), a->memory = NULL;
+    free(order), free(stacks);
     sigaction(SIGSEGV, &before, NULL);
     return failed ? cudaErrorLaunchFailure : cudaSuccess;
 }
@@ -200,10 +222,13 @@ static inline uint32_t __float_as_uint(float v) { uint32_t bits; memcpy(&bits, &
 static inline float normcdff(float v) { return (float)(0.5 * erfc(-(double)v * M_SQRT1_2)); }
 static inline double normcdf(double v) { return 0.5 * erfc(-v * M_SQRT1_2); }
 
+template <class A> struct Launch { void (*kernel)(A); A *a; };
+template <class A> static void launched(void *l) { ((Launch<A> *)l)->kernel(*((Launch<A> *)l)->a); }
 template <class A> static cudaError_t cudaLaunchKernel(
     void (*kernel)(A), dim3 grid, dim3 block, void **parameters, size_t, cudaStream_t)
 {
-    emulation::body = [=] { kernel(*(typename std::remove_const<A>::type *)parameters[0]); };
+    Launch<A> l = {kernel, (A *)parameters[0]};
+    emulation::kernel = launched<A>, emulation::argument = &l;
     return emulation::launch(grid, block);
 }
 
