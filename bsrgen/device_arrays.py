@@ -47,6 +47,8 @@ class DeviceArray:
     def leading(self, what: str) -> int:
         """Elements from row to row of a matrix.  ArgumentError where a row is not contiguous, or rows overlap."""
         (rows, columns), (row, column) = self.shape, self.strides
+        if 0 in self.shape:
+            return columns
         if (columns > 1 and column != 1) or (rows > 1 and row < columns):
             raise ArgumentError(f"{what} has strides {self.strides}: rows must be contiguous; copy it first")
         return row if rows > 1 else columns

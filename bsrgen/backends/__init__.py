@@ -31,6 +31,7 @@ class Backend:
     candidates: Candidates
     emit: Callable[[tuple[Any, ...], Weight], Source]
     tools: Callable[[], str] = lambda: ""
+    lacks: str = "use smaller blocks"  # what to do where there is no plan
     targets: Callable[[Any], tuple[Target, ...]] = as_targets  # of compile's target=, best first
 
 
@@ -38,6 +39,6 @@ BACKENDS = {
     row.name: row
     for row in (
         Backend("c", c.candidates, c.emit), Backend("mlir", mlir.candidates, mlir.emit, mlir.identity),
-        Backend("cuda", cuda.candidates, cuda.emit, nvcc.identity, as_gpus),
+        Backend("cuda", cuda.candidates, cuda.emit, nvcc.identity, cuda.LACKS, as_gpus),
     )  # fmt: skip
 }

@@ -35,7 +35,7 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
 namespace emulation {
 
 enum { GUARD = 4096, STACK = 1 << 15, WARP = 32, MOST = 1024, ARRAYS = 8 };
-struct Fiber { ucontext_t context; bool done; int barriers, shuffles; };
+struct Fiber { ucontext_t context; bool done; int shuffles; };
 struct Exchange { uint64_t value[WARP]; int arrived[WARP]; };
 struct Array { int line; size_t bytes; uint8_t *memory, *start; }; /* shared memory, by the line of its declaration */
 
@@ -46,8 +46,8 @@ static Array arrays[ARRAYS];
 static void (*kernel)(void *), *argument;
 static ucontext_t scheduler;
 static sigjmp_buf escape;
-static unsigned threads, current;
-static long progress;
+static unsigned threads, current, waiting; /* at the barrier */
+static long progress, barriers;
 static dim3 thread_index, block_index;
 
 [[noreturn]] static void fail(const char *what)
@@ -101,17 +101,10 @@ static void free_arrays()
 
 static void barrier()
 {
-    const int mine = ++fibers[current].barriers;
+    const long mine = barriers;
     progress++;
-    for (;;) {
-        bool all = true;
-        for (unsigned t = 0; t < threads; t++) {
-            if (fibers[t].done && fibers[t].barriers < mine) fail("a barrier that not all threads reach");
-            all &= fibers[t].barriers >= mine;
-        }
-        if (all) return;
-        yield();
-    }
+    if (++waiting == threads) waiting = 0, barriers++;
+    while (barriers == mine) yield();
 }
 
 static bool arrived(const Exchange &x, int count)
@@ -143,9 +136,10 @@ static void fiber_main()
 static void run_block(uint8_t *stacks)
 {
     memset(exchanges, 0, sizeof exchanges);
+    waiting = 0;
     for (unsigned t = 0; t < threads; t++) {
         Fiber &f = fibers[t];
-        f.done = false, f.barriers = f.shuffles = 0;
+        f.done = false, f.shuffles = 0;
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = stacks + (size_t)t * STACK, f.context.uc_stack.ss_size = STACK;
         f.context.uc_link = &scheduler;
@@ -161,7 +155,7 @@ static void run_block(uint8_t *stacks)
             swapcontext(&scheduler, &fibers[current].context);
         }
         free(order);
-        if (left && progress == before) fail("deadlock: no thread can go on");
+        if (left && progress == before) fail("deadlock: a barrier or a shuffle that not all threads reach");
     }
     free_arrays();
 }

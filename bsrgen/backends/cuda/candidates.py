@@ -13,6 +13,7 @@ LANES = (Lanes(4, 32), Lanes(2, 32), Lanes(1, 32))
 FEATURES = (32, 64, 16)
 WARPS = (8, 16, 4)
 FEW = (Lanes(4, 1), 4)
+LACKS = "it has no swiglu, geglu or quantize_x; of very many blocks, use larger ones"
 
 
 def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Iterator[CudaPlan]:
