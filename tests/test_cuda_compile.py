@@ -125,19 +125,22 @@ def test_nothing_is_spilled(name, needs_nvcc, tmp_path):
     assert "warning" not in log
     sizes = [int(found) for found in re.findall(r"(\d+) bytes smem", log)]
     assert max(sizes) == plan.shared_bytes
-    if (tool := cuobjdump()) and name == "f32":
-        sass = subprocess.run([tool, "-sass", library], capture_output=True, text=True, check=True).stdout
+    if name == "f32" and (folder := disassembler()):
+        path = os.pathsep.join((folder, os.environ["PATH"]))
+        sass = subprocess.run(
+            ["cuobjdump", "-sass", library], capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
+        ).stdout
         assert len(re.findall(r"\bLDG\.E\.128\b", sass)) >= len(ARCHS), "W is read 16 bytes at a time"
         assert len(re.findall(r"\bLDS\.128\b", sass)) >= len(ARCHS), "and so is X in shared memory"
         assert not re.search(r"\b(LDL|STL)\b", sass), "local memory"
 
 
-def cuobjdump() -> str | None:
-    """That of the toolkit or of PyPI's nvidia-cuda-cuobjdump."""
-    beside = Path(nvcc.find_nvcc().runtime).parents[1] / "bin"
+def disassembler() -> str | None:
+    """The folder with cuobjdump and nvdisasm: the toolkit's, or that of their wheels of PyPI."""
     wheel = nvcc._in_wheels()
-    folders = [str(beside), str(Path(wheel).parent) if wheel else "", os.environ["PATH"]]
-    return shutil.which("cuobjdump", path=os.pathsep.join(filter(None, folders)))
+    folders = [Path(nvcc.find_nvcc().runtime).parents[1] / "bin", *([Path(wheel).parent] if wheel else [])]
+    both = ("cuobjdump", "nvdisasm")
+    return next((str(folder) for folder in folders if all((folder / tool).is_file() for tool in both)), None)
 
 
 # ── the library ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -140,13 +140,16 @@ template <int TOKENS, int LANES> DEVICE void tile(const struct arguments &a)
             for (int t = 0; t < TOKENS; t++) sums[r][t] += __shfl_xor_sync(0xffffffffu, sums[r][t], distance);
 
     const int i = group_rows[group] + row, within = i % ROW_PIECES * PIECE_ROWS + strip * ROWS, m0 = i / ROW_PIECES * R + within;
-    /* rows of zeros, and piece rows that the last group lacks, are not written */
+    /* Each lane finishes its share of the sums; rows of zeros, and piece rows that the last group lacks, are not written. */
 #pragma unroll
-    for (int r = 0; r < ROWS; r++)
+    for (int done = 0; done < ROWS * TOKENS; done += PARTS) {
+        const int mine = done + part, r = mine / TOKENS, t = mine % TOKENS;
+        acc_t sum = sums[0][0];
 #pragma unroll
-        for (int t = 0; t < TOKENS; t++)
-            if ((r * TOKENS + t) % PARTS == part && within + r < R && m0 + r < M && n0 + token + t < a.n)
-                finish(a, m0 + r, n0 + token + t, sums[r][t]);
+        for (int e = 1; e < ROWS * TOKENS; e++)
+            if (e == mine) sum = sums[e / TOKENS][e % TOKENS]; /* a register has no index */
+        if (r < ROWS && within + r < R && m0 + r < M && n0 + token + t < a.n) finish(a, m0 + r, n0 + token + t, sum);
+    }
 }
 
 __global__ void __launch_bounds__(THREADS) linear_f32_18x24_b5x3_c8cf43a9_many(const struct arguments a)
