@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bsrgen.dtypes import DTYPES
 from bsrgen.errors import ArgumentError, ArgumentTypeError
 
 CUDA_DEVICES = (2, 13)  # kDLCUDA, kDLCUDAManaged (dlpack.h)
@@ -132,11 +133,9 @@ def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _dtype(what: str, name: str) -> "np.dtype[Any]":
+    if name in DTYPES:
+        return DTYPES[name].numpy
     try:
-        if name == "bfloat16":
-            import ml_dtypes
-
-            return np.dtype(ml_dtypes.bfloat16)
         return np.dtype(name)
     except TypeError:
         raise ArgumentTypeError(f"{what} has dtype {name}, which no kernel has") from None

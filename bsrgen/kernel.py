@@ -383,7 +383,7 @@ class Kernel:
 
     @property
     def source(self) -> str:
-        """The generated text of the ISA level in use: C, or CUDA; before it, from MLIR, the register tile as MLIR before
+        """The generated text of the ISA level in use: C or CUDA; before it, from MLIR, the register tile as MLIR before
         and after the sparsifier, and as LLVM IR."""
         level = f"{self.name}_{self.plan.target.replace('-', '_')}"
         steps = [f"{level}{end}" for end in ("_tile.mlir", "_loops.mlir", "_tile.ll", ".c")]

@@ -38,7 +38,7 @@ class Nvcc:
 
 
 def find_nvcc() -> Nvcc:
-    """$BSRGEN_NVCC, else nvcc on PATH, else that of the wheels of bsrgen[cuda].  CompilerNotFoundError if none works."""
+    """$BSRGEN_NVCC, else nvcc on PATH, else that of bsrgen[cuda]'s wheels.  CompilerNotFoundError if none works."""
     asked = os.environ.get(VARIABLE)
     found = shutil.which(asked) if asked else shutil.which("nvcc") or _in_wheels()
     if not found:

@@ -1,5 +1,4 @@
-"""The CUDA backend without a GPU: its text runs on the CPU, under tests/cuda/cuda_runtime.h.  Never said: that it ran on
-a GPU."""
+"""The CUDA backend without a GPU: its text runs on the CPU, under tests/cuda/cuda_runtime.h, and on no GPU."""
 
 import ctypes
 from dataclasses import replace
@@ -213,9 +212,7 @@ def test_what_no_plan_does():
     with pytest.raises(UnsupportedError, match="swiglu"):
         bsrgen.compile(weights, backend="cuda", target="sm_80", epilogue="swiglu")
     with pytest.raises(UnsupportedError, match="quantize_x"):
-        bsrgen.compile(
-            weights[0], backend="cuda", target="sm_80", dtype="int8", x_dtype="float32", quantize_x=True
-        )
+        bsrgen.compile(weights[0], backend="cuda", target="sm_80", dtype="int8", x_dtype="float32", quantize_x=True)
 
 
 @pytest.mark.parametrize(("value", "error"), [

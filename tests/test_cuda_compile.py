@@ -108,7 +108,7 @@ GATES = {
 
 @pytest.mark.parametrize("name", GATES)
 def test_nothing_is_spilled(name, needs_nvcc, tmp_path):
-    """Registers and shared memory as ptxas reports them, on each architecture; loads of 128 bits in the machine code."""
+    """Registers and shared memory as ptxas reports them; loads of 128 bits in the machine code."""
     (operator, dtype, block, epilogue), knobs = GATES[name]
     weight = make_weight("uniform", (block[0] * 5 - 3, block[1] * 9), block, "float32")
     if dtype in ("int8", "bfloat16"):

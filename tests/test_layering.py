@@ -62,7 +62,7 @@ DEPLOY = [
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {
-    "api", "advice", "build", "choose", "clock", "calibration", "cover", "emit", "package", "plan", "cost", "occupancy",
+    "api", "advice", "build", "choose", "clock", "calibration", "cover", "emit", "nvcc", "gpus", "package", "plan", "cost", "occupancy",
     "tune", "backends", "bench", "cli", "jinja2",
 }  # fmt: skip
 

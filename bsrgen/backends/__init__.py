@@ -38,7 +38,8 @@ class Backend:
 BACKENDS = {
     row.name: row
     for row in (
-        Backend("c", c.candidates, c.emit), Backend("mlir", mlir.candidates, mlir.emit, mlir.identity),
+        Backend("c", c.candidates, c.emit),
+        Backend("mlir", mlir.candidates, mlir.emit, mlir.identity),
         Backend("cuda", cuda.candidates, cuda.emit, nvcc.identity, cuda.LACKS, as_gpus),
-    )  # fmt: skip
+    )
 }

@@ -14,7 +14,9 @@ import click
 from bsrgen.cli.common import FAILED, console, plain, show_json, size, verb, working
 from bsrgen.errors import BsrgenError
 
-VARIABLES = ("BSRGEN_CACHE_DIR", "BSRGEN_DISABLE_JIT", "BSRGEN_CC", "BSRGEN_NUM_THREADS", "BSRGEN_MLIR_PACKAGE", "BSRGEN_NVCC")
+VARIABLES = (
+    "BSRGEN_CACHE_DIR", "BSRGEN_DISABLE_JIT", "BSRGEN_CC", "BSRGEN_NUM_THREADS", "BSRGEN_MLIR_PACKAGE", "BSRGEN_NVCC",
+)  # fmt: skip
 NEEDED = ("numpy", "scipy", "jinja2", "cffi", "ml_dtypes", "safetensors")
 PEERS = ("mkl", "torch", "threadpoolctl")
 SMOKE = "#include <math.h>\n#include <pthread.h>\n#include <stdint.h>\n#include <stdlib.h>\nint f(void) { return 0; }\n"
