@@ -62,8 +62,8 @@ DEPLOY = [
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {
-    "api", "advice", "build", "choose", "clock", "calibration", "cover", "emit", "nvcc", "gpus", "package", "plan", "cost", "occupancy",
-    "tune", "backends", "bench", "cli", "jinja2",
+    "api", "advice", "build", "choose", "clock", "calibration", "cover", "emit", "nvcc", "gpus", "package", "plan",
+    "cost", "occupancy", "tune", "backends", "bench", "cli", "jinja2",
 }  # fmt: skip
 
 ON_USE = {
