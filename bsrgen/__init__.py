@@ -10,6 +10,7 @@ from bsrgen.errors import (
     BsrgenError,
     BuildError,
     CompilerNotFoundError,
+    DeviceError,
     IncompatibleCPUError,
     OutOfMemoryError,
     PatternError,
@@ -21,7 +22,8 @@ from bsrgen.errors import (
 if TYPE_CHECKING:
     from bsrgen.advice import advise
     from bsrgen.api import compile
-    from bsrgen.kernel import Kernel, load
+    from bsrgen.kernel import Kernel
+    from bsrgen.loading import load
 
 __version__ = "0.1.0"
 
@@ -41,7 +43,7 @@ def __getattr__(name: str) -> object:
 
         return advise
     if name == "load":
-        from bsrgen.kernel import load
+        from bsrgen.loading import load
 
         return load
     if name == "Kernel":
@@ -59,6 +61,7 @@ __all__ = [
     "BsrgenError",
     "BuildError",
     "CompilerNotFoundError",
+    "DeviceError",
     "IncompatibleCPUError",
     "Kernel",
     "OutOfMemoryError",

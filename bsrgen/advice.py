@@ -126,7 +126,7 @@ def judge(
     others = [a for a in block_shapes(backend, problem, weight, target, only_faster=True) if not a.given]
     return Verdict(
         n, problem.pattern.density, "dense" if plan.dense else "sparse", mine.seconds,
-        dense_s if plan.dense else sparse_s, sparse, sparse_s, dense, dense_s, even, tuple(others[:KEPT]),
+        dense_s if plan.dense else sparse_s, sparse, sparse_s, dense, dense_s, even, tuple(others[:KEPT]), target.where,
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from bsrgen.errors import (
 from bsrgen.exam import Exam, affordable
 from bsrgen.integrity import MANIFEST
 from bsrgen.kernel import Kernel
+from bsrgen.loading import kernel_of
 from bsrgen.manifest import ABI, CheckRecord, parse_manifest
 from bsrgen.operators import as_operator
 from bsrgen.pattern import Weight
@@ -41,9 +42,10 @@ from bsrgen.problem import Problem, as_problem
 from bsrgen.quantize import quantized, source_of
 from bsrgen.stack import are_several, parts_of, stacked
 from bsrgen.store import Store
-from bsrgen.targets import Target, as_targets, native
+from bsrgen.targets import Target, native
 from bsrgen.trampoline import trampoline
 
+UNCHECKED = "not checked by execution: this version runs no GPU kernel when it compiles one"
 CHECK_N = (3, 35)  # tokens of the check: fewer than a vector, and two vectors with a rest
 
 
@@ -97,9 +99,11 @@ def compile(
     epilogue: steps applied to the (scaled) sums in this order, rows of bsrgen.epilogues; their operands come with the
         call, or here by name (bias=b): converted like W, to float32 for reduced types, they become defaults of the
         kernel and of its artifact.
-    backend: "c", which "auto" stands for, or "mlir", which needs the extra of that name (UnsupportedError without it).
+    backend: "c", which "auto" stands for; "mlir", which needs the extra of that name (UnsupportedError without it); or
+        "cuda", which needs nvcc, from the extra or elsewhere (CompilerNotFoundError): such kernels take device arrays.
     target: "native", an ISA level or microarchitecture, or several for one library that picks at run time.  Where the
-        lowest one's plan uses the matrix unit (AMX), x86-64-v4-bf16 is added: the system may refuse that unit.
+        lowest one's plan uses the matrix unit (AMX), x86-64-v4-bf16 is added: the system may refuse that unit.  Of
+        "cuda", one or several of sm_75, sm_80, sm_86, sm_89, sm_90: no GPU is asked, nor is the kernel run.
     n, threads: hints.  n is the number of tokens to plan for (128); threads the default of calls, None all cores.
     tune: "off" takes the first legal plan, "model" the one the cost model likes best, "measure" times the best few.
     tune_seconds, executor, progress: of tune="measure".  When tune_seconds have passed, no further plan is compiled and
@@ -123,7 +127,7 @@ def compile(
     default_threads(threads)
     as_operator(operator)
     paired = pair_of(as_epilogues(epilogue)) is not None
-    targets = as_targets(target)
+    targets = chosen.targets(target)
     weights = [source_of(part, w, blocksize=blocksize, shape=shape) for part in (W if are_several(W) else [W])]
     parts = parts_of(weights, paired)
     weight = stacked(weights) if len(weights) > 1 else weights[0]
@@ -135,7 +139,7 @@ def compile(
     artifact = _artifact(
         chosen, problem, weight, targets, tuning, Bound(bound, how, parts if are_several(W) and not paired else ())
     )
-    return Kernel(artifact, threads=threads, may_be_foreign=True)
+    return kernel_of(artifact, threads=threads, may_be_foreign=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +260,8 @@ def _make(
     manifest = msgspec.structs.replace(
         manifest, verdict=verdict, strict=tuning.strict, weight_scale=bound.weight_scale, parts=bound.parts
     )
+    if manifest.device == "cuda":
+        manifest = msgspec.structs.replace(manifest, notes=(*manifest.notes, UNCHECKED))
     check = _check(write_manifest(folder, manifest), exam)
     if check is not None:
         write_manifest(folder, msgspec.structs.replace(manifest, check=check))
@@ -267,7 +273,7 @@ def _part(progress: Callable[[float], object], number: int, parts: int, share: f
 
 def _check(artifact: Artifact, exam: Exam) -> CheckRecord | None:
     """Run the new kernel on random data against the float64 reference.  None where this CPU cannot run it."""
-    if artifact.manifest.family != native().family:
+    if artifact.manifest.family != native().family or artifact.manifest.device == "cuda":
         return None
     try:
         kernel = Kernel(artifact, threads=1)

@@ -68,7 +68,7 @@ class Call:
 
         settled: operands that were checked before, for what `operands` does not give.
         """
-        self._known(operands)
+        self.known(operands)
         x = self._array("x", x, self.x_dtype)
         x2, batch = self._two_axes(x)
         n = x2.shape[self.operator.token_axis]
@@ -90,12 +90,17 @@ class Call:
 
     def settled(self, bound: Mapping[str, Any]) -> dict[str, COperand]:
         """The operands that a call need not give: those bound, and those with a default."""
-        self._known(bound)
+        self.known(bound)
         given = {operand.name for operand in self.operands if operand.default is not None} | bound.keys()
         shape = self.operator.shape(1, self.rows)
         return {o.name: self._operand(o, bound, shape, None) for o in self.operands if o.name in given}
 
-    def _known(self, operands: Mapping[str, Any]) -> None:
+    def count(self, operand: Operand) -> int:
+        """Values of an operand of kind "row"."""
+        return self.stacked if operand in W_SCALE.operands else self.rows
+
+    def known(self, operands: Mapping[str, Any]) -> None:
+        """Refuse names that the epilogue has not.  ArgumentTypeError."""
         names = [operand.name for operand in self.operands]
         for name in operands:
             if name not in names:
@@ -173,7 +178,7 @@ class Call:
         if value is None and operand.default is None:
             raise ArgumentTypeError(f"{self.name}: operand {operand.name!r} is missing: k(x, {operand.name}=...)")
         if operand.kind == "scalar" or value is None or (operand.kind == "token" and np.ndim(value) == 0):
-            number = self._number(operand, operand.default if value is None else value)
+            number = self.number(operand, operand.default if value is None else value)
             return (None, 0, number) if operand.kind == "scalar" else (np.array([number], self.real.numpy), 0, 0.0)
         array = self._array(operand.name, value, self.dtypes[operand.name], self.halves and operand.kind != "element")
         if operand.positive and not _is_scale(array):
@@ -193,13 +198,14 @@ class Call:
         """What shapes an operand may have, the usual one first."""
         linear = self.operator.token_axis == 0
         if operand.kind == "row":
-            return ((self.stacked if operand in W_SCALE.operands else self.rows,),)
+            return ((self.count(operand),),)
         if operand.kind == "element":
             return ((self.rows,) if batch is None else (*batch, self.rows) if linear else shape,)
         tokens = () if batch is None else batch if linear else shape[1:]
         return tokens, (*tokens, 1) if linear else (1, *tokens)
 
-    def _number(self, operand: Operand, value: Any) -> float:
+    def number(self, operand: Operand, value: Any) -> float:
+        """One real number for an operand.  ArgumentError, ArgumentTypeError."""
         if np.ndim(value) != 0 or isinstance(value, (complex, np.complexfloating, str, bytes)):
             raise ArgumentTypeError(f"{self.name}: {operand.name} must be one real number, not {value!r}")
         try:

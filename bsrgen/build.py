@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from bsrgen import llvm
+from bsrgen import llvm, nvcc
 from bsrgen._paths import RUNTIME
 from bsrgen.artifact import seal
 from bsrgen.emit import Source, Unit
@@ -58,13 +59,13 @@ class Compiler:
 def find_compiler(target: Target) -> Compiler:
     """The compiler for `target`: $BSRGEN_CC, else cc, gcc, clang, a cross gcc.  CompilerNotFoundError if none fits."""
     asked = os.environ.get("BSRGEN_CC")
-    names = [asked] if asked else ["cc", "gcc", "clang", _CROSS.get(target.family, "cc")]
+    names = [asked] if asked else ["cc", "gcc", "clang", _CROSS.get(target.host, "cc")]
     for name in names:
         path = shutil.which(name)
-        if path and (compiler := _probe(path)).machine.split("-")[0] == target.family:
+        if path and (compiler := _probe(path)).machine.split("-")[0] == target.host:
             return compiler
     raise CompilerNotFoundError(
-        f"no C compiler for {target.family}: tried {', '.join(names)}; install gcc or clang, or set BSRGEN_CC to one"
+        f"no C compiler for {target.host}: tried {', '.join(names)}; install gcc or clang, or set BSRGEN_CC to one"
     )
 
 
@@ -94,7 +95,9 @@ def build(source: Source, folder: Path, compiler: Compiler) -> Path:
     run: Callable[[list[str]], str] = functools.partial(_run, folder=folder)
     with ThreadPoolExecutor(max_workers=parallel_cores()) as pool:
         logs = list(pool.map(functools.partial(_compile, compiler=compiler, folder=folder), source.units, objects))
-    logs.append(run([compiler.path, *LINK_FLAGS, f"-Wl,-soname,{library}", *objects, "-o", library]))
+    device = any(unit.file.endswith(".cu") for unit in source.units)
+    libraries = [nvcc.find_nvcc().runtime, *nvcc.LINK] if device else []
+    logs.append(run([compiler.path, *LINK_FLAGS, f"-Wl,-soname,{library}", *objects, *libraries, "-o", library]))
     for name in objects:
         (folder / name).unlink(missing_ok=True)
     if not (folder / library).is_file():
@@ -110,6 +113,9 @@ def _compile(unit: Unit, target: str, compiler: Compiler, folder: Path) -> str:
     if unit.file.endswith(".ll"):
         (folder / target).write_bytes(llvm.compile_object((folder / unit.file).read_text(), unit.flags))
         return f"llvmlite -O3 {' '.join(unit.flags)} {unit.file} -o {target}\n"
+    if unit.file.endswith(".cu"):
+        command = [nvcc.find_nvcc().path, "-ccbin", compiler.path, *nvcc.FLAGS, *unit.flags]
+        return _run([*command, "-I.", "-c", unit.file, "-o", target], folder)
     return _run([compiler.path, *COMPILE_FLAGS, *unit.flags, "-I.", "-c", unit.file, "-o", target], folder)
 
 
@@ -146,7 +152,7 @@ def _refuse_if_disabled(what: str) -> None:
 
 
 def _run(command: list[str], folder: Path) -> str:
-    """Run one compiler process in `folder`; its command and words as log text, without the compiler's own path."""
+    """Run one compiler process in `folder`; its command and words as log text, without paths of this machine."""
     try:
         process = subprocess.Popen(
             _limited(command), cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -167,7 +173,9 @@ def _run(command: list[str], folder: Path) -> str:
         words = said.splitlines()
         first = next((line for line in words if "error" in line.lower()), words[0] if words else "no message")
         raise BuildError(f"{' '.join(command)}: exit status {process.returncode}: {first}; sources kept in {folder}")
-    return f"{Path(command[0]).name} {' '.join(command[1:])}\n{said}"
+    said = re.sub(r"^ptxas info    : Compile time = .*\n", "", said, flags=re.M)  # equal inputs, equal logs
+    words = [Path(word).name if word.startswith("/") else word for word in command]
+    return f"{' '.join(words)}\n{said}"
 
 
 def _limited(command: list[str]) -> list[str]:

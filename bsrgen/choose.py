@@ -96,7 +96,7 @@ def allowed(backend: Backend, problem: Problem, target: Target, *, strict: bool 
     if not plans:
         raise UnsupportedError(
             f"{problem}: no plan of backend {backend.name!r} for {target.name}"
-            f"{' that is strict' * strict}; use smaller blocks"
+            f"{' that is strict' * strict}; {backend.lacks}"
         )
     return plans
 

@@ -13,6 +13,7 @@ TILED = {  # FLOP a cycle of oneDNN's dense products on matrix tiles, at so many
     BFLOAT16: ((1, 8, 128), (33, 249, 478)),
     INT8: ((1, 8, 128), (66, 380, 988)),
 }
+GPU_FULL_N = 256  # tokens from which dense products fill the matrix units of a GPU; not measured
 DENSE_SHARE = 0.85  # of FMA peak: what a good dense f32 product reaches once N >= 64 (MKL, oneDNN; research note)
 
 
@@ -50,6 +51,8 @@ def dense_seconds(plan: Plan, n: int) -> float:
 
 def dense_flop_per_cycle(problem: Problem, target: Target, n: int) -> float:
     """What a dense library does in a cycle of one core for n tokens of these types."""
+    if problem.dtype is problem.x_dtype and (peak := target.matrix_flop_per_cycle(problem.dtype.name)):
+        return peak * DENSE_SHARE * min(1.0, n / GPU_FULL_N)
     if _on_tiles(problem, target):
         tokens, rates = TILED[problem.dtype]
         return float(np.interp(np.log(n), np.log(tokens), rates))

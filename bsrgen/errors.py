@@ -37,6 +37,10 @@ class StoreError(BsrgenError, OSError):
     """The store cannot be read or written (disk full, read-only, unsafe permissions)."""
 
 
+class DeviceError(BsrgenError, RuntimeError):
+    """The GPU or its driver cannot do what was asked: no driver, no GPU, no code for it."""
+
+
 class OutOfMemoryError(BsrgenError, MemoryError):
     """A library found no memory for its work; nothing has changed."""
 

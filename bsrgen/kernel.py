@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsrgen.arguments import Call, COperand, default_threads
-from bsrgen.artifact import Artifact, read_artifact, save_artifact
+from bsrgen.artifact import Artifact, save_artifact
 from bsrgen.epilogues import pair_of
 from bsrgen.errors import (
     ArgumentError,
@@ -37,15 +37,6 @@ Array = NDArray[Any]
 _NUMBERS = (float, np.float32, np.float64)
 _OK, _NO_MEMORY = 0, 3  # enum bsrgen_status in runtime/bsrgen.h
 _PACK_NO_MEMORY = -2  # what the library's _pack returns where it finds none; -1: no such level
-
-
-def load(folder: str | os.PathLike[str], *, threads: int | None = None, expect_sha256: str | None = None) -> "Kernel":
-    """Load the artifact in `folder`.  Never compiles; every file is checked before anything is mapped.
-
-    threads: default for calls, None means all usable cores.  expect_sha256: the manifest's digest, when the caller
-    knows whose artifact it must be.  Errors: ArtifactError, ArtifactCorruptError, IncompatibleCPUError.
-    """
-    return Kernel(read_artifact(Path(folder), expect_sha256), threads=threads)
 
 
 class _Values(NamedTuple):
@@ -399,10 +390,11 @@ class Kernel:
 
     @property
     def source(self) -> str:
-        """The generated text of the ISA level in use: C; before it, from MLIR, the register tile as MLIR before and
-        after the sparsifier, and as LLVM IR."""
+        """The generated text of the ISA level in use: C or CUDA; before it, from MLIR, the register tile as MLIR before
+        and after the sparsifier, and as LLVM IR."""
         level = f"{self.name}_{self.plan.target.replace('-', '_')}"
         steps = [f"{level}{end}" for end in ("_tile.mlir", "_loops.mlir", "_tile.ll", ".c")]
+        steps.append(f"{self.name}_device.cu")
         return "\n".join(self.artifact.read(step).decode() for step in steps if step in self.artifact.manifest.files)
 
     def __str__(self) -> str:
@@ -412,7 +404,7 @@ class Kernel:
             f"  problem   {self.problem}",
             f"  plan      {self.plan}",
             f"  cost      {m.cost.flop / 1e6:.3g} MFLOP, {m.cost.bytes / 1e6:.3g} MB, predicted "
-            f"{m.cost.seconds * 1e6:.3g} us at n = {m.cost.n} on one core",
+            f"{m.cost.seconds * 1e6:.3g} us at n = {m.cost.n} on {m.verdict.where}",
             f"  verdict   {m.verdict}",
             f"  artifact  {self.artifact}",
             *("            " + line for line in self.pattern.picture(64, 16).splitlines()),

@@ -176,6 +176,11 @@ class Manifest(_Record, frozen=True):
         return self.shape[0] - gate_rows(self.steps, self.shape[0], self.blocksize[0])
 
     @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """What the kernel runs on."""
+        return "cuda" if self.levels[0].knobs.get("backend") == "cuda" else "cpu"
+
+    @property
     def types(self) -> tuple[DType, DType, DType]:
         """The rows of W, X and Y.  ArgumentTypeError, UnsupportedError."""
         return as_types(self.dtype, self.x_dtype, self.out_dtype)

@@ -44,7 +44,7 @@ def describe(
         np.savez(folder / OPERANDS_FILE, **bound)  # type: ignore[arg-type]
     for template, name in (("package.pc.j2", f"{source.name}.pc"), ("package.cmake.j2", f"{source.name}Config.cmake")):
         (folder / name).write_text(render(f"c/{template}", name=source.name, version=__version__))
-    (folder / "example.c").write_text(render("c/example.c.j2", a=source.entry))
+    (folder / "example.c").write_text(render(source.entry["example"], a=source.entry))
     cost = estimate(source.plans[0], problem.n or PLANNED_N)
     library = (folder / f"lib{source.name}.so").read_bytes()
     places = _places(source, library, compiler)
@@ -63,7 +63,7 @@ def describe(
         parts=(), x_dtype=problem.x_dtype.name, out_dtype=problem.out_dtype.name, weight_scale="none",
         epilogue=tuple(step.name for step in problem.epilogue),
         operands=operand_records(problem.epilogue),
-        pattern=p.digest, weight=weight.digest, family=source.plans[0].target.family, levels=levels,
+        pattern=p.digest, weight=weight.digest, family=source.plans[0].target.host, levels=levels,
         prototype=source.prototype, compiler="; ".join(filter(None, (compiler.identity, source.tools))),
         flags=COMPILE_FLAGS,
         cost=CostRecord(cost.n, cost.flop, cost.bytes, cost.seconds, cost.dense_seconds, measured_s, measured_dense_s),

@@ -49,6 +49,20 @@ class Target:
             return self.l2_bytes_per_cycle
         return self.l3_bytes_per_cycle if working_set_bytes <= self.l3_bytes / 2 else self.dram_bytes_per_cycle
 
+    @property
+    def host(self) -> str:
+        """The CPU architecture that a library for this target is loaded on."""
+        return self.family
+
+    @property
+    def where(self) -> str:
+        """What a prediction is the time of."""
+        return "one core"
+
+    def matrix_flop_per_cycle(self, dtype: str) -> float:
+        """Peak of a GPU's matrix units, which dense libraries use; 0 where there are none."""
+        return 0.0
+
     def flop_per_cycle(self, real_bytes: int) -> float:
         """Peak FLOP of one core in one cycle."""
         return 2 * self.fma_per_cycle * self.lanes(real_bytes)

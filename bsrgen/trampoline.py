@@ -25,7 +25,7 @@ SOURCE = "bsrgen_trampoline.c"  # in runtime/
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
 OVERLAP = 4  # returned by the trampoline alone: y overlaps x
 
-_STRUCTS = """
+STRUCTS = """
 struct bsrgen_operand { const void *data; int64_t ld; double scalar; };
 struct bsrgen_call {
     int64_t n; const void *x; int64_t ldx; void *y; int64_t ldy; const void *values;
@@ -120,7 +120,7 @@ def _abi() -> Trampoline:
 
     ffi = cffi.FFI()
     ffi.cdef(
-        _STRUCTS + "void *dlopen(const char *path, int flags); void *dlsym(void *library, const char *name);"
+        STRUCTS + "void *dlopen(const char *path, int flags); void *dlsym(void *library, const char *name);"
         "const char *dlerror(void);"
     )
     libc = ffi.dlopen(None)

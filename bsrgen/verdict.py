@@ -42,7 +42,7 @@ class Advice(_Record, frozen=True):
 
 
 class Verdict(_Record, frozen=True):
-    """Sparse or dense for one matrix, n tokens and one core.  str() is one sentence.
+    """Sparse or dense for one matrix and n tokens, on one core or one GPU.  str() is one sentence.
 
     Predicted are the times of the cost model, measured those of tune="measure"; None where no clock ran.  Sparse is the
     plan that runs, or the best other one where the dense plan runs.  Dense is predicted as the cheaper of a library's
@@ -60,6 +60,7 @@ class Verdict(_Record, frozen=True):
     dense_measured_seconds: float | None
     break_even: float | None = None  # density at which both take as long: same shape, block shape, types and n
     alternatives: tuple[Advice, ...] = ()  # the best other block shapes of the same nonzeros, fastest first
+    where: str = "one core"  # what the times are of
 
     def __post_init__(self) -> None:
         times = (
@@ -117,7 +118,7 @@ class Verdict(_Record, frozen=True):
             both = f"{sparse[0]} {sparse[1]} against {dense[1]} for dense ({dense[0]})"
         else:
             both = f"{dense[0]} {dense[1]} for dense, which runs, against {sparse[1]} for sparse ({sparse[0]})"
-        text = f"{self.choice}: {both} at n = {self.n} on one core, {self.speedup:.2g}x"
+        text = f"{self.choice}: {both} at n = {self.n} on {self.where}, {self.speedup:.2g}x"
         if self.break_even is not None:
             text += f"; break-even near density {self.break_even:.2g}"
         return text if self.alternative is None else f"{text}; {self.advice}"

@@ -212,7 +212,7 @@ def test_picture_of_one_block_among_many_is_not_white() -> None:
 
 
 def recovered(folder: Path) -> Any:
-    from bsrgen.kernel import load
+    from bsrgen.loading import load
 
     return recover(load(folder), 0)
 

@@ -51,6 +51,9 @@ OTHER_REQUESTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 if importable("torch_mlir") and importable("llvmlite"):
     OTHER_REQUESTS["backend"] = {"backend": "mlir"}
+if shutil.which("nvcc"):
+    OTHER_REQUESTS["CUDA"] = {"backend": "cuda", "target": "sm_80"}
+    OTHER_REQUESTS["CUDA for two"] = {"backend": "cuda", "target": ("sm_80", "sm_90")}
 if native().family != "x86_64":
     OTHER_REQUESTS = {name: options for name, options in OTHER_REQUESTS.items() if not name.startswith("target")}
 

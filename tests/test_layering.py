@@ -22,7 +22,10 @@ FLOORS = """
     choose
     advice  package
     backends
-    backends.mlir
+    backends.mlir  backends.cuda
+    backends.cuda.candidates  backends.cuda.text
+    backends.cuda.plan
+    backends.cuda.count  backends.cuda.packing
     backends.mlir.candidates  backends.mlir.text
     backends.mlir.plan  backends.c
     backends.c.candidates  backends.c.text
@@ -35,15 +38,17 @@ FLOORS = """
     backends.c.products  backends.c.tiles
     emit  cost  backends.c.count
     verify
+    loading
+    device
     exam
     kernel  plan  files  picture
     artifact  arguments
     problem  occupancy  cover  quantize  stack
     pattern
     canonical  manifest  trampoline
-    store  llvm
+    store  llvm  gpus
     operators  epilogues  targets  foreign  integrity
-    calibration  strides  bindings
+    calibration  strides  bindings  device_arrays  nvcc
     dtypes  _paths  clock  verdict
     errors  machine
 """
@@ -52,13 +57,13 @@ ROOMS = ("cli", "bench")  # their own files may import each other, but not in a 
 
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
-    "kernel", "arguments", "strides", "problem", "quantize", "stack",
+    "loading", "device", "device_arrays", "kernel", "arguments", "strides", "problem", "quantize", "stack",
     "pattern", "canonical", "foreign", "artifact", "manifest",
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {
-    "api", "advice", "build", "choose", "clock", "calibration", "cover", "emit", "package", "plan", "cost", "occupancy",
-    "tune", "backends", "bench", "cli", "jinja2",
+    "api", "advice", "build", "choose", "clock", "calibration", "cover", "emit", "nvcc", "gpus", "package", "plan",
+    "cost", "occupancy", "tune", "backends", "bench", "cli", "jinja2",
 }  # fmt: skip
 
 ON_USE = {

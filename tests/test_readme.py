@@ -20,6 +20,14 @@ def test_python_blocks_run(block, tmp_path, monkeypatch):
     if '"mlir"' in block:
         pytest.importorskip("torch_mlir.ir")
         pytest.importorskip("llvmlite")
+    if '"cuda"' in block:
+        from bsrgen.errors import CompilerNotFoundError
+        from bsrgen.nvcc import find_nvcc
+
+        try:
+            find_nvcc()
+        except CompilerNotFoundError as e:
+            pytest.skip(f"no nvcc: {e}")
     (tmp_path / "examples").mkdir()
     shutil.copy(REPOSITORY / "examples" / "minilm_ffn_32x1_d20.safetensors", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)

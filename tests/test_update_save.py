@@ -281,7 +281,7 @@ def test_update_while_other_threads_call():
 
 LOAD = """
 import sys, numpy as np, bsrgen
-from bsrgen.kernel import load
+from bsrgen.loading import load
 k = load(sys.argv[1])
 np.save(sys.argv[3], k(np.load(sys.argv[2])))
 assert "jinja2" not in sys.modules, "load needs no templates"

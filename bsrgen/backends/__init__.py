@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from bsrgen.backends import c, mlir
+from bsrgen import nvcc
+from bsrgen.backends import c, cuda, mlir
 from bsrgen.emit import Source
+from bsrgen.gpus import as_gpus
 from bsrgen.pattern import Weight
 from bsrgen.plan import Plan
 from bsrgen.problem import Problem
-from bsrgen.targets import Target
+from bsrgen.targets import Target, as_targets
 
 
 class Candidates(Protocol):
@@ -29,9 +31,15 @@ class Backend:
     candidates: Candidates
     emit: Callable[[tuple[Any, ...], Weight], Source]
     tools: Callable[[], str] = lambda: ""
+    lacks: str = "use smaller blocks"  # what to do where there is no plan
+    targets: Callable[[Any], tuple[Target, ...]] = as_targets  # of compile's target=, best first
 
 
 BACKENDS = {
     row.name: row
-    for row in (Backend("c", c.candidates, c.emit), Backend("mlir", mlir.candidates, mlir.emit, mlir.identity))
+    for row in (
+        Backend("c", c.candidates, c.emit),
+        Backend("mlir", mlir.candidates, mlir.emit, mlir.identity),
+        Backend("cuda", cuda.candidates, cuda.emit, nvcc.identity, cuda.LACKS, as_gpus),
+    )
 }

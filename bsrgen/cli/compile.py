@@ -18,7 +18,7 @@ from bsrgen.cli.common import problem_options, read, show_json, tune_option, typ
 @click.option("--strict", is_flag=True, help="Absent blocks contribute nothing even where x holds Inf or NaN.")
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "c", "mlir"]),
+    type=click.Choice(["auto", "c", "mlir", "cuda"]),
     default="auto",
     show_default=True,
     help="What prints the kernel; auto is c.",

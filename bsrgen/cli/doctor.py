@@ -14,7 +14,9 @@ import click
 from bsrgen.cli.common import FAILED, console, plain, show_json, size, verb, working
 from bsrgen.errors import BsrgenError
 
-VARIABLES = ("BSRGEN_CACHE_DIR", "BSRGEN_DISABLE_JIT", "BSRGEN_CC", "BSRGEN_NUM_THREADS", "BSRGEN_MLIR_PACKAGE")
+VARIABLES = (
+    "BSRGEN_CACHE_DIR", "BSRGEN_DISABLE_JIT", "BSRGEN_CC", "BSRGEN_NUM_THREADS", "BSRGEN_MLIR_PACKAGE", "BSRGEN_NVCC",
+)  # fmt: skip
 NEEDED = ("numpy", "scipy", "jinja2", "cffi", "ml_dtypes", "safetensors")
 PEERS = ("mkl", "torch", "threadpoolctl")
 SMOKE = "#include <math.h>\n#include <pthread.h>\n#include <stdint.h>\n#include <stdlib.h>\nint f(void) { return 0; }\n"
@@ -115,6 +117,21 @@ def _mlir() -> Iterator[Finding]:
             yield Finding("mlir", "warn", f"{VARIABLE}={os.environ[VARIABLE]}: {e}", INSTALL)
         else:
             yield Finding("mlir", "ok", f"none, which only backend='mlir' needs: {INSTALL}")
+
+
+def _cuda() -> Iterator[Finding]:
+    """Another extra; whether there is a GPU does not matter to who compiles for one."""
+    from bsrgen.errors import CompilerNotFoundError
+    from bsrgen.nvcc import INSTALL, VARIABLE, find_nvcc
+
+    try:
+        nvcc = find_nvcc()
+        yield Finding("cuda", "ok", f"{nvcc.path}: {nvcc.identity}")
+    except CompilerNotFoundError as e:
+        if VARIABLE in os.environ:
+            yield Finding("cuda", "warn", str(e), INSTALL)
+        else:
+            yield Finding("cuda", "ok", f"no nvcc, which only backend='cuda' needs: {INSTALL}")
 
 
 def _cpu() -> Iterator[Finding]:
@@ -248,4 +265,4 @@ def _variables() -> Iterator[Finding]:
             yield Finding("variable", "warn", setting, advice)
 
 
-LOOKS = (_versions, _compiler, _mlir, _cpu, _calibration, _call_path, _store, _peers, _variables)
+LOOKS = (_versions, _compiler, _mlir, _cuda, _cpu, _calibration, _call_path, _store, _peers, _variables)

@@ -1,0 +1,144 @@
+"""The plan of a CUDA kernel: register tiles, what a thread block shares, and the blocks as the kernel walks them."""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from bsrgen.backends.cuda.count import counts
+from bsrgen.backends.cuda.packing import Packing, pack_pattern
+from bsrgen.plan import Counts, Plan
+
+SHARED_BYTES = 48 << 10  # static shared memory of a thread block, on every architecture
+WARP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """What the 32 lanes of a warp do: `along_tokens` of them times `tokens` each; the rest share the sums of a row."""
+
+    tokens: int
+    along_tokens: int
+
+    @property
+    def along_k(self) -> int:
+        """Lanes that add up parts of the same sums."""
+        return WARP // self.along_tokens
+
+    @property
+    def width(self) -> int:
+        """Tokens of a thread block."""
+        return self.tokens * self.along_tokens
+
+    @property
+    def stride(self) -> int:
+        """Elements from feature to feature of X in shared memory: 4 more keep transposed writes in different banks."""
+        return self.width + (4 if self.width >= 16 else 0)
+
+
+@dataclass(frozen=True)
+class CudaPlan(Plan):
+    """Knobs of a CUDA kernel.  A warp has `rows` rows of one block row, a thread block `warps` of them, and X lies
+    between them in shared memory, `features` of the columns that they need at a time."""
+
+    backend: ClassVar[str] = "cuda"
+
+    rows: int
+    warps: int
+    features: int
+    many: Lanes
+    few: Lanes  # for calls of at most few_n tokens
+    few_n: int
+
+    def __str__(self) -> str:
+        text = f"CUDA: {self.rows} rows x {self.many.tokens} tokens a thread, {self.thread_warps} warps, "
+        text += f"{self.width} tokens x {self.step_columns * self.piece_columns} features of X in shared memory"
+        return f"{text}; up to {self.few_n} tokens: {self.few.along_k} lanes along k"
+
+    @property
+    def width(self) -> int:
+        """Tokens of a thread block where there are many."""
+        return self.many.width
+
+    @property
+    def dense(self) -> bool:
+        """Whether the whole matrix is multiplied, zeros included: no plan of this backend does."""
+        return False
+
+    @property
+    def zero_filled(self) -> bool:
+        """Whether elements that are not stored are multiplied as zeros of W: only with zeros in place of X."""
+        return False
+
+    def knobs(self) -> dict[str, Any]:
+        """The decisions alone, as plain data."""
+        return {
+            "backend": self.backend, "rows": self.rows, "warps": self.warps, "features": self.features,
+            "many": asdict(self.many), "few": asdict(self.few), "few_n": self.few_n,
+        }  # fmt: skip
+
+    def family(self, n: int) -> tuple[Any, ...]:
+        """What plans share that do much the same at n tokens."""
+        return self.rows, self.few if n <= self.few_n else self.many
+
+    def counts(self, n: int) -> Counts:
+        """What one call of n tokens does on the whole GPU."""
+        return counts(self, n)
+
+    # ── blocks as the kernel walks them: pieces of the problem's ─────────────────────────────────────────────────
+
+    @property
+    def row_pieces(self) -> int:
+        """Pieces that a block row is cut into, because it has more rows than the warps of a thread block."""
+        return -(-self._strips // self.warps)
+
+    @property
+    def strips(self) -> int:
+        """Warps that share a piece of a block row."""
+        return -(-self._strips // self.row_pieces)
+
+    @property
+    def _strips(self) -> int:
+        return -(-self.problem.pattern.R // self.rows)
+
+    @property
+    def piece_rows(self) -> int:
+        """Rows of a piece as they are packed, those of zeros included."""
+        return self.strips * self.rows
+
+    @property
+    def group_rows(self) -> int:
+        """Block rows, or pieces of one, that a thread block has."""
+        return max(self.warps // self.strips, 1)
+
+    @property
+    def thread_warps(self) -> int:
+        """Warps of a thread block."""
+        return self.group_rows * self.strips
+
+    @property
+    def column_pieces(self) -> int:
+        """Pieces that a block is cut into along k, because shared memory does not hold its columns."""
+        return -(-self.problem.pattern.C // self.features)
+
+    @property
+    def piece_columns(self) -> int:
+        """Columns of a piece."""
+        return -(-self.problem.pattern.C // self.column_pieces)
+
+    @property
+    def step_columns(self) -> int:
+        """Columns of pieces whose X is in shared memory at a time."""
+        return max(self.features // self.piece_columns, 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Two panels of X, in the type of the sums."""
+        unit = self.problem.accumulator.bytes
+        widest = max(self.many.stride, self.few.stride)
+        return 2 * self.step_columns * self.piece_columns * widest * unit
+
+    @cached_property
+    def packing(self) -> Packing:
+        """The tables."""
+        p = self.problem.pattern
+        return pack_pattern(p, self.row_pieces, self.column_pieces, self.group_rows, self.step_columns)

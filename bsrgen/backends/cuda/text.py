@@ -1,0 +1,146 @@
+"""From a plan to text: everything the CUDA templates may see is computed here."""
+
+import json
+import textwrap
+from typing import Any
+
+from numpy.typing import NDArray
+
+from bsrgen.backends.cuda.packing import pack_values
+from bsrgen.backends.cuda.plan import CudaPlan
+from bsrgen.emit import Source, Unit, banner, render, runtime_file
+from bsrgen.gpus import GpuTarget
+from bsrgen.pattern import Weight
+from bsrgen.problem import Problem
+
+_C_KIND = {
+    "row": "const {type} *{name}",
+    "token": "const {type} *{name}, int64_t ld_{name}",
+    "scalar": "{type} {name}",
+    "element": "const {type} *{name}, int64_t ld_{name}",
+}
+_KIND_TEXT = {
+    "row": "[M], one for each output feature",
+    "token": "[N], one for each token, with ld_{name} = 1; NULL is 1 for all",
+    "scalar": "one number",
+    "element": "like y, ld_{name} elements from row to row",
+}
+_C_TABLE = {"int32": "int", "uint16": "unsigned short"}
+ERRORS = (  # of the CUDA runtime that a caller can do something about (driver_types.h)
+    (2, "out of memory on the GPU"),
+    (35, "no usable NVIDIA driver"),
+    (98, "no code in this library for this GPU: build it for its architecture"),
+    (100, "no GPU"),
+    (101, "no such GPU"),
+    (209, "no code in this library for this GPU: build it for its architecture"),
+    (222, "the code for newer GPUs in this library needs a newer driver"),
+    (700, "an address that is not on this GPU, or outside of its array"),
+)
+UNROLLED_COLUMNS = 8
+
+
+def emit(plans: tuple[CudaPlan, ...], weight: Weight) -> Source:
+    """Sources and data of one artifact: device text, host text, the packed values.  Pure: equal inputs, equal bytes."""
+    (plan,) = plans
+    problem, name, target = plan.problem, plan.problem.name, plan.target
+    assert isinstance(target, GpuTarget)
+    packing, cuts = plan.packing, (plan.row_pieces, plan.column_pieces, plan.piece_rows)
+    values = pack_values(weight.data, packing.source, *cuts)
+    files = {f"{name}_values.bin": values.tobytes(), f"{name}_source.bin": packing.source.tobytes()}
+    entry = _entry(plan, values.nbytes)
+    manifest = {"name": name, "problem": str(problem), "pattern": problem.pattern.digest}
+    entry["manifest_lines"] = [json.dumps(line + "\n") for line in json.dumps(manifest, indent=1).splitlines()]
+    head = banner(problem, plans)
+    files[f"{name}_device.cu"] = render("cuda/kernel.cu.j2", k=_kernel(plan), banner=head).encode()
+    files[f"{name}.c"] = render("cuda/main.c.j2", a=entry, banner=head).encode()
+    files[f"{name}.h"] = render("cuda/header.h.j2", a=entry, banner=head).encode()
+    for runtime in ("bsrgen.h", "bsrgen_cuda.h"):
+        files[runtime] = runtime_file(runtime)
+    units = (Unit(f"{name}.c", ()), Unit(f"{name}_device.cu", target.flags))
+    return Source(name, plans, files, units, entry["prototype"], (f"{name}_values.bin",), entry)
+
+
+def _operands(problem: Problem) -> list[dict[str, Any]]:
+    return [
+        {"name": o.name, "kind": o.kind, "text": _KIND_TEXT[o.kind].format(name=o.name),
+         "type": problem.operand_dtype(o).c} for o in problem.operands
+    ]  # fmt: skip
+
+
+def _entry(plan: CudaPlan, values_bytes: int) -> dict[str, Any]:
+    """What the host's text and the companions of the library see."""
+    problem, p = plan.problem, plan.problem.pattern
+    name, x, y = problem.name, problem.x_dtype, problem.out_dtype
+    operands = _operands(problem)
+    arguments = "".join(f"{_C_KIND[o['kind']].format(type=o['type'], name=o['name'])}, " for o in operands)
+    prototype = (
+        f"int {name}(int64_t n, const {x.c} *x, int64_t ldx, {y.c} *y, int64_t ldy, {arguments}const void *values, "
+        "void *stream)"
+    )
+    blobs = [
+        {"symbol": f"{name}_values", "file": f"{name}_values.bin", "c": "unsigned char"},
+        {"symbol": f"{name}_source", "file": f"{name}_source.bin", "c": "int64_t"},
+    ]
+    return {
+        "name": name, "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c, "blobs": blobs, "operands": operands,
+        "prototype": prototype, "linear": problem.operator.token_axis == 0, "M": p.M, "rows": problem.rows, "K": p.K,
+        "R": p.R, "C": p.C, "nnzb": p.nnzb, "values_bytes": values_bytes, "pieces": plan.packing.source.size,
+        "piece_rows": plan.piece_rows, "piece_columns": plan.piece_columns, "row_pieces": plan.row_pieces,
+        "column_pieces": plan.column_pieces, "source": f"{name}_source", "data": f"{name}_values",
+        "example": "cuda/example.c.j2", "W_rows": p.M,
+        "errors": ERRORS, "target": plan.target.name, "formula": problem.operator.formula,
+        "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
+        "epilogue_formula": "; then ".join(f"{s.name}: v = {s.c}" for s in problem.epilogue) or "no epilogue",
+    }  # fmt: skip
+
+
+def _kernel(plan: CudaPlan) -> dict[str, Any]:
+    """What the device's text sees."""
+    problem, p = plan.problem, plan.problem.pattern
+    x, y, real = problem.x_dtype, problem.out_dtype, problem.real
+    element = real if y.name == "int8" else y
+    operands = _operands(problem)
+    names = iter(o["name"] for o in operands)
+    steps = [
+        {"name": step.name, "c": step.c, "operands": [
+            {"kind": o.kind, "symbol": o.symbol or o.name, "name": None if o.kind == "out" else next(names)}
+            for o in step.operands]}
+        for step in problem.epilogue
+    ]  # fmt: skip
+    return {
+        "name": problem.name, "real_bytes": real.bytes, "accumulator": problem.accumulator.c,
+        "kinds": {"w": problem.dtype.short, "x": x.short, "y": y.short, "e": element.short},
+        "M": p.M, "K": p.K, "R": p.R, "C": p.C, "rows": plan.rows, "strips": plan.strips,
+        "row_pieces": plan.row_pieces, "piece_columns": plan.piece_columns, "group_rows": plan.group_rows,
+        "ragged_columns": plan.column_pieces * plan.piece_columns != p.C,
+        "step_features": plan.step_columns * plan.piece_columns, "groups": max(plan.packing.groups.size, 1),
+        "unroll": min(plan.piece_columns, UNROLLED_COLUMNS),
+        "tables": _tables(plan), "operands": operands, "epilogue": steps, "few_n": plan.few_n,
+        "few_width": plan.few.width, "many_width": plan.many.width,
+        "variants": (("many", plan.many), ("few", plan.few)), "linear": problem.operator.token_axis == 0,
+    }  # fmt: skip
+
+
+def _tables(plan: CudaPlan) -> list[dict[str, Any]]:
+    """The pattern as constants of the device."""
+    t = plan.packing
+    rows = (
+        ("group_rows", t.groups, "first piece row of each thread block, the one with most work first"),
+        ("group_steps", t.steps, "its first step"),
+        ("step_columns", t.columns, "first column of each step"),
+        ("column_features", t.features, "first feature of each column"),
+        ("step_pieces", t.pointers, "first piece of each step and piece row of a thread block"),
+        ("piece_slots", t.slots, "which column of its step a piece has"),
+    )
+    return [
+        {"name": name, "type": _C_TABLE[table.dtype.name], "text": text, "lines": _numbers(table)}
+        for name, table, text in rows
+    ]
+
+
+def _numbers(table: NDArray[Any]) -> list[str]:
+    """The numbers of a table in lines; C has no arrays of none."""
+    numbers = table.tolist() or [0]
+    if len(numbers) > 1000:  # nobody reads these: no time for filling lines
+        return [", ".join(map(str, numbers[i : i + 32])) + "," for i in range(0, len(numbers), 32)]
+    return [line.rstrip() for line in textwrap.wrap(", ".join(map(str, numbers)) + ",", 116)]

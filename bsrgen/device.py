@@ -1,0 +1,229 @@
+"""DeviceKernel: load an artifact for NVIDIA GPUs and call it with arrays that lie on one."""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bsrgen.device_arrays import DeviceArray, device_array, empty, stream_of
+from bsrgen.epilogues import Operand
+from bsrgen.errors import ArgumentError, ArgumentTypeError, DeviceError
+from bsrgen.kernel import Array, Kernel, _Values
+from bsrgen.trampoline import STRUCTS
+
+CDefinition = tuple[int, int, float]  # struct bsrgen_operand with an address of the device: data, ld, scalar
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Resident:
+    """What lies on one device for good: packed values, and the operands that are bound to the kernel."""
+
+    values: _Values  # those that it is a copy of
+    packed: int
+    bound: dict[str, int]
+
+
+class DeviceKernel(Kernel):
+    """One compiled kernel for NVIDIA GPUs.  Calls take and give device arrays: torch CUDA tensors, CuPy arrays, or what
+    speaks __cuda_array_interface__ or DLPack.  All else is as in Kernel."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._residents: dict[int, _Resident] = {}
+        super().__init__(*arguments, **options)
+
+    def _bind(self) -> None:
+        super()._bind()
+        path, m = self._tramp, self.artifact.manifest
+        library = path.library(self.artifact.library.absolute(), m.files[m.library])
+        ffi = _interface()
+
+        def function(name: str, signature: str) -> Any:
+            return ffi.cast(signature, int(path.ffi.cast("uintptr_t", path.function(library, f"{m.name}_{name}"))))
+
+        self._launch = function("call", "int (*)(const struct bsrgen_call *)")
+        self._upload = function("upload", "int (*)(const void *, int64_t, int, void **)")
+        self._release = function("release", "int (*)(void *)")
+        self._words = function("error", "const char *(*)(int)")
+
+    def __call__(
+        self, x: Any, out: Any = None, *, threads: int | None = None, stream: Any = None, **operands: Any
+    ) -> Any:
+        """Y = epilogue(product(W, x)), launched on a stream; returns at once.
+
+        linear: x is [..., K], the result [..., M].  spmm: x is [K, N] or [K], the result [M, N] or [M].
+        Rows are contiguous, of x and out; nothing is copied and no call converts.  out: an array to write into, needed
+        where x is neither torch's nor CuPy's.  stream: that of torch or CuPy or a handle; None: the current one.
+        Operands of the epilogue by name: arrays of the same device, scalars as numbers.
+
+        The first call on a device, and the first after `update`, copies the values there and waits for that; `upload`
+        does it ahead, for instance before a CUDA graph records calls.
+        """
+        if threads is not None:
+            raise ArgumentError(f"{self.name}: threads={threads!r}: a GPU kernel has none; give stream=")
+        self._call.known(operands)
+        given = self._array("x", x, self._x_dtype)
+        x2, batch = self._two_axes(given)
+        n = x2.shape[self._token_axis]
+        full = self._full(given.shape, batch, n)
+        target = self._array("out", empty(self.name, given, full, self._out_dtype) if out is None else out,
+                             self._out_dtype)  # fmt: skip
+        if target.shape != full:
+            raise ArgumentError(f"{self.name}: out has shape {target.shape}, the result {full}")
+        if target.read_only:
+            raise ArgumentError(f"{self.name}: out is read-only")
+        y2 = self._matrix("out", target, batch)
+        values = self._values
+        arrays: list[DeviceArray] = [x2, y2]
+        records = [self._record(o, operands, values, y2, batch, arrays) for o in self._call.operands]
+        self._check_places(arrays)
+        resident = self._resident(values, given.device)
+        where = {i: resident.bound[o.name] for i, o in enumerate(self._call.operands) if o.name in resident.bound
+                 and operands.get(o.name) is None}  # fmt: skip
+        self._enter(x2, y2, n, resident, records, where, stream_of(given, stream), given.device)
+        return target.owner if out is None else out
+
+    def _enter(
+        self, x: DeviceArray, y: DeviceArray, n: int, resident: _Resident, records: list[CDefinition],
+        bound: Mapping[int, int], stream: int, device: int,
+    ) -> None:  # fmt: skip
+        ffi = _interface()
+        operands = ffi.new("struct bsrgen_operand[]", max(len(records), 1))
+        for i, (data, ld, scalar) in enumerate(records):
+            operands[i].data, operands[i].ld = ffi.cast("void *", bound.get(i, data)), ld
+            operands[i].scalar = scalar
+        call = ffi.new("struct bsrgen_call *")
+        call.n, call.x, call.ldx = n, ffi.cast("void *", x.pointer), x.leading(f"{self.name}: x")
+        call.y, call.ldy = ffi.cast("void *", y.pointer), y.leading(f"{self.name}: out")
+        call.values, call.operands = ffi.cast("void *", resident.packed), operands
+        call.parallel, call.threads = ffi.cast("void *", stream), device
+        self._must(self._launch(call))
+
+    def _must(self, status: int) -> None:
+        if status:
+            words = _interface().string(self._words(status)).decode(errors="replace")
+            raise DeviceError(f"{self.name}: {words} (status {status}; built for {self.plan.target})")
+
+    # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _array(self, what: str, value: Any, want: "np.dtype[Any]") -> DeviceArray:
+        array = device_array(f"{self.name}: {what}", value)
+        bits = want.name == "bfloat16" and array.dtype == np.uint16  # CuPy has no bfloat16
+        if array.dtype != want and not bits:
+            raise ArgumentTypeError(
+                f"{self.name}: {what} has dtype {array.dtype}, the kernel {want}; convert it, or compile a kernel for "
+                "its dtype"
+            )
+        if array.pointer % want.itemsize:
+            raise ArgumentError(f"{self.name}: {what} lies at {array.pointer:#x}, which is not aligned to its elements")
+        return array
+
+    def _two_axes(self, x: DeviceArray) -> tuple[DeviceArray, tuple[int, ...] | None]:
+        """x as a matrix, and the leading axes it had (None: one vector)."""
+        linear = self._token_axis == 0
+        ok = len(x.shape) >= 1 if linear else len(x.shape) in (1, 2)
+        if not ok or x.shape[-1 if linear else 0] != self._features:
+            like = f"[..., {self._features}]" if linear else f"[{self._features}, N] or [{self._features}]"
+            raise ArgumentError(f"{self.name}: x has shape {x.shape}, expected {like}")
+        batch = None if len(x.shape) == 1 else x.shape[:-1]
+        return self._matrix("x", x, batch), batch
+
+    def _matrix(self, what: str, a: DeviceArray, batch: tuple[int, ...] | None) -> DeviceArray:
+        """`a` in two dimensions, as C takes it."""
+        linear = self._token_axis == 0
+        if batch is None:
+            shape, strides = ((1, a.shape[0]), (a.shape[0], *a.strides)) if linear else ((*a.shape, 1), (*a.strides, 1))
+            two = DeviceArray(a.pointer, shape, strides, a.dtype, a.device, a.read_only, a.owner)
+        elif len(a.shape) == 2:
+            two = a
+        elif not a.contiguous:
+            raise ArgumentError(f"{self.name}: {what} of shape {a.shape} is not contiguous; copy it first")
+        else:
+            shape = (math.prod(a.shape[:-1]), a.shape[-1])
+            two = DeviceArray(a.pointer, shape, (shape[1], 1), a.dtype, a.device, a.read_only, a.owner)
+        two.leading(f"{self.name}: {what}")
+        return two
+
+    def _full(self, given: tuple[int, ...], batch: tuple[int, ...] | None, n: int) -> tuple[int, ...]:
+        if batch is None:
+            return (self._rows,)
+        return (*batch, self._rows) if self._token_axis == 0 else (self._rows, n)
+
+    def _record(
+        self, o: Operand, given: Mapping[str, Any], values: _Values, y: DeviceArray, batch: tuple[int, ...] | None,
+        arrays: list[DeviceArray],
+    ) -> CDefinition:  # fmt: skip
+        """An operand for C; arrays are added to `arrays`."""
+        value = given.get(o.name)
+        if value is None:
+            value = values.bound.get(o.name, o.default)
+            if value is None:
+                raise ArgumentTypeError(f"{self.name}: operand {o.name!r} is missing: k(x, {o.name}=...)")
+            if o.kind == "row":
+                return 0, 0, 0.0  # bound: it lies on the device already
+        if o.kind == "scalar" or (o.kind == "token" and isinstance(value, (int, float, np.number, np.ndarray))):
+            return 0, 0, self._call.number(o, value)
+        array = self._array(o.name, value, self._call.dtypes[o.name])
+        arrays.append(array)
+        tokens = y.shape[self._token_axis]
+        if o.kind == "element":
+            if array.shape != (full := self._full((), batch, tokens)):
+                raise ArgumentError(f"{self.name}: {o.name} has shape {array.shape}, expected {full}, like the result")
+            return array.pointer, self._matrix(o.name, array, batch).leading(f"{self.name}: {o.name}"), 0.0
+        count = self._call.count(o) if o.kind == "row" else tokens
+        if math.prod(array.shape) != count or not array.contiguous:
+            raise ArgumentError(f"{self.name}: {o.name} has shape {array.shape}, expected ({count},), contiguous")
+        return array.pointer, int(o.kind == "token"), 0.0
+
+    def _check_places(self, arrays: list[DeviceArray]) -> None:
+        """One device for all; writing y changes no input, but for a residual that is y itself."""
+        x, y, *others = arrays
+        devices = {a.device for a in arrays if a.device >= 0}
+        if len(devices) > 1:
+            raise ArgumentError(f"{self.name}: the arrays are on several devices: {sorted(devices)}")
+        for a in (x, *others):
+            same = a is not x and (a.pointer, a.strides[:-1]) == (y.pointer, y.strides[:-1])
+            if not same and a.span[0] < y.span[1] and y.span[0] < a.span[1]:
+                raise ArgumentError(f"{self.name}: out overlaps an input; give another array")
+
+    # ── what stays on a device ───────────────────────────────────────────────────────────────────────────────────
+
+    def upload(self, device: int = -1) -> None:
+        """Copy the values, and operands that are bound, to a device (-1: the current one), unless they are there."""
+        self._resident(self._values, device)
+
+    def _resident(self, values: _Values, device: int) -> _Resident:
+        found = self._residents.get(device)
+        if found is None or found.values is not values:
+            rows = [o.name for o in self._call.operands if o.kind == "row" and o.name in values.bound]
+            bound = {name: self._to_device(self._bound(name, values), device) for name in rows}
+            packed = self._to_device(values.packed, device)
+            old, self._residents[device] = found, (found := _Resident(values, packed, bound))
+            for memory in (old.packed, *old.bound.values()) if old else ():
+                self._must(self._release(_interface().cast("void *", memory)))
+        return found
+
+    def _bound(self, name: str, values: _Values) -> Array:
+        return np.ascontiguousarray(values.bound[name], self._call.dtypes[name])
+
+    def _to_device(self, host: Array | None, device: int) -> int:
+        """New memory of a device with the bytes of `host`, or with the values of the library."""
+        ffi = _interface()
+        to = ffi.new("void **")
+        data = ffi.NULL if host is None else ffi.cast("void *", host.ctypes.data)
+        self._must(self._upload(data, 0 if host is None else host.nbytes, device, to))
+        return int(ffi.cast("uintptr_t", to[0]))
+
+    def __repr__(self) -> str:
+        return f"<bsrgen.Kernel {self.name} for {self.plan.target}>"
+
+
+@functools.cache
+def _interface() -> Any:
+    import cffi
+
+    ffi = cffi.FFI()
+    ffi.cdef(STRUCTS)
+    return ffi

@@ -1,0 +1,89 @@
+"""The GPU architectures: one row each, with the ceilings of one product that has it."""
+
+import platform
+from dataclasses import dataclass, replace
+
+from bsrgen.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from bsrgen.targets import Target
+
+WARP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class GpuTarget(Target):
+    """What nvcc and the planner must know of a GPU, or of several that share a library; rates are the newest one's.
+
+    Rates are per cycle of the whole GPU, from NVIDIA's data sheets and architecture white papers; none is measured.
+    """
+
+    sms: int = 1
+    fp32_lanes: int = 128  # of one SM
+    fp64_lanes: int = 2
+    half_flop_per_cycle: float = 0.0  # of dense products on the matrix units, float16 and bfloat16; int8 twice as many
+    archs: tuple[str, ...] = ()
+
+    @property
+    def host(self) -> str:
+        """The CPU architecture of the part of a library that launches kernels: this machine's."""
+        return platform.machine()
+
+    @property
+    def where(self) -> str:
+        """What a prediction is the time of."""
+        return f"one GPU ({self.archs[-1]}, figures of data sheets)"
+
+    def flop_per_cycle(self, real_bytes: int) -> float:
+        """Peak FLOP of the GPU in one cycle, without its matrix units."""
+        return 2.0 * self.sms * (self.fp64_lanes if real_bytes == 8 else self.fp32_lanes)
+
+    def matrix_flop_per_cycle(self, dtype: str) -> float:
+        """Peak FLOP of dense products on the matrix units; 0 where they do not know the type."""
+        return {"float16": 1, "bfloat16": int(self.archs[-1] != "sm_75"), "int8": 2}.get(dtype, 0) * (
+            self.half_flop_per_cycle
+        )
+
+
+def _gpu(
+    arch: str, sms: int, fp32: int, fp64: int, ghz: float, dram_gbs: float, l2_mib: int, half_tflops: float
+) -> GpuTarget:
+    return GpuTarget(
+        arch, "cuda", (), (arch,), vector_bytes=4 * WARP, registers=255, fma=True, fma_per_cycle=sms * fp32 / WARP,
+        loads_per_cycle=sms, l1_bytes=64 << 10, l2_bytes=l2_mib << 20, l3_bytes=0,
+        l2_bytes_per_cycle=32.0 * sms, dram_bytes_per_cycle=dram_gbs / ghz, ghz=ghz, call_s=4e-6, fork_s=0.0,
+        sms=sms, fp32_lanes=fp32, fp64_lanes=fp64, half_flop_per_cycle=1e3 * half_tflops / ghz, archs=(arch,),
+    )  # fmt: skip
+
+
+GPUS = {
+    row.name: row
+    for row in (
+        _gpu("sm_75", 40, 64, 2, 1.59, 320, 4, 65),  # T4
+        _gpu("sm_80", 108, 64, 32, 1.41, 2039, 40, 312),  # A100 80 GB SXM
+        _gpu("sm_86", 72, 128, 2, 1.70, 600, 6, 125),  # A10
+        _gpu("sm_89", 142, 128, 2, 2.52, 864, 48, 362),  # L40S
+        _gpu("sm_90", 132, 128, 64, 1.83, 3350, 50, 989),  # H100 SXM
+    )
+}
+
+
+def as_gpus(value: str | tuple[str, ...] | list[str]) -> tuple[GpuTarget, ...]:
+    """One target for all architectures of `value`: a library holds machine code for each, and PTX of the newest for
+    those still to come.  A call on an older GPU than all of them returns an error."""
+    names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else value
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        raise ArgumentTypeError(f"target={value!r}: an architecture or a tuple of them, e.g. 'sm_80'")
+    if not names:
+        raise ArgumentError("target=(): at least one is needed, e.g. 'sm_80'")
+    for name in names:
+        if name == "native":
+            raise UnsupportedError(
+                "target='native' with backend='cuda' would ask the GPU here what it is, which this version does not; "
+                f"give target=, one or several of {', '.join(GPUS)}"
+            )
+        if name not in GPUS:
+            raise ArgumentError(f"target {name!r} with backend='cuda': one or several of {', '.join(GPUS)}")
+    archs = tuple(sorted(set(names)))
+    versions = [arch.removeprefix("sm_") for arch in archs]
+    codes = [f"-gencode=arch=compute_{v},code=sm_{v}" for v in versions]
+    newest = f"-gencode=arch=compute_{versions[-1]},code=compute_{versions[-1]}"
+    return (replace(GPUS[archs[-1]], name=",".join(archs), flags=(*codes, newest), requires=archs, archs=archs),)

@@ -1,0 +1,23 @@
+"""Load: from an artifact to the kernel of its kind."""
+
+import os
+from pathlib import Path
+
+from bsrgen.artifact import Artifact, read_artifact
+from bsrgen.device import DeviceKernel
+from bsrgen.kernel import Kernel
+
+
+def load(folder: str | os.PathLike[str], *, threads: int | None = None, expect_sha256: str | None = None) -> Kernel:
+    """Load the artifact in `folder`.  Never compiles; every file is checked before anything is mapped.
+
+    threads: default for calls, None means all usable cores.  expect_sha256: the manifest's digest, when the caller
+    knows whose artifact it must be.  Errors: ArtifactError, ArtifactCorruptError, IncompatibleCPUError.
+    """
+    return kernel_of(read_artifact(Path(folder), expect_sha256), threads=threads)
+
+
+def kernel_of(artifact: Artifact, *, threads: int | None = None, may_be_foreign: bool = False) -> Kernel:
+    """The kernel of an artifact, for the CPU or for GPUs; see Kernel."""
+    kind = DeviceKernel if artifact.manifest.device == "cuda" else Kernel
+    return kind(artifact, threads=threads, may_be_foreign=may_be_foreign)

@@ -1,0 +1,88 @@
+/* What every CUDA kernel shares: types in memory and in registers, loads of vectors, functions of epilogues.
+ * Before it: REAL_BYTES, and W_KIND, X_KIND, Y_KIND and E_KIND (operands shaped like Y), each f32, f64, bf16, f16 or s8. */
+#ifndef BSRGEN_CUDA_H
+#define BSRGEN_CUDA_H
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#define DEVICE static __device__ __forceinline__
+#ifndef SHARED /* one array of a thread block */
+#define SHARED(type, name, count) __shared__ __align__(16) type name[count]
+#endif
+#define PASTE(a, b) a##b
+#define NAME_OF(a, b) PASTE(a, b)
+
+typedef float f32_t;
+typedef double f64_t;
+typedef uint16_t bf16_t, f16_t; /* their bits */
+typedef int8_t s8_t;
+typedef NAME_OF(W_KIND, _t) w_t;
+typedef NAME_OF(X_KIND, _t) x_t;
+typedef NAME_OF(Y_KIND, _t) y_t;
+typedef NAME_OF(E_KIND, _t) e_t;
+
+#if REAL_BYTES == 4
+typedef float real;
+#else
+typedef double real;
+#endif
+
+DEVICE float get_f32(f32_t v) { return v; }
+DEVICE double get_f64(f64_t v) { return v; }
+DEVICE float get_bf16(bf16_t v) { return __uint_as_float((uint32_t)v << 16); }
+DEVICE float get_f16(f16_t v) { return __half2float(__ushort_as_half(v)); }
+DEVICE int get_s8(s8_t v) { return v; }
+
+/* Rounded to nearest, ties to even. */
+DEVICE f32_t put_f32(float v) { return v; }
+DEVICE f64_t put_f64(double v) { return v; }
+DEVICE bf16_t put_bf16(float v)
+{
+    const uint32_t bits = __float_as_uint(v);
+    return (bf16_t)((v != v ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+DEVICE f16_t put_f16(float v) { return __half_as_ushort(__float2half_rn(v)); }
+DEVICE s8_t put_s8(float v) { return (s8_t)(v != v ? 0.0f : rintf(fminf(fmaxf(v, -127.0f), 127.0f))); }
+
+#define get_w NAME_OF(get_, W_KIND)
+#define get_x NAME_OF(get_, X_KIND)
+#define get_y NAME_OF(get_, Y_KIND)
+#define get_e NAME_OF(get_, E_KIND)
+#define put_y NAME_OF(put_, Y_KIND)
+
+/* The longest load that so many bytes are a multiple of. */
+template <int BYTES> struct part_of { typedef uint8_t type; };
+template <> struct part_of<2> { typedef uint16_t type; };
+template <> struct part_of<4> { typedef uint32_t type; };
+template <> struct part_of<8> { typedef uint2 type; };
+template <> struct part_of<16> { typedef uint4 type; };
+
+/* COUNT elements, with loads of up to 128 bits: `from` is aligned to the largest power of two, up to 16, that divides
+ * their bytes. */
+template <int COUNT, class T> DEVICE void load_vector(T (&to)[COUNT], const T *from)
+{
+    constexpr int BYTES = COUNT * (int)sizeof(T), PART = (BYTES & -BYTES) < 16 ? BYTES & -BYTES : 16;
+    typedef typename part_of<PART>::type part;
+    alignas(16) part parts[BYTES / PART];
+#pragma unroll
+    for (int i = 0; i < BYTES / PART; i++) parts[i] = reinterpret_cast<const part *>(from)[i];
+    memcpy(to, parts, BYTES);
+}
+
+/* What formulas of epilogues are made of; a NaN in the first argument comes through, one in the second does not. */
+#define R(number) ((real)(number))
+DEVICE real splat(real v) { return v; }
+DEVICE real rounded(real v) { return v; } /* one text for all elements: what is contracted is the same for all */
+DEVICE real v_max(real a, real b) { return b > a ? b : a; }
+DEVICE real v_min(real a, real b) { return b < a ? b : a; }
+#if REAL_BYTES == 4
+DEVICE real v_sigmoid(real v) { return 1.0f / (1.0f + expf(-v)); }
+DEVICE real v_tanh(real v) { return tanhf(v); }
+DEVICE real v_normcdf(real v) { return normcdff(v); }
+#else
+DEVICE real v_sigmoid(real v) { return 1.0 / (1.0 + exp(-v)); }
+DEVICE real v_tanh(real v) { return tanh(v); }
+DEVICE real v_normcdf(real v) { return normcdf(v); }
+#endif
+#endif

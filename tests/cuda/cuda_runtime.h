@@ -1,0 +1,252 @@
+/* The CUDA runtime for kernels that run on the CPU: a generated .cu is compiled as it stands, by a C++ compiler.
+ *
+ * The threads of a thread block are fibers, in random order, that change at barriers and shuffles only.  Found are: wrong
+ * results, of course; shared memory read before it is written (it is NaN) or written outside of an array (guard zones);
+ * global memory read or written past the end of its allocation (a page without access) or read before its start (NaN);
+ * vectors that are not aligned; barriers and shuffles that not all threads reach.
+ * Not modelled: time, caches, the memory model, and whatever ptxas may do. */
+#pragma once
+#include <math.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#define __global__ static
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+#define SHARED(type, name, count) type *name = (type *)emulation::shared(__LINE__, sizeof(type) * (count))
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+typedef int cudaError_t;
+typedef void *cudaStream_t;
+enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
+
+namespace emulation {
+
+enum { GUARD = 4096, STACK = 1 << 15, WARP = 32, MOST = 1024, ARRAYS = 8 };
+struct Fiber { ucontext_t context; bool done; int shuffles; };
+struct Exchange { uint64_t value[WARP]; int arrived[WARP]; };
+struct Array { int line; size_t bytes; uint8_t *memory, *start; }; /* shared memory, by the line of its declaration */
+
+static char said[256];
+static Fiber fibers[MOST];
+static Exchange exchanges[MOST / WARP];
+static Array arrays[ARRAYS];
+static void (*kernel)(void *), *argument;
+static ucontext_t scheduler;
+static sigjmp_buf escape;
+static unsigned threads, current, waiting; /* at the barrier */
+static long progress, barriers;
+static dim3 thread_index, block_index;
+
+[[noreturn]] static void fail(const char *what)
+{
+    if (!*said) snprintf(said, sizeof said, "%s (thread block %u, thread %u)", what, block_index.x, current);
+    siglongjmp(escape, 1);
+}
+
+/* 0 ... count - 1 in random order: Fisher, Yates; xorshift, Marsaglia, J. Stat. Softw. 8(14), 2003. */
+static unsigned *shuffled(unsigned count)
+{
+    static uint64_t state = 88172645463325252u;
+    unsigned *order = (unsigned *)malloc(sizeof *order * (count + 1));
+    for (unsigned i = 0; i < count; i++) {
+        state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+        const unsigned j = (unsigned)(state % (i + 1));
+        order[i] = order[j], order[j] = i;
+    }
+    return order;
+}
+
+static void yield()
+{
+    const unsigned me = current;
+    swapcontext(&fibers[me].context, &scheduler);
+    current = me, thread_index.x = me;
+}
+
+static void *shared(int line, size_t bytes)
+{
+    Array *a = arrays;
+    while (a->memory && a->line != line) a++;
+    if (!a->memory) {
+        a->line = line, a->bytes = bytes, a->memory = (uint8_t *)malloc(bytes + 2 * GUARD + 16);
+        memset(a->memory, 0xff, bytes + 2 * GUARD + 16); /* NaN, -1 */
+        a->start = (uint8_t *)(((uintptr_t)a->memory + 15) / 16 * 16) + GUARD;
+    }
+    return a->start;
+}
+
+static void free_arrays()
+{
+    const Array *broken = NULL;
+    for (Array *a = arrays; a->memory; a++) {
+        for (int i = 1; i <= GUARD; i++)
+            if (a->start[-i] != 0xff || a->start[a->bytes + i - 1] != 0xff) broken = a;
+        free(a->memory), a->memory = NULL;
+    }
+    if (broken) fail("shared memory written outside of its array");
+}
+
+static void barrier()
+{
+    const long mine = barriers;
+    progress++;
+    if (++waiting == threads) waiting = 0, barriers++;
+    while (barriers == mine) yield();
+}
+
+static bool arrived(const Exchange &x, int count)
+{
+    for (int lane = 0; lane < WARP; lane++)
+        if (x.arrived[lane] < count) return false;
+    return true;
+}
+
+static uint64_t exchanged(uint64_t value, int distance)
+{
+    Exchange &x = exchanges[current / WARP];
+    const int lane = current % WARP, mine = 2 * ++fibers[current].shuffles;
+    x.value[lane] = value, x.arrived[lane] = mine - 1, progress++;
+    while (!arrived(x, mine - 1)) yield();
+    const uint64_t other = x.value[(lane ^ distance) % WARP];
+    x.arrived[lane] = mine, progress++;
+    while (!arrived(x, mine)) yield(); /* before the next one overwrites it */
+    return other;
+}
+
+static void fiber_main()
+{
+    kernel(argument);
+    fibers[current].done = true, progress++;
+    swapcontext(&fibers[current].context, &scheduler);
+}
+
+static void run_block(uint8_t *stacks)
+{
+    memset(exchanges, 0, sizeof exchanges);
+    waiting = 0;
+    for (unsigned t = 0; t < threads; t++) {
+        Fiber &f = fibers[t];
+        f.done = false, f.shuffles = 0;
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = stacks + (size_t)t * STACK, f.context.uc_stack.ss_size = STACK;
+        f.context.uc_link = &scheduler;
+        makecontext(&f.context, fiber_main, 0);
+    }
+    for (bool left = true; left;) {
+        const long before = progress;
+        unsigned *order = shuffled(threads);
+        left = false;
+        for (unsigned i = 0; i < threads; i++) {
+            if (fibers[order[i]].done) continue;
+            left = true, current = thread_index.x = order[i];
+            swapcontext(&scheduler, &fibers[current].context);
+        }
+        free(order);
+        if (left && progress == before) fail("deadlock: a barrier or a shuffle that not all threads reach");
+    }
+    free_arrays();
+}
+
+static void on_fault(int) { fail("an address outside of every array"); }
+
+static cudaError_t launch(dim3 grid, dim3 block)
+{
+    if (block.x % WARP || block.x > MOST || !grid.x) return cudaErrorInvalidConfiguration;
+    struct sigaction mine = {}, before;
+    mine.sa_handler = on_fault, mine.sa_flags = SA_NODEFER;
+    sigaction(SIGSEGV, &mine, &before);
+    *said = 0, threads = block.x;
+    uint8_t *stacks = (uint8_t *)malloc((size_t)threads * STACK);
+    unsigned *const order = shuffled(grid.x);
+    const bool failed = sigsetjmp(escape, 1);
+    for (unsigned i = 0; !failed && i < grid.x; i++) block_index.x = order[i], run_block(stacks);
+    for (Array *a = arrays; a->memory; a++) free(a->memory), a->memory = NULL;
+    free(order), free(stacks);
+    sigaction(SIGSEGV, &before, NULL);
+    return failed ? cudaErrorLaunchFailure : cudaSuccess;
+}
+
+/* A vector of a load: its address must be a multiple of its size. */
+template <int BYTES> struct alignas(BYTES) Vector {
+    uint32_t word[BYTES / 4];
+    Vector() = default;
+    Vector(const Vector &other) { *this = other; }
+    Vector &operator=(const Vector &other)
+    {
+        if ((uintptr_t)&other % BYTES) fail("a vector that is not aligned");
+        memcpy((void *)word, (const void *)other.word, BYTES);
+        return *this;
+    }
+};
+
+} // namespace emulation
+
+typedef emulation::Vector<8> uint2;
+typedef emulation::Vector<16> uint4;
+#define threadIdx emulation::thread_index
+#define blockIdx emulation::block_index
+
+static inline void __syncthreads() { emulation::barrier(); }
+
+template <class T> static T __shfl_xor_sync(unsigned mask, T value, int distance)
+{
+    if (mask != 0xffffffffu) emulation::fail("a shuffle of some lanes: not emulated");
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof value);
+    bits = emulation::exchanged(bits, distance);
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline float __uint_as_float(uint32_t bits) { float v; memcpy(&v, &bits, 4); return v; }
+static inline uint32_t __float_as_uint(float v) { uint32_t bits; memcpy(&bits, &v, 4); return bits; }
+static inline float normcdff(float v) { return (float)(0.5 * erfc(-(double)v * M_SQRT1_2)); }
+static inline double normcdf(double v) { return 0.5 * erfc(-v * M_SQRT1_2); }
+
+template <class A> struct Launch { void (*kernel)(A); A *a; };
+template <class A> static void launched(void *l) { ((Launch<A> *)l)->kernel(*((Launch<A> *)l)->a); }
+template <class A> static cudaError_t cudaLaunchKernel(
+    void (*kernel)(A), dim3 grid, dim3 block, void **parameters, size_t, cudaStream_t)
+{
+    Launch<A> l = {kernel, (A *)parameters[0]};
+    emulation::kernel = launched<A>, emulation::argument = &l;
+    return emulation::launch(grid, block);
+}
+
+static inline cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
+static inline cudaError_t cudaSetDevice(int device) { return device ? 101 : cudaSuccess; }
+static inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+static inline const char *cudaGetErrorString(cudaError_t) { return "emulated"; }
+
+/* At the end of its pages, a page without access behind it, NaN before it. */
+static inline cudaError_t cudaMalloc(void **memory, size_t bytes)
+{
+    const size_t page = 4096, room = (bytes + page - 1) / page * page + page;
+    uint8_t *pages = (uint8_t *)mmap(NULL, room + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages == MAP_FAILED) return cudaErrorMemoryAllocation;
+    memset(pages, 0xff, room);
+    mprotect(pages + room, page, PROT_NONE);
+    *memory = pages + (room - bytes) / 16 * 16;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaFree(void *) { return cudaSuccess; } /* addresses are not used again */
+static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind)
+{
+    memcpy(to, from, bytes);
+    return cudaSuccess;
+}
+
+extern "C" __attribute__((visibility("default"))) const char *emulation_said(void) { return emulation::said; }

@@ -1,0 +1,117 @@
+"""CUDA artifacts that run on the CPU: the same text under tests/cuda/cuda_runtime.h, and arrays for its "GPU"."""
+
+import ctypes
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from programs import tool
+from support import CANARY, REPOSITORY, assert_right, frame_is_intact, framed
+
+from bsrgen import build, package
+from bsrgen.artifact import Artifact, read_artifact, write_manifest
+from bsrgen.backends.cuda import CudaPlan, emit
+from bsrgen.device import DeviceKernel
+from bsrgen.loading import kernel_of
+from bsrgen.pattern import Weight
+from bsrgen.problem import Problem
+
+Array = np.ndarray[Any, Any]
+HEADERS = REPOSITORY / "tests" / "cuda"
+FLAGS = ("-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+
+
+def emulated(
+    plan: CudaPlan, weight: Weight, folder: Path, change: Callable[[str], str] = lambda text: text
+) -> DeviceKernel:
+    """Print `plan`, compile it for the CPU and load it; `change` may alter the device's text before."""
+    source, name = emit((plan,), weight), plan.problem.name
+    device = change(source.files[f"{name}_device.cu"].decode())
+    for file, data in (source.files | {f"{name}_device.cu": device.encode()}).items():
+        (folder / file).write_bytes(data)
+    gcc, gxx = tool("gcc"), tool("g++")
+    library = f"lib{name}.so"
+    commands = (
+        (gcc, "-std=gnu11", *FLAGS, "-I.", "-c", f"{name}.c", "-o", "main.o"),
+        (gxx, "-std=c++17", *FLAGS, "-Wno-unknown-pragmas", "-Wno-unused-function", f"-I{HEADERS}", "-I.", "-x", "c++",
+         "-c", f"{name}_device.cu", "-o", "device.o"),
+        (gxx, "-shared", "-Wl,-z,noexecstack", "main.o", "device.o", "-o", library),
+    )  # fmt: skip
+    for command in commands:
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr[:2000]
+    for file in (folder / "main.o", folder / "device.o"):
+        file.unlink()
+    manifest = package.describe(source, weight, build.find_compiler(plan.target), (), folder, {})
+    write_manifest(folder, replace_notes(manifest))
+    kernel = kernel_of(read_artifact(folder))
+    assert isinstance(kernel, DeviceKernel)
+    return kernel
+
+
+def replace_notes(manifest: Any) -> Any:
+    """The manifest of what is not for a GPU."""
+    import msgspec
+
+    return msgspec.structs.replace(manifest, notes=("emulated",))
+
+
+def said(artifact: Artifact) -> str:
+    """What the emulation objected to in the last launch."""
+    function = ctypes.CDLL(str(artifact.library)).emulation_said
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+class GpuArray:
+    """A copy of a numpy array, or of a view and all around it, where the emulation has its device memory: a page that
+    nobody may touch behind it, NaN before it.  `fetch` brings what is there now."""
+
+    def __init__(self, kernel: DeviceKernel, array: Array, **changes: Any) -> None:
+        base = array if array.base is None or array.base.ndim != array.ndim else array.base
+        self.view, self.base = array, base
+        library = ctypes.CDLL(str(kernel.artifact.library))
+        upload = library[f"{kernel.name}_upload"]
+        upload.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
+        memory, whole = ctypes.c_void_p(), np.ascontiguousarray(base)
+        assert upload(whole.ctypes.data, whole.nbytes, 0, ctypes.byref(memory)) == 0
+        self.memory = memory.value
+        start = self.memory + (array.ctypes.data - base.ctypes.data if base is not array else 0)
+        typestr = "<u2" if array.dtype.name == "bfloat16" else array.dtype.str
+        self.__cuda_array_interface__ = {
+            "shape": array.shape, "typestr": typestr, "data": (start, False), "strides": array.strides, "version": 3,
+        } | changes  # fmt: skip
+
+    def fetch(self) -> Array:
+        """What is there now, also in the array that this one was made of."""
+        ctypes.memmove(self.base.ctypes.data, self.memory, self.base.nbytes)
+        return self.view
+
+
+def run(kernel: DeviceKernel, x: Array, out: Array, given: dict[str, Any]) -> Array:
+    """One call, everything brought to the "GPU" and back; the result, which lies in `out`."""
+    operands = {name: GpuArray(kernel, a) if np.ndim(a) else a for name, a in given.items()}
+    y = GpuArray(kernel, out)
+    assert kernel(GpuArray(kernel, x), out=y, **operands) is y
+    return y.fetch()
+
+
+def check_device_calls(kernel: DeviceKernel, problem: Problem, weight: Weight, rng: Any, tokens: Any) -> None:
+    """Call `kernel` with each N of `tokens`, plainly and inside frames of NaN; nothing outside of out may change."""
+    for n in tokens:
+        x, given = problem.sample(rng, n)
+        old = problem.sample_out(rng, n)
+        plain = run(kernel, x, old.copy(), given)
+        assert_right(problem, weight, plain, x, given, old)
+        out = framed(old, fill=CANARY)
+        if min(out.shape):  # strides of arrays without elements say nothing
+            np.testing.assert_array_equal(run(kernel, framed(x), out, given), plain)
+            assert frame_is_intact(out)
+
+
+def smaller(plan: CudaPlan, **knobs: Any) -> CudaPlan:
+    """`plan` with other knobs."""
+    return replace(plan, **knobs)

@@ -1,0 +1,183 @@
+"""The CUDA backend up to the library: nvcc, its golden text, its registers and machine code, loading without a GPU."""
+
+import difflib
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import REPOSITORY, make_weight, problem_of
+from test_cuda import plan_of
+from test_golden import Golden
+
+import bsrgen
+from bsrgen import build, nvcc
+from bsrgen.backends.cuda import CudaPlan, Lanes, emit
+from bsrgen.errors import CompilerNotFoundError, DeviceError
+from bsrgen.gpus import GPUS, as_gpus
+from bsrgen.pattern import Weight, random_weight
+
+FOLDER = REPOSITORY / "tests" / "golden" / "cuda"
+ARCHS = ("sm_75", "sm_80", "sm_90")
+SIMT = Golden(
+    "simt", "the SIMT kernel: two block rows of a thread block share columns of X", "linear", "float32", (18, 24),
+    (5, 3), (), ("bias", "relu"),
+)  # fmt: skip
+
+
+@pytest.fixture
+def needs_nvcc():
+    try:
+        nvcc.find_nvcc()
+    except CompilerNotFoundError as e:
+        pytest.skip(f"no nvcc: {e}")
+
+
+# ── the text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def golden_source():
+    plan = CudaPlan(SIMT.problem, GPUS["sm_80"], 5, 2, 12, Lanes(4, 32), Lanes(4, 1), 4)
+    return emit((plan,), SIMT.weight)
+
+
+def test_emitted_text_is_golden(update_golden):
+    source = golden_source()
+    files = {"device.cu": f"{source.name}_device.cu", "main.c": f"{source.name}.c", "header.h": f"{source.name}.h"}
+    for short, name in files.items():
+        text = source.files[name].decode("ascii").replace(f"bsrgen {bsrgen.__version__}", "bsrgen")
+        assert not re.search(r"[ \t]$", text, re.M), f"{name}: blanks at the end of a line"
+        assert "\n\n\n" not in text, name
+        assert text.endswith("\n"), name
+        assert not text.endswith("\n\n"), name
+        if update_golden:
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            (FOLDER / short).write_text(text)
+        golden = (FOLDER / short).read_text()
+        diff = difflib.unified_diff(golden.splitlines(), text.splitlines(), "golden", "emitted", lineterm="", n=1)
+        assert text == golden, "emitted text changed; if that is meant, --update-golden:\n" + "\n".join([*diff][:60])
+    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(files)
+
+
+def test_same_request_gives_same_bytes():
+    assert dict(golden_source().files) == dict(golden_source().files)
+
+
+# ── the compiler ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fake(folder: Path, answer: str) -> str:
+    path = folder / "nvcc"
+    path.write_text(f"#!/bin/sh\n{answer}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(("answer", "text"), [
+    (None, "is not a program"), ("echo hello", "does not answer as nvcc does"), ("exit 1", "does not answer"),
+    ("echo 'release 11.8, V11.8.89'; echo '#$ TOP=/nowhere'", "12.0 or newer"),
+    ("echo 'release 13.0, V13.0.88'; echo '#$ TOP=/nowhere'", "no libcudart_static.a"),
+])  # fmt: skip
+def test_no_usable_nvcc(answer, text, tmp_path, monkeypatch):
+    monkeypatch.setenv(nvcc.VARIABLE, str(tmp_path / "none") if answer is None else fake(tmp_path, answer))
+    with pytest.raises(CompilerNotFoundError, match=text) as found:
+        bsrgen.compile(random_weight(0, (8, 8), (2, 2), 0.5), backend="cuda", target="sm_80")
+    assert "pip install 'bsrgen[cuda]'" in str(found.value)
+
+
+def test_no_nvcc_anywhere(monkeypatch):
+    monkeypatch.delenv(nvcc.VARIABLE, raising=False)
+    monkeypatch.setattr("shutil.which", lambda *arguments, **options: None)
+    with pytest.raises(CompilerNotFoundError, match="none on PATH and none in the wheels"):
+        nvcc.find_nvcc()
+
+
+# ── registers and machine code ───────────────────────────────────────────────────────────────────────────────────────
+
+GATES = {
+    "f32": (("linear", "float32", (32, 32), ("bias", "gelu")), {"rows": 8, "many": Lanes(4, 32)}),
+    "f64": (("spmm", "float64", (16, 1), ("silu",)), {"rows": 8, "many": Lanes(2, 32)}),
+    "bf16": (("linear", "bfloat16", (8, 8), ("bias", "gelu_tanh", "residual")), {"rows": 8, "many": Lanes(4, 32)}),
+    "int8": (("spmm", "int8", (4, 4), ("bias", "tanh")), {"rows": 4, "many": Lanes(4, 32)}),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_nothing_is_spilled(name, needs_nvcc, tmp_path):
+    """Registers and shared memory as ptxas reports them; loads of 128 bits in the machine code."""
+    (operator, dtype, block, epilogue), knobs = GATES[name]
+    weight = make_weight("uniform", (block[0] * 5 - 3, block[1] * 9), block, "float32")
+    if dtype in ("int8", "bfloat16"):
+        weight = Weight(weight.pattern, np.rint(weight.data).astype(np.float32))
+    problem = problem_of(weight, operator, epilogue, dtype)
+    (target,) = as_gpus(ARCHS)
+    plan = replace(plan_of(problem, **knobs), target=target)
+    data = Weight(weight.pattern, weight.data.astype(problem.dtype.numpy))
+    library = build.build(emit((plan,), data), tmp_path, build.find_compiler(target))
+    log = (tmp_path / "build.log").read_text()
+    kernels = re.findall(r"Compiling entry function '\w+' for '(\w+)'", log)
+    assert sorted(kernels) == sorted(2 * ARCHS)
+    assert log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(kernels)
+    assert "warning" not in log
+    sizes = [int(found) for found in re.findall(r"(\d+) bytes smem", log)]
+    assert max(sizes) == plan.shared_bytes
+    if name == "f32" and (folder := disassembler()):
+        path = os.pathsep.join((folder, os.environ["PATH"]))
+        sass = subprocess.run(
+            ["cuobjdump", "-sass", library], capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
+        ).stdout
+        assert len(re.findall(r"\bLDG\.E\.128\b", sass)) >= len(ARCHS), "W is read 16 bytes at a time"
+        assert len(re.findall(r"\bLDS\.128\b", sass)) >= len(ARCHS), "and so is X in shared memory"
+        assert not re.search(r"\b(LDL|STL)\b", sass), "local memory"
+
+
+def disassembler() -> str | None:
+    """The folder with cuobjdump and nvdisasm: the toolkit's, or that of their wheels of PyPI."""
+    wheel = nvcc._in_wheels()
+    folders = [Path(nvcc.find_nvcc().runtime).parents[1] / "bin", *([Path(wheel).parent] if wheel else [])]
+    both = ("cuobjdump", "nvdisasm")
+    return next((str(folder) for folder in folders if all((folder / tool).is_file() for tool in both)), None)
+
+
+# ── the library ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Claims:
+    """Says that it lies on a GPU."""
+
+    def __init__(self, shape):
+        self.__cuda_array_interface__ = {"shape": shape, "typestr": "<f4", "data": (4096, False), "version": 3}
+
+
+def test_compile_and_load_without_a_gpu(needs_nvcc, tmp_path):
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("there is a GPU")
+    weight = random_weight(0, (48, 40), (8, 4), 0.3)
+    kernel = bsrgen.compile(weight, backend="cuda", target=("sm_80", "sm_90"), epilogue="bias", bias=np.ones(48))
+    m = kernel.artifact.manifest
+    assert m.device == "cuda"
+    assert m.check is None
+    assert any("not checked by execution" in note for note in m.notes)
+    assert kernel.plan.target == "sm_80,sm_90"
+    assert "one GPU" in str(kernel)
+    assert "__global__" in kernel.source
+    again = bsrgen.compile(weight, backend="cuda", target=("sm_90", "sm_80"), epilogue="bias", bias=np.ones(48))
+    assert again.artifact.folder == kernel.artifact.folder
+    needs = subprocess.run(["ldd", kernel.artifact.library], capture_output=True, text=True, check=True).stdout
+    assert not re.search("cuda|stdc", needs)
+    kernel.update(Weight(weight.pattern, 2 * weight.data))
+    folder = kernel.save(tmp_path / "saved")
+    loaded = bsrgen.load(folder)
+    x, y = Claims((3, 40)), Claims((3, 48))
+    y.__cuda_array_interface__["data"] = (1 << 20, False)
+    for call in (lambda: loaded(x, out=y), lambda: kernel.upload()):
+        with pytest.raises(DeviceError, match=r"no usable NVIDIA driver \(status 1035"):
+            call()
+    for command in ([shutil.which("gcc"), "-Wall", "-Wextra", "-Werror", "example.c", "-I.", "-L.", f"-l{m.name}",
+                     "-Wl,-rpath,$ORIGIN", "-o", "example"], ["./example"]):  # fmt: skip
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (1, "no usable NVIDIA driver\n")
