@@ -25,7 +25,7 @@ enum { /* a piece is a block, or the part of one that a thread block has room fo
     ROWS = 5, STRIPS = 1, PIECE_ROWS = ROWS * STRIPS, ROW_PIECES = 1, /* a warp has a strip of ROWS rows */
     PIECE_COLUMNS = 3, GROUP_ROWS = 2, /* piece rows of a thread block */
     STEP_FEATURES = 12, /* of X in shared memory at a time */
-    THREADS = 32 * STRIPS * GROUP_ROWS, THREAD_BLOCKS = 2,
+    THREADS = 32 * 2, THREAD_BLOCKS = 2,
 };
 
 static __device__ const int group_rows[] = { /* first piece row of each thread block, the one with most work first */
