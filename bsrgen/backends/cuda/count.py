@@ -46,8 +46,8 @@ def counts(plan: "CudaPlan", n: int) -> Counts:
     )
     cycles = max(bounds) + OVERLAP * (sum(bounds) - max(bounds))
     return Counts(
-        flop=flop, effective_flop=problem.flop(n), vector_fma=flop // (2 * WARP), vector_loads=int(loads), l1_bytes=int(128 * loads),
-        l2_bytes=int(from_l2), memory_bytes=memory, registers=_registers(plan, lanes.tokens),
+        flop=flop, effective_flop=problem.flop(n), vector_fma=flop // (2 * WARP), vector_loads=int(loads),
+        l1_bytes=int(128 * loads), l2_bytes=int(from_l2), memory_bytes=memory, registers=_registers(plan, lanes.tokens),
         code_bytes=16 * plan.rows * lanes.tokens * plan.piece_columns, table_bytes=table_bytes,
         value_bytes=value_bytes, cycles=cycles,
     )  # fmt: skip

@@ -14,12 +14,15 @@ TOKEN_WARPS = 4  # that share the tokens of a thread block
 
 @dataclass(frozen=True)
 class MatrixPlan(CudaPlan):
-    """Knobs of a kernel on matrix units: a thread block has `rows` rows of one block row, a multiple of 8, its warps have
-    16 tokens of their own, or 16 times many.tokens; the columns of a step lie side by side and fill tiles of 16."""
+    """Knobs of a kernel on matrix units.
+
+    A thread block has `rows` rows, a multiple of 8, of one block row; each of its warps has many.tokens times 16 tokens
+    (few.tokens); the columns of a step lie side by side and fill tiles of 16 features.
+    """
 
     def __str__(self) -> str:
-        text = f"CUDA, matrix units: {self.rows} rows x {self.width} tokens a thread block, {self.step_k} features of X "
-        return f"{text}in shared memory; up to {self.few_n} tokens: {self.few_width} of them"
+        text = f"CUDA, matrix units: {self.rows} rows x {self.width} tokens a thread block, {self.step_k} features of X"
+        return f"{text} in shared memory; up to {self.few_n} tokens: {self.few_width} of them"
 
     @property
     def matrix(self) -> bool:
@@ -61,7 +64,7 @@ class MatrixPlan(CudaPlan):
 
     @cached_property
     def features_of_tiles(self) -> NDArray[Any]:
-        """piece * columns of a piece + column, for each feature of the tiles; -1 behind a step's last: int64[tiles * 16]."""
+        """For each feature of the tiles, piece * columns of a piece + column; -1 behind a step's last: int64[16 * tiles]."""
         counts = np.diff(self.packing.columns).astype(np.int64) * self.piece_columns
         step = np.repeat(np.arange(counts.size), np.diff(self.fragments) * 16)
         inside = np.arange(step.size) - 16 * self.fragments[:-1].astype(np.int64)[step]
@@ -69,7 +72,7 @@ class MatrixPlan(CudaPlan):
         return np.where(inside < counts[step], first + inside, -1).astype(np.int64)
 
     def in_fragments(self, packed: NDArray[Any]) -> NDArray[Any]:
-        """[pieces, columns, rows] -> [tile][pair of strips][lane = row, quad][strip][high, low]: k = 8 high + 2 quad + low."""
+        """[pieces, columns, rows] -> [tile][pair of strips][lane = row, quad][strip][high, low], k = 8 high + 2 quad + low."""
         whole = np.vstack([packed.reshape(-1, self.rows), np.zeros((1, self.rows), packed.dtype)])
         tiles = whole[self.features_of_tiles]  # -1 is the row of zeros
         pair = 2 - self.rows // 8 % 2

@@ -91,7 +91,8 @@ def _entry(plan: CudaPlan, values_bytes: int) -> dict[str, Any]:
         blobs.append({"symbol": f"{name}_features", "file": f"{name}_features.bin", "c": "int64_t"})
         matrix = {"features": f"{name}_features", "tiles": int(plan.fragments[-1])}
     return matrix | {
-        "name": name, "matrix": plan.matrix, "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c, "blobs": blobs, "operands": operands,
+        "name": name, "matrix": plan.matrix,
+        "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c, "blobs": blobs, "operands": operands,
         "prototype": prototype, "linear": problem.operator.token_axis == 0, "M": p.M, "rows": problem.rows, "K": p.K,
         "R": p.R, "C": p.C, "nnzb": p.nnzb, "values_bytes": values_bytes, "pieces": plan.packing.source.size,
         "piece_rows": plan.piece_rows, "piece_columns": plan.piece_columns, "row_pieces": plan.row_pieces,
