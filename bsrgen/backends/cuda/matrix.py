@@ -64,7 +64,7 @@ class MatrixPlan(CudaPlan):
 
     @cached_property
     def features_of_tiles(self) -> NDArray[Any]:
-        """For each feature of the tiles, piece * columns of a piece + column; -1 behind a step's last: int64[16 * tiles]."""
+        """For each feature of the tiles piece * piece_columns + column, -1 behind a step's last: int64[16 * tiles]."""
         counts = np.diff(self.packing.columns).astype(np.int64) * self.piece_columns
         step = np.repeat(np.arange(counts.size), np.diff(self.fragments) * 16)
         inside = np.arange(step.size) - 16 * self.fragments[:-1].astype(np.int64)[step]
@@ -72,7 +72,7 @@ class MatrixPlan(CudaPlan):
         return np.where(inside < counts[step], first + inside, -1).astype(np.int64)
 
     def in_fragments(self, packed: NDArray[Any]) -> NDArray[Any]:
-        """[pieces, columns, rows] -> [tile][pair of strips][lane = row, quad][strip][high, low], k = 8 high + 2 quad + low."""
+        """[pieces, columns, rows] -> [tile][pair of strips][row][quad][strip][high][low], k = 8 high + 2 quad + low."""
         whole = np.vstack([packed.reshape(-1, self.rows), np.zeros((1, self.rows), packed.dtype)])
         tiles = whole[self.features_of_tiles]  # -1 is the row of zeros
         pair = 2 - self.rows // 8 % 2
