@@ -10,6 +10,7 @@ from device_emulation import GpuArray, check_device_calls, emulated, run, said
 from support import DTYPE_NAMES, OPERATOR_NAMES, REDUCED, assert_right, make_weight, problem_of, single
 
 import bsrgen
+from bsrgen import device
 from bsrgen.backends.cuda import CudaPlan, Lanes, candidates
 from bsrgen.device_arrays import DeviceArray, device_array, of_capsule, stream_of
 from bsrgen.dtypes import DTYPES
@@ -114,6 +115,22 @@ def test_every_knob_gives_the_same_sums_in_every_run(rng, tmp_path):
         kernel = emulated(plan_of(problem, few=few), weight, folder)
         first, *others = (run(kernel, x, problem.sample_out(rng, 3), {}).tobytes() for _ in range(4))
         assert set(others) == {first}
+
+
+def test_memory_of_a_device_is_given_back(rng, tmp_path):
+    """That of old values after `update`, and all of it with the kernel."""
+    weight = make_weight("uniform", (24, 30), (4, 3), "float32")
+    problem = problem_of(weight)
+    kernel, released = emulated(plan_of(problem), weight, tmp_path), []
+    kernel._release = lambda memory: released.append(int(device._interface().cast("uintptr_t", memory))) or 0
+    check_device_calls(kernel, problem, weight, rng, (3,))
+    first = kernel._residents[-1].packed
+    kernel.update(Weight(weight.pattern, 2 * weight.data))
+    assert not released
+    kernel.upload()
+    assert released == [first]
+    device._release_all(kernel._residents, kernel._release)
+    assert len(released) == 2
 
 
 def test_save_keeps_new_values(rng, tmp_path):

@@ -303,6 +303,8 @@ template <class A> static cudaError_t cudaLaunchKernel(
     return emulation::launch(grid, block);
 }
 
+struct cudaFuncAttributes { size_t sharedSizeBytes; };
+template <class F> static cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, F *) { return cudaSuccess; }
 static inline cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
 static inline cudaError_t cudaSetDevice(int device) { return device ? 101 : cudaSuccess; }
 static inline cudaError_t cudaGetLastError() { return cudaSuccess; }
