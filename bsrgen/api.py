@@ -251,6 +251,7 @@ def _make(
             choices.append(choose(backend, problem, weight, lesser, modelled, compiler, exam, folder / "tune"))
     plans = tuple(choice.plan for choice in choices)
     source = backend.emit(plans, weight)
+    source = replace(source, tools=source.tools or backend.tools())
     build.build(source, folder, compiler)
     records = tuple(record for choice in choices for record in choice.records)
     manifest = package.describe(source, weight, compiler, records, folder, bound.arrays)

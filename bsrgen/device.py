@@ -2,7 +2,9 @@
 
 import functools
 import math
-from collections.abc import Mapping
+import threading
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,7 @@ class DeviceKernel(Kernel):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._residents: dict[int, _Resident] = {}
+        self._lock = threading.Lock()  # no memory is released between where it is looked up and the launch
         super().__init__(*arguments, **options)
 
     def _bind(self) -> None:
@@ -47,6 +50,7 @@ class DeviceKernel(Kernel):
         self._upload = function("upload", "int (*)(const void *, int64_t, int, void **)")
         self._release = function("release", "int (*)(void *)")
         self._words = function("error", "const char *(*)(int)")
+        weakref.finalize(self, _release_all, self._residents, self._release).atexit = False
 
     def __call__(
         self, x: Any, out: Any = None, *, threads: int | None = None, stream: Any = None, **operands: Any
@@ -79,10 +83,12 @@ class DeviceKernel(Kernel):
         arrays: list[DeviceArray] = [x2, y2]
         records = [self._record(o, operands, values, y2, batch, arrays) for o in self._call.operands]
         self._check_places(arrays)
-        resident = self._resident(values, given.device)
-        where = {i: resident.bound[o.name] for i, o in enumerate(self._call.operands) if o.name in resident.bound
-                 and operands.get(o.name) is None}  # fmt: skip
-        self._enter(x2, y2, n, resident, records, where, stream_of(given, stream), given.device)
+        handle = stream_of(given, stream)
+        with self._lock:
+            resident = self._resident(values, given.device)
+            where = {i: resident.bound[o.name] for i, o in enumerate(self._call.operands) if o.name in resident.bound
+                     and operands.get(o.name) is None}  # fmt: skip
+            self._enter(x2, y2, n, resident, records, where, handle, given.device)
         return target.owner if out is None else out
 
     def _enter(
@@ -192,7 +198,8 @@ class DeviceKernel(Kernel):
 
     def upload(self, device: int = -1) -> None:
         """Copy the values, and operands that are bound, to a device (-1: the current one), unless they are there."""
-        self._resident(self._values, device)
+        with self._lock:
+            self._resident(self._values, device)
 
     def _resident(self, values: _Values, device: int) -> _Resident:
         found = self._residents.get(device)
@@ -201,8 +208,8 @@ class DeviceKernel(Kernel):
             bound = {name: self._to_device(self._bound(name, values), device) for name in rows}
             packed = self._to_device(values.packed, device)
             old, self._residents[device] = found, (found := _Resident(values, packed, bound))
-            for memory in (old.packed, *old.bound.values()) if old else ():
-                self._must(self._release(_interface().cast("void *", memory)))
+            if old:
+                _release_all({device: old}, self._release)
         return found
 
     def _bound(self, name: str, values: _Values) -> Array:
@@ -218,6 +225,13 @@ class DeviceKernel(Kernel):
 
     def __repr__(self) -> str:
         return f"<bsrgen.Kernel {self.name} for {self.plan.target}>"
+
+
+def _release_all(residents: dict[int, _Resident], release: Callable[[Any], int]) -> None:
+    """Give the memory of a kernel back that is not called any more; cudaFree waits for what still runs."""
+    for resident in residents.values():
+        for memory in (resident.packed, *resident.bound.values()):
+            release(_interface().cast("void *", memory))
 
 
 @functools.cache

@@ -161,7 +161,7 @@ ARGUMENTS = {
     "w_scale": [np.ones(36)],
     "epilogue": ["nonsense", "", ("bias", "nonsense"), ("bias", None), 5, [["bias"]], b"bias", None],
     "mode": ["dynamic", "pit", "nonsense", None, 3, ["static"]],
-    "backend": ["cuda", "nonsense", None, 3, ["c"]],
+    "backend": ["rocm", "nonsense", None, 3, ["c"]],
     "target": ["nonsense", "", (), 5, None, ("native", 5), ("x86-64", "aarch64"), "power9le", [["native"]]],
     "n": [0, -1, 1.5, True, "3", [1]],
     "threads": [0, -1, 1.5, True, "3", 2**40, [1]],

@@ -16,7 +16,8 @@ from test_golden import Golden
 
 import bsrgen
 from bsrgen import build, nvcc
-from bsrgen.backends.cuda import CudaPlan, Lanes, emit
+from bsrgen.backends.cuda import CudaPlan, Lanes, MatrixPlan, emit
+from bsrgen.backends.cuda.matrix import tokens
 from bsrgen.errors import CompilerNotFoundError, DeviceError
 from bsrgen.gpus import GPUS, as_gpus
 from bsrgen.pattern import Weight, random_weight
@@ -106,6 +107,25 @@ GATES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("operator", "dtype", "block"), [("linear", "float16", (64, 64)), ("spmm", "bfloat16", (32, 1))]
+)
+def test_nothing_is_spilled_beside_matrix_units(operator, dtype, block, needs_nvcc, tmp_path):
+    (target,) = as_gpus(("sm_80", "sm_90"))
+    weight = make_weight("uniform", (block[0] * 3, block[1] * 90 if block[1] == 1 else 270), block, "float32")
+    problem = problem_of(weight, operator, ("bias", "silu"), dtype)
+    plan = MatrixPlan(problem, target, min(block[0], 64), 1, 64, tokens(2), tokens(1), 64)
+    sass = compiled(plan, Weight(weight.pattern, weight.data.astype(problem.dtype.numpy)), tmp_path)
+    if sass is not None:
+        wanted = [
+            "HMMA.16816.F32",
+            "LDSM.16.M" if operator == "linear" else "LDSM.16.MT",
+            "LDGSTS.E.BYPASS.128",
+            "LDG.E.128",
+        ]
+        assert {name: sass.count(name) >= 2 for name in wanted} == dict.fromkeys(wanted, True)
+
+
 @pytest.mark.parametrize("name", GATES)
 def test_nothing_is_spilled(name, needs_nvcc, tmp_path):
     """Registers and shared memory as ptxas reports them; loads of 128 bits in the machine code."""
@@ -117,22 +137,29 @@ def test_nothing_is_spilled(name, needs_nvcc, tmp_path):
     (target,) = as_gpus(ARCHS)
     plan = replace(plan_of(problem, **knobs), target=target)
     data = Weight(weight.pattern, weight.data.astype(problem.dtype.numpy))
-    library = build.build(emit((plan,), data), tmp_path, build.find_compiler(target))
-    log = (tmp_path / "build.log").read_text()
-    kernels = re.findall(r"Compiling entry function '\w+' for '(\w+)'", log)
-    assert sorted(kernels) == sorted(2 * ARCHS)
-    assert log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(kernels)
-    assert "warning" not in log
-    sizes = [int(found) for found in re.findall(r"(\d+) bytes smem", log)]
-    assert max(sizes) == plan.shared_bytes
-    if name == "f32" and (folder := disassembler()):
-        path = os.pathsep.join((folder, os.environ["PATH"]))
-        sass = subprocess.run(
-            ["cuobjdump", "-sass", library], capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
-        ).stdout
+    sass = compiled(plan, data, tmp_path)
+    if name == "f32" and sass is not None:
         assert len(re.findall(r"\bLDG\.E\.128\b", sass)) >= len(ARCHS), "W is read 16 bytes at a time"
         assert len(re.findall(r"\bLDS\.128\b", sass)) >= len(ARCHS), "and so is X in shared memory"
-        assert not re.search(r"\b(LDL|STL)\b", sass), "local memory"
+
+
+def compiled(plan, weight, folder):
+    """Nothing spilled, shared memory as planned; the machine code, None where nothing can read it."""
+    library = build.build(emit((plan,), weight), folder, build.find_compiler(plan.target))
+    log = (folder / "build.log").read_text()
+    kernels = re.findall(r"Compiling entry function '\w+' for '(\w+)'", log)
+    assert sorted(kernels) == sorted(2 * plan.target.archs)
+    assert log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(kernels)
+    assert "warning" not in log
+    assert max(map(int, re.findall(r"(\d+) bytes smem", log))) == plan.shared_bytes
+    if (tools := disassembler()) is None:
+        return None
+    environment = os.environ | {"PATH": os.pathsep.join((tools, os.environ["PATH"]))}
+    sass = subprocess.run(
+        ["cuobjdump", "-sass", library], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    assert not re.search(r"\b(LDL|STL)\b", sass), "local memory"
+    return sass
 
 
 def disassembler() -> str | None:

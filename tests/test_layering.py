@@ -24,6 +24,7 @@ FLOORS = """
     backends
     backends.mlir  backends.cuda
     backends.cuda.candidates  backends.cuda.text
+    backends.cuda.matrix
     backends.cuda.plan
     backends.cuda.count  backends.cuda.packing
     backends.mlir.candidates  backends.mlir.text

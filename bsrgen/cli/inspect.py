@@ -89,9 +89,10 @@ def artifact_facts(folder: Path, *, short: bool = False, err: bool = False) -> N
             rows.append(("", f"needs {', '.join(level.requires) or 'nothing beyond the baseline'}"))
             rows += _count_rows(level.counts, m.cost.n)
     measured = "" if m.cost.measured_seconds is None else f", measured {duration(m.cost.measured_seconds)}"
-    rows.append(("cost", f"{_cost(m.cost.flop, m.cost.bytes, m.cost.seconds, m.cost.n)}{measured}"))
+    rows.append(("cost", f"{_cost(m.cost.flop, m.cost.bytes, m.cost.seconds, m.cost.n, m.verdict.where)}{measured}"))
     rows.append(("verdict", str(m.verdict)))
-    check = "not run: this CPU cannot" if m.check is None else (
+    why = "it is for GPUs" if m.device == "cuda" else "this CPU cannot"
+    check = f"not run: {why}" if m.check is None else (
         f"largest error {100 * m.check.worst:.2g} % of the float64 bound at n = {', '.join(map(str, m.check.n))}"
     )  # fmt: skip
     rows.append(("check", check))
@@ -258,5 +259,5 @@ def _count_rows(c: Mapping[str, float], n: int) -> Rows:
     ]
 
 
-def _cost(flop: int, count: int, seconds: float, n: int) -> str:
-    return f"{flop / 1e6:.4g} MFLOP, {size(count)}, predicted {duration(seconds)} at n = {n} on one core"
+def _cost(flop: int, count: int, seconds: float, n: int, where: str = "one core") -> str:
+    return f"{flop / 1e6:.4g} MFLOP, {size(count)}, predicted {duration(seconds)} at n = {n} on {where}"

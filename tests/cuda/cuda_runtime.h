@@ -3,7 +3,7 @@
  * The threads of a thread block are fibers, in random order, that change at barriers and shuffles only.  Found are: wrong
  * results, of course; shared memory read before it is written (it is NaN) or written outside of an array (guard zones);
  * global memory read or written past the end of its allocation (a page without access) or read before its start (NaN);
- * vectors that are not aligned; barriers and shuffles that not all threads reach.
+ * vectors that are not aligned; copies to shared memory that nobody waited for (NaN until then); barriers and shuffles that not all threads reach.
  * Not modelled: time, caches, the memory model, and whatever ptxas may do. */
 #pragma once
 #include <math.h>
@@ -16,6 +16,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#define BSRGEN_EMULATION 1
 #define __global__ static
 #define __device__
 #define __forceinline__ inline
@@ -35,7 +36,8 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
 namespace emulation {
 
 enum { GUARD = 4096, STACK = 1 << 15, WARP = 32, MOST = 1024, ARRAYS = 8 };
-struct Fiber { ucontext_t context; bool done; int shuffles; };
+struct Copy { void *to; const void *from; int bytes; };
+struct Fiber { ucontext_t context; bool done; int shuffles, copies; Copy copy[256]; };
 struct Exchange { uint64_t value[WARP]; int arrived[WARP]; };
 struct Array { int line; size_t bytes; uint8_t *memory, *start; }; /* shared memory, by the line of its declaration */
 
@@ -114,21 +116,80 @@ static bool arrived(const Exchange &x, int count)
     return true;
 }
 
-static uint64_t exchanged(uint64_t value, int distance)
+/* The values that the lanes of a warp give; all of them must come, and none leaves before all have looked. */
+static const uint64_t *gathered(uint64_t value)
 {
     Exchange &x = exchanges[current / WARP];
-    const int lane = current % WARP, mine = 2 * ++fibers[current].shuffles;
-    x.value[lane] = value, x.arrived[lane] = mine - 1, progress++;
+    const int mine = 2 * ++fibers[current].shuffles;
+    x.value[current % WARP] = value, x.arrived[current % WARP] = mine - 1, progress++;
     while (!arrived(x, mine - 1)) yield();
-    const uint64_t other = x.value[(lane ^ distance) % WARP];
-    x.arrived[lane] = mine, progress++;
-    while (!arrived(x, mine)) yield(); /* before the next one overwrites it */
+    return x.value;
+}
+
+static void looked()
+{
+    Exchange &x = exchanges[current / WARP];
+    const int mine = 2 * fibers[current].shuffles;
+    x.arrived[current % WARP] = mine, progress++;
+    while (!arrived(x, mine)) yield();
+}
+
+static uint64_t exchanged(uint64_t value, int distance)
+{
+    const uint64_t other = gathered(value)[(current % WARP ^ distance) % WARP];
+    looked();
     return other;
+}
+
+/* Copies on their way: they read and land when somebody waits for them, and not before. */
+static void land()
+{
+    Fiber &f = fibers[current];
+    for (int i = 0; i < f.copies; i++) {
+        memset(f.copy[i].to, 0, 16);
+        memcpy(f.copy[i].to, f.copy[i].from, f.copy[i].bytes);
+    }
+    f.copies = 0;
+}
+
+/* Four 8x8 matrices: lane l has elements 2 (l % 4) and one more of row l / 4, or of column l / 4. */
+static void matrices(uint32_t *a, const void *address, bool transposed)
+{
+    if ((uintptr_t)address % 16) fail("a row of a matrix that is not aligned");
+    const int lane = current % WARP, row = lane / 4, column = lane % 4 * 2;
+    const uint64_t *rows = gathered((uint64_t)(uintptr_t)address);
+    for (int m = 0; m < 4; m++) {
+        uint32_t pair = 0;
+        for (int e = 0; e < 2; e++) {
+            const uint16_t *at = (const uint16_t *)(uintptr_t)rows[8 * m + (transposed ? column + e : row)];
+            pair |= (uint32_t)at[transposed ? row : column + e] << 16 * e;
+        }
+        a[m] = pair;
+    }
+    looked();
+}
+
+/* d += a b, a 16 x 16, b 16 x 8, in fragments. */
+struct Fragments { uint32_t a[4], b[2]; };
+static void multiply(float *d, const uint32_t *a, const uint32_t *b, float (*widen)(uint16_t))
+{
+    const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+    const uint64_t *all = gathered((uint64_t)(uintptr_t)&mine);
+    const int lane = current % WARP;
+    for (int e = 0; e < 4; e++)
+        for (int k = 0; k < 16; k++) {
+            const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2, shift = 16 * (k % 2);
+            const Fragments *left = (const Fragments *)(uintptr_t)all[row % 8 * 4 + k % 8 / 2];
+            const Fragments *right = (const Fragments *)(uintptr_t)all[column * 4 + k % 8 / 2];
+            d[e] += widen((uint16_t)(left->a[row / 8 + k / 8 * 2] >> shift)) * widen((uint16_t)(right->b[k / 8] >> shift));
+        }
+    looked();
 }
 
 static void fiber_main()
 {
     kernel(argument);
+    if (fibers[current].copies) fail("a copy that nobody waited for");
     fibers[current].done = true, progress++;
     swapcontext(&fibers[current].context, &scheduler);
 }
@@ -139,7 +200,7 @@ static void run_block(uint8_t *stacks)
     waiting = 0;
     for (unsigned t = 0; t < threads; t++) {
         Fiber &f = fibers[t];
-        f.done = false, f.shuffles = 0;
+        f.done = false, f.shuffles = f.copies = 0;
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = stacks + (size_t)t * STACK, f.context.uc_stack.ss_size = STACK;
         f.context.uc_link = &scheduler;
@@ -211,6 +272,22 @@ template <class T> static T __shfl_xor_sync(unsigned mask, T value, int distance
     return value;
 }
 
+static inline float widen_bf16(uint16_t v) { const uint32_t bits = (uint32_t)v << 16; float f; memcpy(&f, &bits, 4); return f; }
+static inline float widen_f16(uint16_t v) { _Float16 h; memcpy(&h, &v, 2); return (float)h; }
+static inline void load_matrices(uint32_t (&a)[4], const void *at) { emulation::matrices(a, at, false); }
+static inline void load_matrices_transposed(uint32_t (&a)[4], const void *at) { emulation::matrices(a, at, true); }
+static inline void multiply_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t *b) { emulation::multiply(d, a, b, widen_f16); }
+static inline void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t *b) { emulation::multiply(d, a, b, widen_bf16); }
+static inline void copies_done() { emulation::land(); }
+static inline void copy_later(void *to, const void *from, int bytes)
+{
+    emulation::Fiber &f = emulation::fibers[emulation::current];
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes < 0 || bytes > 16) emulation::fail("a copy that is not aligned");
+    if (f.copies == 256) emulation::fail("more copies on their way than the emulation has room for");
+    memset(to, 0xff, 16);
+    f.copy[f.copies++] = {to, from, bytes};
+}
+
 static inline float __uint_as_float(uint32_t bits) { float v; memcpy(&v, &bits, 4); return v; }
 static inline uint32_t __float_as_uint(float v) { uint32_t bits; memcpy(&bits, &v, 4); return bits; }
 static inline float normcdff(float v) { return (float)(0.5 * erfc(-(double)v * M_SQRT1_2)); }
@@ -226,6 +303,8 @@ template <class A> static cudaError_t cudaLaunchKernel(
     return emulation::launch(grid, block);
 }
 
+struct cudaFuncAttributes { size_t sharedSizeBytes; };
+template <class F> static cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, F *) { return cudaSuccess; }
 static inline cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
 static inline cudaError_t cudaSetDevice(int device) { return device ? 101 : cudaSuccess; }
 static inline cudaError_t cudaGetLastError() { return cudaSuccess; }

@@ -1,7 +1,8 @@
 """The CUDA backend: plans for NVIDIA GPUs and their text, device and host."""
 
 from bsrgen.backends.cuda.candidates import LACKS, candidates
+from bsrgen.backends.cuda.matrix import MatrixPlan
 from bsrgen.backends.cuda.plan import CudaPlan, Lanes
 from bsrgen.backends.cuda.text import emit
 
-__all__ = ["LACKS", "CudaPlan", "Lanes", "candidates", "emit"]
+__all__ = ["LACKS", "CudaPlan", "Lanes", "MatrixPlan", "candidates", "emit"]

@@ -55,9 +55,19 @@ class CudaPlan(Plan):
         return f"{text}; up to {self.few_n} tokens: {self.few.along_k} lanes along k"
 
     @property
+    def matrix(self) -> bool:
+        """Whether the products are those of matrix units: in MatrixPlan."""
+        return False
+
+    @property
     def width(self) -> int:
         """Tokens of a thread block where there are many."""
         return self.many.width
+
+    @property
+    def few_width(self) -> int:
+        """And where there are few."""
+        return self.few.width
 
     @property
     def dense(self) -> bool:
@@ -74,11 +84,12 @@ class CudaPlan(Plan):
         return {
             "backend": self.backend, "rows": self.rows, "warps": self.warps, "features": self.features,
             "many": asdict(self.many), "few": asdict(self.few), "few_n": self.few_n,
+            "matrix": self.matrix,
         }  # fmt: skip
 
     def family(self, n: int) -> tuple[Any, ...]:
         """What plans share that do much the same at n tokens."""
-        return self.rows, self.few if n <= self.few_n else self.many
+        return self.matrix, self.rows, self.few if n <= self.few_n else self.many
 
     def counts(self, n: int) -> Counts:
         """What one call of n tokens does on the whole GPU."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from bsrgen.backends.cuda.matrix import MatrixPlan
 from bsrgen.backends.cuda.packing import pack_values
 from bsrgen.backends.cuda.plan import CudaPlan
 from bsrgen.emit import Source, Unit, banner, render, runtime_file
@@ -46,7 +47,11 @@ def emit(plans: tuple[CudaPlan, ...], weight: Weight) -> Source:
     assert isinstance(target, GpuTarget)
     packing, cuts = plan.packing, (plan.row_pieces, plan.column_pieces, plan.piece_rows)
     values = pack_values(weight.data, packing.source, *cuts)
-    files = {f"{name}_values.bin": values.tobytes(), f"{name}_source.bin": packing.source.tobytes()}
+    files = {f"{name}_source.bin": packing.source.tobytes()}
+    if isinstance(plan, MatrixPlan):
+        values = plan.in_fragments(values)
+        files[f"{name}_features.bin"] = plan.features_of_tiles.tobytes()
+    files[f"{name}_values.bin"] = values.tobytes()
     entry = _entry(plan, values.nbytes)
     manifest = {"name": name, "problem": str(problem), "pattern": problem.pattern.digest}
     entry["manifest_lines"] = [json.dumps(line + "\n") for line in json.dumps(manifest, indent=1).splitlines()]
@@ -54,7 +59,7 @@ def emit(plans: tuple[CudaPlan, ...], weight: Weight) -> Source:
     files[f"{name}_device.cu"] = render("cuda/kernel.cu.j2", k=_kernel(plan), banner=head).encode()
     files[f"{name}.c"] = render("cuda/main.c.j2", a=entry, banner=head).encode()
     files[f"{name}.h"] = render("cuda/header.h.j2", a=entry, banner=head).encode()
-    for runtime in ("bsrgen.h", "bsrgen_cuda.h"):
+    for runtime in ("bsrgen.h", "bsrgen_cuda.h", *(["bsrgen_mma.h"] if plan.matrix else [])):
         files[runtime] = runtime_file(runtime)
     units = (Unit(f"{name}.c", ()), Unit(f"{name}_device.cu", target.flags))
     return Source(name, plans, files, units, entry["prototype"], (f"{name}_values.bin",), entry)
@@ -81,8 +86,13 @@ def _entry(plan: CudaPlan, values_bytes: int) -> dict[str, Any]:
         {"symbol": f"{name}_values", "file": f"{name}_values.bin", "c": "unsigned char"},
         {"symbol": f"{name}_source", "file": f"{name}_source.bin", "c": "int64_t"},
     ]
-    return {
-        "name": name, "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c, "blobs": blobs, "operands": operands,
+    matrix = {}
+    if isinstance(plan, MatrixPlan):
+        blobs.append({"symbol": f"{name}_features", "file": f"{name}_features.bin", "c": "int64_t"})
+        matrix = {"features": f"{name}_features", "tiles": int(plan.fragments[-1])}
+    return matrix | {
+        "name": name, "matrix": plan.matrix,
+        "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c, "blobs": blobs, "operands": operands,
         "prototype": prototype, "linear": problem.operator.token_axis == 0, "M": p.M, "rows": problem.rows, "K": p.K,
         "R": p.R, "C": p.C, "nnzb": p.nnzb, "values_bytes": values_bytes, "pieces": plan.packing.source.size,
         "piece_rows": plan.piece_rows, "piece_columns": plan.piece_columns, "row_pieces": plan.row_pieces,
@@ -116,7 +126,9 @@ def _kernel(plan: CudaPlan) -> dict[str, Any]:
         "step_features": plan.step_columns * plan.piece_columns, "groups": max(plan.packing.groups.size, 1),
         "unroll": min(plan.piece_columns, UNROLLED_COLUMNS),
         "tables": _tables(plan), "operands": operands, "epilogue": steps, "few_n": plan.few_n,
-        "few_width": plan.few.width, "many_width": plan.many.width,
+        "few_width": plan.few_width, "many_width": plan.width, "thread_warps": plan.thread_warps,
+        "matrix": plan.matrix, "step_k": plan.step_k if isinstance(plan, MatrixPlan) else 0,
+        "by_eight": plan.piece_columns % 8 == 0 and plan.piece_columns * plan.column_pieces == p.C,
         "variants": (("many", plan.many), ("few", plan.few)), "linear": problem.operator.token_axis == 0,
     }  # fmt: skip
 
@@ -124,14 +136,17 @@ def _kernel(plan: CudaPlan) -> dict[str, Any]:
 def _tables(plan: CudaPlan) -> list[dict[str, Any]]:
     """The pattern as constants of the device."""
     t = plan.packing
-    rows = (
+    rows: tuple[tuple[str, NDArray[Any], str], ...] = (
         ("group_rows", t.groups, "first piece row of each thread block, the one with most work first"),
         ("group_steps", t.steps, "its first step"),
         ("step_columns", t.columns, "first column of each step"),
         ("column_features", t.features, "first feature of each column"),
         ("step_pieces", t.pointers, "first piece of each step and piece row of a thread block"),
-        ("piece_slots", t.slots, "which column of its step a piece has"),
     )
+    if isinstance(plan, MatrixPlan):  # a step has one piece row and all of its columns
+        rows = (*rows[:4], ("step_fragments", plan.fragments, "first tile of 16 features of each step"))
+    else:
+        rows = (*rows, ("piece_slots", t.slots, "which column of its step a piece has"))
     return [
         {"name": name, "type": _C_TABLE[table.dtype.name], "text": text, "lines": _numbers(table)}
         for name, table, text in rows

@@ -25,7 +25,7 @@ enum { /* a piece is a block, or the part of one that a thread block has room fo
     ROWS = 5, STRIPS = 1, PIECE_ROWS = ROWS * STRIPS, ROW_PIECES = 1, /* a warp has a strip of ROWS rows */
     PIECE_COLUMNS = 3, GROUP_ROWS = 2, /* piece rows of a thread block */
     STEP_FEATURES = 12, /* of X in shared memory at a time */
-    THREADS = 32 * STRIPS * GROUP_ROWS, THREAD_BLOCKS = 2,
+    THREADS = 32 * 2, THREAD_BLOCKS = 2,
 };
 
 static __device__ const int group_rows[] = { /* first piece row of each thread block, the one with most work first */
@@ -191,7 +191,8 @@ HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_launch(const struct bsrgen_call *call)
     return failed(error);
 }
 
-/* `bytes` of host memory into new memory of a device, which *to points at. */
+/* `bytes` of host memory into new memory of a device, which *to points at; and the kernels' code there, which the runtime
+ * would else load at the first launch, where a CUDA graph that records it has no room for that. */
 HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_copy(const void *host, int64_t bytes, int device, void **to)
 {
     *to = NULL;
@@ -200,6 +201,9 @@ HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_copy(const void *host, int64_t bytes, 
     if (!error && device >= 0) error = cudaSetDevice(device);
     if (!error) error = cudaMalloc(to, bytes ? (size_t)bytes : 1);
     if (!error && bytes) error = cudaMemcpy(*to, host, (size_t)bytes, cudaMemcpyHostToDevice);
+    cudaFuncAttributes attributes;
+    if (!error) error = cudaFuncGetAttributes(&attributes, linear_f32_18x24_b5x3_c8cf43a9_many);
+    if (!error) error = cudaFuncGetAttributes(&attributes, linear_f32_18x24_b5x3_c8cf43a9_few);
     if (error && *to) cudaFree(*to), *to = NULL;
     if (device >= 0 && before >= 0) cudaSetDevice(before);
     return failed(error);

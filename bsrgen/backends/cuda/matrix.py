@@ -1,0 +1,85 @@
+"""The plan of a CUDA kernel on matrix units (mma.sync, sm_80 and later), and W in the order of their fragments."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bsrgen.backends.cuda.plan import WARP, CudaPlan, Lanes
+
+TOKEN_WARPS = 4  # that share the tokens of a thread block
+
+
+@dataclass(frozen=True)
+class MatrixPlan(CudaPlan):
+    """Knobs of a kernel on matrix units.
+
+    A thread block has `rows` rows, a multiple of 8, of one block row; each of its warps has many.tokens times 16 tokens
+    (few.tokens); the columns of a step lie side by side and fill tiles of 16 features.
+    """
+
+    def __str__(self) -> str:
+        text = f"CUDA, matrix units: {self.rows} rows x {self.width} tokens a thread block, {self.step_k} features of X"
+        return f"{text} in shared memory; up to {self.few_n} tokens: {self.few_width} of them"
+
+    @property
+    def matrix(self) -> bool:
+        """Whether the products are those of matrix units."""
+        return True
+
+    @property
+    def width(self) -> int:
+        """Tokens of a thread block where there are many."""
+        return 16 * TOKEN_WARPS * self.many.tokens
+
+    @property
+    def few_width(self) -> int:
+        """And where there are few."""
+        return 16 * TOKEN_WARPS * self.few.tokens
+
+    @property
+    def thread_warps(self) -> int:
+        """Warps of a thread block."""
+        return TOKEN_WARPS
+
+    @property
+    def step_k(self) -> int:
+        """Features in shared memory at a time, whole tiles."""
+        return -(-self.step_columns * self.piece_columns // 16) * 16
+
+    @property
+    def shared_bytes(self) -> int:
+        """Two panels of X as it is."""
+        if self.problem.operator.token_axis == 0:
+            return 2 * self.width * (self.step_k + 8) * self.problem.x_dtype.bytes
+        return 2 * self.step_k * (self.width + 8) * self.problem.x_dtype.bytes
+
+    @cached_property
+    def fragments(self) -> NDArray[Any]:
+        """First tile of 16 features of each step: int32[steps + 1]."""
+        features = np.diff(self.packing.columns).astype(np.int64) * self.piece_columns
+        return np.concatenate(([0], np.cumsum(-(-features // 16)))).astype(np.int32)
+
+    @cached_property
+    def features_of_tiles(self) -> NDArray[Any]:
+        """For each feature of the tiles piece * piece_columns + column, -1 behind a step's last: int64[16 * tiles]."""
+        counts = np.diff(self.packing.columns).astype(np.int64) * self.piece_columns
+        step = np.repeat(np.arange(counts.size), np.diff(self.fragments) * 16)
+        inside = np.arange(step.size) - 16 * self.fragments[:-1].astype(np.int64)[step]
+        first = self.packing.columns[:-1].astype(np.int64)[step] * self.piece_columns
+        return np.where(inside < counts[step], first + inside, -1).astype(np.int64)
+
+    def in_fragments(self, packed: NDArray[Any]) -> NDArray[Any]:
+        """[pieces, columns, rows] -> [tile][pair of strips][row][quad][strip][high][low], k = 8 high + 2 quad + low."""
+        whole = np.vstack([packed.reshape(-1, self.rows), np.zeros((1, self.rows), packed.dtype)])
+        tiles = whole[self.features_of_tiles]  # -1 is the row of zeros
+        pair = 2 - self.rows // 8 % 2
+        shape = (-1, 2, 4, 2, self.rows // (8 * pair), pair, 8)  # tile, high, quad, low; pairs, strip, row
+        return np.ascontiguousarray(tiles.reshape(shape).transpose(0, 4, 6, 2, 5, 1, 3))
+
+
+def tokens(tiles: int) -> Lanes:
+    """`tiles` times 16 tokens a warp."""
+    return Lanes(tiles, WARP)
