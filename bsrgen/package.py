@@ -44,7 +44,7 @@ def describe(
         np.savez(folder / OPERANDS_FILE, **bound)  # type: ignore[arg-type]
     for template, name in (("package.pc.j2", f"{source.name}.pc"), ("package.cmake.j2", f"{source.name}Config.cmake")):
         (folder / name).write_text(render(f"c/{template}", name=source.name, version=__version__))
-    (folder / "example.c").write_text(render(source.entry["example"], a=source.entry))
+    (folder / "example.c").write_text(render(f"{source.entry['language']}/example.c.j2", a=source.entry))
     cost = estimate(source.plans[0], problem.n or PLANNED_N)
     library = (folder / f"lib{source.name}.so").read_bytes()
     places = _places(source, library, compiler)

@@ -37,12 +37,14 @@ INLINE vec choose(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((i
 /* v, a product that no sum takes in: of two products in a sum the compiler would contract one here, the other there. */
 INLINE vec rounded(vec v)
 {
-#if defined __AVX512F__
+#if defined __AVX512F__ && LANES * REAL_BYTES <= 64
     __asm__("" : "+v"(v));
-#elif defined __x86_64__
+#elif (defined __AVX__ && LANES * REAL_BYTES <= 32) || (defined __SSE2__ && LANES * REAL_BYTES <= 16)
     __asm__("" : "+x"(v));
-#else
+#elif defined __aarch64__ && LANES * REAL_BYTES <= 16
     __asm__("" : "+w"(v));
+#else /* no register holds it */
+    __asm__("" : "+m"(v));
 #endif
     return v;
 }

@@ -111,7 +111,7 @@ def _artifact(
         "x86": levels[0]["family"] == "x86_64", "M": p.M, "rows": problem.rows, "K": p.K, "R": p.R,
         "C": p.C, "nnzb": p.nnzb,
         "flop_per_token": max(2 * max(plan.pattern.nnz for plan in plans), 1), "flop_per_part": FLOP_PER_PART,
-        "example": "c/example.c.j2",
+        "language": "c",
         "missing_bytes": 1 + sum(len(f) + 1 for f in (*levels[-1]["requires"], _PERMISSION)), "permission": _PERMISSION,
         "formula": problem.operator.formula, "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
         "epilogue_formula": epilogue_formula(problem),

@@ -97,7 +97,7 @@ def _entry(plan: CudaPlan, values_bytes: int) -> dict[str, Any]:
         "R": p.R, "C": p.C, "nnzb": p.nnzb, "values_bytes": values_bytes, "pieces": plan.packing.source.size,
         "piece_rows": plan.piece_rows, "piece_columns": plan.piece_columns, "row_pieces": plan.row_pieces,
         "column_pieces": plan.column_pieces, "source": f"{name}_source", "data": f"{name}_values",
-        "example": "cuda/example.c.j2", "W_rows": p.M,
+        "language": "cuda", "W_rows": p.M,
         "errors": ERRORS, "target": plan.target.name, "formula": problem.operator.formula,
         "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
         "epilogue_formula": "; then ".join(f"{s.name}: v = {s.c}" for s in problem.epilogue) or "no epilogue",
