@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
 
 BANNER_N = 128  # tokens that the banner counts for
+_C_KIND = {
+    "row": "const {type} *{name}",
+    "token": "const {type} *{name}, int64_t ld_{name}",
+    "scalar": "{type} {name}",
+    "element": "const {type} *{name}, int64_t ld_{name}",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +97,21 @@ def banner(problem: Problem, plans: Sequence[Plan]) -> str:
         " */",
     ]
     return "\n".join(lines)
+
+
+def epilogue_formula(problem: Problem) -> str:
+    """The epilogue as one line of mathematics for people."""
+    return "; then ".join(f"{step.name}: v = {step.c}" for step in problem.epilogue) or "no epilogue"
+
+
+def operands_in_c(problem: Problem, text: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The caller's operands as C has them: names, kinds, types, and what `text` says of each kind."""
+    return [
+        {"name": o.name, "kind": o.kind, "text": text[o.kind].format(name=o.name), "type": problem.operand_dtype(o).c}
+        for o in problem.operands
+    ]
+
+
+def arguments_in_c(operands: Sequence[Mapping[str, Any]]) -> str:
+    """Their part of a prototype, each with the comma behind it."""
+    return "".join(f"{_C_KIND[o['kind']].format(type=o['type'], name=o['name'])}, " for o in operands)

@@ -133,6 +133,15 @@ def make_weight(kind: str, shape: tuple[int, int], blocksize: tuple[int, int], d
     return random_weight(seed, shape, blocksize, density, kind=kind, dtype=dtype)
 
 
+def reduced_case(types: tuple[str, str, str]) -> tuple[Problem, Weight]:
+    """A small problem of types of REDUCED, the operators in turn, and a weight of the first of them."""
+    w, x, y = types
+    weight = random_weight(1, (41, 52), (4, 3), 0.4)
+    data = np.rint(weight.data * 40) if w == "int8" else weight.data
+    weight = Weight(weight.pattern, data.astype(DTYPES[w].numpy))
+    return problem_of(weight, OPERATOR_NAMES[REDUCED.index(types) % 2], (), w, x, y), weight
+
+
 def run_python(script: str, *arguments: str, timeout_s: float = 120, **environment: str) -> str:
     """Run `script` in a fresh interpreter that can import bsrgen and this file; its stdout.  A signal is a failure."""
     paths = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])

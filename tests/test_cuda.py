@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 from device_emulation import GpuArray, check_device_calls, emulated, run, said
-from support import DTYPE_NAMES, OPERATOR_NAMES, REDUCED, assert_right, make_weight, problem_of, single
+from support import DTYPE_NAMES, OPERATOR_NAMES, REDUCED, assert_right, make_weight, problem_of, reduced_case, single
 
 import bsrgen
 from bsrgen import device
@@ -60,11 +60,7 @@ def test_table(block, dtype, operator, kind, knobs, rng, tmp_path):
 
 @pytest.mark.parametrize("types", REDUCED, ids="-".join)
 def test_reduced_types(types, rng, tmp_path):
-    (w, x, y), turn = types, REDUCED.index(types)
-    weight = random_weight(1, (41, 52), (4, 3), 0.4)
-    data = np.rint(weight.data * 40) if w == "int8" else weight.data
-    weight = Weight(weight.pattern, data.astype(DTYPES[w].numpy))
-    problem = problem_of(weight, OPERATOR_NAMES[turn % 2], (), w, x, y)
+    problem, weight = reduced_case(types)
     check_device_calls(emulated(plan_of(problem), weight, tmp_path), problem, weight, rng, (3, 70))
 
 

@@ -22,6 +22,7 @@ from support import (
     check_calls,
     make_weight,
     problem_of,
+    reduced_case,
     run_python,
 )
 
@@ -35,7 +36,6 @@ from bsrgen.bench import sparsifier
 from bsrgen.bench.case import Case
 from bsrgen.bench.peers import check
 from bsrgen.bindings import _load, bindings
-from bsrgen.dtypes import DTYPES
 from bsrgen.errors import BuildError, UnsupportedError
 from bsrgen.pattern import Weight, random_weight
 from bsrgen.stack import stacked
@@ -85,12 +85,8 @@ def test_table(block, operator, dtype, level, kind, rng, tmp_path):
 @pytest.mark.parametrize("types", REDUCED, ids="-".join)
 def test_reduced_types(types, rng, tmp_path):
     """Every combination of types, on a target without any conversion of float16 and on one with."""
-    (w, x, y), turn = types, REDUCED.index(types)
-    weight = random_weight(1, (41, 52), (4, 3), 0.4)
-    data = np.rint(weight.data * 40) if w == "int8" else weight.data
-    weight = Weight(weight.pattern, data.astype(DTYPES[w].numpy))
-    problem = problem_of(weight, OPERATOR_NAMES[turn % 2], (), w, x, y)
-    target = TARGETS[LEVELS[turn // 2 % 2].values[0]]
+    problem, weight = reduced_case(types)
+    target = TARGETS[LEVELS[REDUCED.index(types) // 2 % 2].values[0]]
     check_calls(build_plan(next(candidates(problem, target)), weight, tmp_path), problem, weight, rng, (3, 70))
 
 

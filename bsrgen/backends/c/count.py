@@ -122,7 +122,7 @@ def _units(plan: "CPlan", segments: int) -> float:
 
 def _bit_vectors(plan: "CPlan") -> int:
     """Vectors of bits for one segment."""
-    return -(-plan.k_panel // plan.bits.step) if plan.bits else 0
+    return plan.bits.vectors(plan.k_panel) if plan.bits else 0
 
 
 def _unit_offset_bytes(plan: "CPlan") -> int:

@@ -36,6 +36,10 @@ class Bits:
         """Bits of a vector."""
         return self.step // self.cells
 
+    def vectors(self, cells: int) -> int:
+        """Vectors that so many cells take."""
+        return -(-cells // self.step)
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -117,7 +121,7 @@ class Packing:
 
     def stored_bits(self, bits: Bits) -> Array:
         """Whole vectors of bits for the panel of each segment, of single rows: which of its features are stored."""
-        C, per_panel = self.blocks.C, -(-self.k_panel // bits.step) * bits.count
+        C, per_panel = self.blocks.C, bits.vectors(self.k_panel) * bits.count
         segment = np.repeat(np.arange(self.segments.size), self._segments[1])
         column = self.blocks.indices[self._sorted].astype(np.int64) * C % max(self.k_panel, 1)
         marks = np.zeros((self.segments.size, per_panel), np.uint8)

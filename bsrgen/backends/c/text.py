@@ -9,19 +9,13 @@ from bsrgen.backends.c.matrix_text import matrix_view
 from bsrgen.backends.c.plan import CPlan
 from bsrgen.backends.c.tiles import TokenTile, WeightTile
 from bsrgen.backends.c.tiling import code, folds, group, token_groups, variants
-from bsrgen.emit import Source, Unit, banner, render, runtime_file
+from bsrgen.emit import Source, Unit, arguments_in_c, banner, epilogue_formula, operands_in_c, render, runtime_file
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
 from bsrgen.targets import baseline
 
 FLOP_PER_PART = 2_000_000  # least share of a thread, 10 us or more: a cold pool takes 13 us to wake (Zen 5 VM)
 
-_C_KIND = {
-    "row": "const {type} *{name}",
-    "token": "const {type} *{name}, int64_t ld_{name}",
-    "scalar": "{type} {name}",
-    "element": "const {type} *{name}, int64_t ld_{name}",
-}
 _PERMISSION = "amx-permission"  # what may be missing beside features: the system's to use the matrix unit
 _AMX = ("bsrgen_amx.h", "bsrgen_panel.h")
 _RUNTIME = ("bsrgen.h", "bsrgen_simd.h", "bsrgen_types.h", "bsrgen_product.h", "bsrgen_scratch.h", "bsrgen_parallel.h")
@@ -95,14 +89,10 @@ def _artifact(
 ) -> dict[str, Any]:
     problem = plans[0].problem
     p, x, y = problem.pattern, problem.x_dtype, problem.out_dtype
-    operands = [
-        {"name": o.name, "kind": o.kind, "text": _KIND_TEXT[o.kind].format(name=o.name),
-         "type": problem.operand_dtype(o).c} for o in problem.operands
-    ]  # fmt: skip
-    arguments = [_C_KIND[o["kind"]].format(type=o["type"], name=o["name"]) for o in operands]
+    operands = operands_in_c(problem, _KIND_TEXT)
     prototype = (
         f"int {problem.name}(int64_t n, const {x.c} *x, int64_t ldx, {y.c} *y, int64_t ldy, "
-        f"{''.join(f'{a}, ' for a in arguments)}const void *values, int threads)"
+        f"{arguments_in_c(operands)}const void *values, int threads)"
     )
     return {
         "name": problem.name, "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c, "levels": levels, "blobs": blobs,
@@ -116,11 +106,6 @@ def _artifact(
         "formula": problem.operator.formula, "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
         "epilogue_formula": epilogue_formula(problem),
     }  # fmt: skip
-
-
-def epilogue_formula(problem: Problem) -> str:
-    """The epilogue as one line of mathematics for people."""
-    return "; then ".join(f"{step.name}: v = {step.c}" for step in problem.epilogue) or "no epilogue"
 
 
 def _unit(part: _Part) -> tuple[int, int]:
@@ -210,7 +195,7 @@ def _bits(part: _Part) -> dict[str, int] | None:
     features = plan.pattern.block_cols * plan.pattern.C
     last = features - (plan.panels - 1) * plan.k_panel
     return {"step": bits.step, "count": bits.count, "bytes": bits.bytes,
-            "vectors": -(-plan.k_panel // bits.step), "last": -(-last // bits.step)}  # fmt: skip
+            "vectors": bits.vectors(plan.k_panel), "last": bits.vectors(last)}  # fmt: skip
 
 
 def _vectors(part: _Part, linear: bool) -> dict[str, Any]:

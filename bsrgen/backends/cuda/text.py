@@ -9,17 +9,10 @@ from numpy.typing import NDArray
 from bsrgen.backends.cuda.matrix import MatrixPlan
 from bsrgen.backends.cuda.packing import pack_values
 from bsrgen.backends.cuda.plan import CudaPlan
-from bsrgen.emit import Source, Unit, banner, render, runtime_file
+from bsrgen.emit import Source, Unit, arguments_in_c, banner, epilogue_formula, operands_in_c, render, runtime_file
 from bsrgen.gpus import GpuTarget
 from bsrgen.pattern import Weight
-from bsrgen.problem import Problem
 
-_C_KIND = {
-    "row": "const {type} *{name}",
-    "token": "const {type} *{name}, int64_t ld_{name}",
-    "scalar": "{type} {name}",
-    "element": "const {type} *{name}, int64_t ld_{name}",
-}
 _KIND_TEXT = {
     "row": "[M], one for each output feature",
     "token": "[N], one for each token, with ld_{name} = 1; NULL is 1 for all",
@@ -65,22 +58,14 @@ def emit(plans: tuple[CudaPlan, ...], weight: Weight) -> Source:
     return Source(name, plans, files, units, entry["prototype"], (f"{name}_values.bin",), entry)
 
 
-def _operands(problem: Problem) -> list[dict[str, Any]]:
-    return [
-        {"name": o.name, "kind": o.kind, "text": _KIND_TEXT[o.kind].format(name=o.name),
-         "type": problem.operand_dtype(o).c} for o in problem.operands
-    ]  # fmt: skip
-
-
 def _entry(plan: CudaPlan, values_bytes: int) -> dict[str, Any]:
     """What the host's text and the companions of the library see."""
     problem, p = plan.problem, plan.problem.pattern
     name, x, y = problem.name, problem.x_dtype, problem.out_dtype
-    operands = _operands(problem)
-    arguments = "".join(f"{_C_KIND[o['kind']].format(type=o['type'], name=o['name'])}, " for o in operands)
+    operands = operands_in_c(problem, _KIND_TEXT)
     prototype = (
-        f"int {name}(int64_t n, const {x.c} *x, int64_t ldx, {y.c} *y, int64_t ldy, {arguments}const void *values, "
-        "void *stream)"
+        f"int {name}(int64_t n, const {x.c} *x, int64_t ldx, {y.c} *y, int64_t ldy, "
+        f"{arguments_in_c(operands)}const void *values, void *stream)"
     )
     blobs = [
         {"symbol": f"{name}_values", "file": f"{name}_values.bin", "c": "unsigned char"},
@@ -100,7 +85,7 @@ def _entry(plan: CudaPlan, values_bytes: int) -> dict[str, Any]:
         "language": "cuda", "W_rows": p.M,
         "errors": ERRORS, "target": plan.target.name, "formula": problem.operator.formula,
         "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
-        "epilogue_formula": "; then ".join(f"{s.name}: v = {s.c}" for s in problem.epilogue) or "no epilogue",
+        "epilogue_formula": epilogue_formula(problem),
     }  # fmt: skip
 
 
@@ -109,7 +94,7 @@ def _kernel(plan: CudaPlan) -> dict[str, Any]:
     problem, p = plan.problem, plan.problem.pattern
     x, y, real = problem.x_dtype, problem.out_dtype, problem.real
     element = real if y.name == "int8" else y
-    operands = _operands(problem)
+    operands = operands_in_c(problem, _KIND_TEXT)
     names = iter(o["name"] for o in operands)
     steps = [
         {"name": step.name, "c": step.c, "operands": [
