@@ -4,6 +4,7 @@
  *   EXPAND_BITS    of one vector */
 #ifndef BSRGEN_EXPAND_H
 #define BSRGEN_EXPAND_H
+#include <immintrin.h>
 
 typedef NAME_OF(NAME_OF(uint, EXPAND_BITS), _t) stored_bits;
 

@@ -228,15 +228,20 @@ INLINE xvec unit_group(const unit *p, const int group)
         memcpy(&s, p, sizeof s);
         return unit_splat(s);
     }
+    if (group * REAL_BYTES == 8) return (xvec)(load_word(p) - (words){0});
+#define REPEAT(instruction, size) \
+    if (group * REAL_BYTES == size) { \
+        xvec v; \
+        __asm__(instruction " %1, %0" : "=v"(v) : "m"(*(const struct bytes##size *)p)); \
+        return v; \
+    }
 #if defined __AVX512F__ && LANES * REAL_BYTES == 64
-    if (group * REAL_BYTES == 8) return (xvec)_mm512_castsi512_pd(_mm512_set1_epi64(load_word(p)));
-    if (group * REAL_BYTES == 16) return (xvec)_mm512_broadcast_f32x4(_mm_loadu_ps((const float *)p));
-    if (group * REAL_BYTES == 32) return (xvec)_mm512_broadcast_f64x4(_mm256_loadu_pd((const double *)p));
+    REPEAT("vbroadcastf32x4", 16)
+    REPEAT("vbroadcastf64x4", 32)
+#elif defined __AVX512VL__ && LANES * REAL_BYTES == 32
+    REPEAT("vbroadcastf32x4", 16)
 #elif defined __AVX__ && LANES * REAL_BYTES == 32
-    if (group * REAL_BYTES == 8) return (xvec)_mm256_set1_epi64x(load_word(p));
-    if (group * REAL_BYTES == 16) return (xvec)_mm256_broadcast_ps((const __m128 *)p);
-#elif LANES * REAL_BYTES == 16
-    if (group * REAL_BYTES == 8) return (xvec)(words){load_word(p), load_word(p)};
+    REPEAT("vbroadcastf128", 16)
 #endif
     return unit_load(p);
 }

@@ -17,6 +17,13 @@ typedef double f64_t;
 typedef uint16_t bf16_t, f16_t;
 typedef int8_t s8_t;
 
+#define SHORT_f32 0
+#define SHORT_f64 0
+#define SHORT_bf16 1
+#define SHORT_f16 1
+#define SHORT_s8 1
+#define SHORT(kind) NAME_OF(SHORT_, kind)
+
 INLINE vec NAME_OF(get_, REAL_KIND)(const real *p, int count) { return count == LANES ? load(p) : load_part(p, count); }
 INLINE void NAME_OF(put_, REAL_KIND)(real *p, vec v, int count)
 {
@@ -24,7 +31,10 @@ INLINE void NAME_OF(put_, REAL_KIND)(real *p, vec v, int count)
     else store_part(p, v, count);
 }
 
-#if REAL_BYTES == 4
+#if SHORT(X_KIND) || SHORT(W_KIND) || SHORT(Y_KIND) || SHORT(E_KIND)
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 typedef uint32_t ubits32 __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
 typedef int8_t octets __attribute__((vector_size(LANES)));
