@@ -24,13 +24,7 @@ from bsrgen.backends import BACKENDS, Backend
 from bsrgen.choose import Tuning, as_tuning, choose
 from bsrgen.dtypes import DTYPES, INT8, as_types
 from bsrgen.epilogues import as_epilogues, pair_of
-from bsrgen.errors import (
-    ArgumentError,
-    ArgumentTypeError,
-    BuildError,
-    IncompatibleCPUError,
-    UnsupportedError,
-)
+from bsrgen.errors import ArgumentError, ArgumentTypeError, BuildError, IncompatibleCPUError, UnsupportedError
 from bsrgen.exam import Exam, affordable
 from bsrgen.integrity import MANIFEST
 from bsrgen.kernel import Kernel
@@ -43,9 +37,11 @@ from bsrgen.quantize import quantized, source_of
 from bsrgen.stack import are_several, parts_of, stacked
 from bsrgen.store import Store
 from bsrgen.targets import Target, native
+from bsrgen.tracks import CpuTrack, Track, gpu_of
 from bsrgen.trampoline import trampoline
 
-UNCHECKED = "not checked by execution: this version runs no GPU kernel when it compiles one"
+UNCHECKED = "not checked by execution: no GPU that was there runs it"
+NOT_RACED = "tune='measure' without a GPU that runs it: the model chose"
 CHECK_N = (3, 35)  # tokens of the check: fewer than a vector, and two vectors with a rest
 
 
@@ -103,9 +99,10 @@ def compile(
         "cuda", which needs nvcc, from the extra or elsewhere (CompilerNotFoundError): such kernels take device arrays.
     target: "native", an ISA level or microarchitecture, or several for one library that picks at run time.  Where the
         lowest one's plan uses the matrix unit (AMX), x86-64-v4-bf16 is added: the system may refuse that unit.  Of
-        "cuda", one or several of sm_75, sm_80, sm_86, sm_89, sm_90: no GPU is asked, nor is the kernel run.
+        "cuda", one or several of sm_75, sm_80, sm_86, sm_89, sm_90; "native" is that of the first GPU here.
     n, threads: hints.  n is the number of tokens to plan for (128); threads the default of calls, None all cores.
-    tune: "off" takes the first legal plan, "model" the one the cost model likes best, "measure" times the best few.
+    tune: "off" takes the first legal plan, "model" the one the cost model likes best, "measure" times the best few: on
+        one core, or on the first GPU here that runs them; without one the model chooses, and a note says so.
     tune_seconds, executor, progress: of tune="measure".  When tune_seconds have passed, no further plan is compiled and
         timing ends; the model's best two for each target are measured in any case.  Any concurrent.futures.Executor
         compiles the plans, None means threads on all cores.  `progress` is told the share done, 0 to 1, unless the
@@ -214,11 +211,17 @@ def _key(
         "weight_scale": bound.weight_scale,
         "parts": bound.parts,
         "targets": [asdict(target) for target in targets],
-        "tune": tune,
+        "tune": [tune, *(_where(backend, target) for target in targets if tune.startswith("measure"))],
         "strict": strict,
         "compiler": [compiler.identity, build.COMPILE_FLAGS, build.LINK_FLAGS],
     }
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+def _where(backend: Backend, target: Target) -> str:
+    """Where a race takes its times: those of one GPU, or of none, are not another's."""
+    track = backend.track(target)
+    return "nowhere" if track is None else track.where
 
 
 _LOOKS = {"cli", "bench"}  # parts of the package that only look at artifacts
@@ -258,11 +261,12 @@ def _make(
     times = [(r.dense, r.measured_seconds) for r in choices[0].records if r.n == manifest.cost.n and r.measured_seconds]
     sparse_s, dense_s = (min((s for d, s in times if d == dense), default=None) for dense in (False, True))
     verdict = advice.judge(backend, plans[0], choices[0].ranked, weight, sparse_s, dense_s)
+    notes = manifest.notes
+    if manifest.device == "cuda" and backend.track(targets[0]) is None:
+        notes = (*notes, UNCHECKED, *([NOT_RACED] if tuning.mode == "measure" else []))
     manifest = msgspec.structs.replace(
-        manifest, verdict=verdict, strict=tuning.strict, weight_scale=bound.weight_scale, parts=bound.parts
+        manifest, verdict=verdict, strict=tuning.strict, weight_scale=bound.weight_scale, parts=bound.parts, notes=notes
     )
-    if manifest.device == "cuda":
-        manifest = msgspec.structs.replace(manifest, notes=(*manifest.notes, UNCHECKED))
     check = _check(write_manifest(folder, manifest), exam)
     if check is not None:
         write_manifest(folder, msgspec.structs.replace(manifest, check=check))
@@ -273,17 +277,19 @@ def _part(progress: Callable[[float], object], number: int, parts: int, share: f
 
 
 def _check(artifact: Artifact, exam: Exam) -> CheckRecord | None:
-    """Run the new kernel on random data against the float64 reference.  None where this CPU cannot run it."""
-    if artifact.manifest.family != native().family or artifact.manifest.device == "cuda":
+    """Run the new kernel on random data against the float64 reference.  None where nothing here can run it."""
+    m = artifact.manifest
+    track: Track | None = CpuTrack() if m.device != "cuda" else gpu_of(m.levels[0].requires)
+    if m.family != native().family or track is None:
         return None
     try:
-        kernel = Kernel(artifact, threads=1)
+        with track.entered():
+            share, n = exam.worst(track.load(artifact))
     except IncompatibleCPUError:
         return None
-    share, n = exam.worst(kernel)
     if share > 1:
         raise BuildError(
-            f"{kernel.name}: the kernel differs from float64 by {share:.3g} times its bound at n = {n}: "
+            f"{m.name}: the kernel differs from float64 by {share:.3g} times its bound at n = {n}: "
             f"the compiler or bsrgen is at fault ({artifact.manifest.compiler}); please report it"
         )
     return CheckRecord(exam.tokens, share)

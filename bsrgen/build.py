@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from bsrgen import llvm, nvcc
+from bsrgen import llvm, nvcc, nvrtc
 from bsrgen._paths import RUNTIME
 from bsrgen.artifact import seal
 from bsrgen.emit import Source, Unit
@@ -113,10 +113,26 @@ def _compile(unit: Unit, target: str, compiler: Compiler, folder: Path) -> str:
     if unit.file.endswith(".ll"):
         (folder / target).write_bytes(llvm.compile_object((folder / unit.file).read_text(), unit.flags))
         return f"llvmlite -O3 {' '.join(unit.flags)} {unit.file} -o {target}\n"
+    if unit.kernels:
+        return _in_two_parts(unit, target, compiler, folder)
     if unit.file.endswith(".cu"):
         command = [nvcc.find_nvcc().path, "-ccbin", compiler.path, *nvcc.FLAGS, *unit.flags]
         return _run([*command, "-I.", "-c", unit.file, "-o", target], folder)
     return _run([compiler.path, *COMPILE_FLAGS, *unit.flags, "-I.", "-c", unit.file, "-o", target], folder)
+
+
+def _in_two_parts(unit: Unit, target: str, compiler: Compiler, folder: Path) -> str:
+    """A .cu by NVRTC and a C++ compiler; log text.  Of what races build, which only this machine runs."""
+    (arch,) = unit.flags
+    found, cubin = nvrtc.find_nvrtc(), f"{Path(unit.file).stem}.cubin"
+    headers = {path.name: path.read_text() for path in folder.glob("*.h")}
+    made = found.compile((folder / unit.file).read_text(), headers, unit.kernels, arch)
+    (folder / cubin).write_bytes(made.cubin)
+    names = ",".join(f'"{name}"' for name in made.lowered)
+    flags = [*nvcc.HOST_FLAGS, f'-DBSRGEN_CUBIN="{cubin}"', f"-DBSRGEN_KERNELS={names}"]
+    include = f"-I{nvcc.find_nvcc().include}"
+    log = _run([compiler.path, *flags, include, f"-I{RUNTIME}", "-I.", "-c", unit.file, "-o", target], folder)
+    return f"{found.identity} --gpu-architecture={arch} {unit.file}\n{made.log}\n{log}"
 
 
 def build_trampoline() -> None:

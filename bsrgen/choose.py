@@ -1,6 +1,5 @@
 """Choose: the plan for a problem on a target, the first, the model's best, or the winner of a race of the best few."""
 
-import functools
 import math
 import shutil
 import time
@@ -14,20 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen import build, clock, package, tune
+from bsrgen import build, package, tune
 from bsrgen.artifact import read_artifact, write_manifest
 from bsrgen.backends import BACKENDS, Backend
 from bsrgen.cost import Cost, estimate
 from bsrgen.errors import ArgumentError, ArgumentTypeError, BsrgenError, BuildError, UnsupportedError
 from bsrgen.exam import Exam, affordable
-from bsrgen.kernel import Kernel
 from bsrgen.machine import parallel_cores
 from bsrgen.manifest import TIME_UP, TuningRecord
 from bsrgen.pattern import Weight
 from bsrgen.plan import Plan
 from bsrgen.problem import Problem
-from bsrgen.targets import Target, native
-from bsrgen.trampoline import trampoline
+from bsrgen.targets import Target
+from bsrgen.tracks import Contender, Track
 
 ROUNDS = 30
 TIMING_S = 20.0  # of timing for one race, whatever the budget: plans of a second a call are told apart by fewer rounds
@@ -106,19 +104,20 @@ def choose(
     exam: Exam, folder: Path,
 ) -> Choice:  # fmt: skip
     """The plan for one target.  A race uses `folder`, which must not exist and is gone afterwards, except that a
-    BuildError leaves it as it is.  Targets that do not run here are left to the model."""
+    BuildError leaves it as it is.  Targets that do not run here are left to the model: no records."""
     plans = allowed(backend, problem, target, strict=tuning.strict)
     ranked = tuple(tune.rank(plans, problem.n))
     if tuning.mode == "off":
         return Choice(plans[0], ranked)
-    runs_here = target.family == native().family and set(target.requires) <= set(native().requires)
-    if tuning.mode == "model" or not runs_here:
+    track = backend.track(target) if tuning.mode == "measure" else None
+    if track is None:
         return Choice(ranked[0][1], ranked)
     n = problem.n or tune.PLANNED_N
     entries = [(estimate(plan, affordable(problem, n)), plan) for _, plan in tune.shortlist(ranked, n)]
-    race = _Race(backend, weight, entries, tuning, compiler, exam, folder)
+    race = _Race(backend, track, weight, entries, tuning, compiler, exam, folder)
     try:
-        plan, records = race.run()
+        with track.entered():
+            plan, records = race.run()
     except BuildError:
         raise
     except BaseException:
@@ -128,10 +127,13 @@ def choose(
     return Choice(plan, ranked, records)
 
 
-def build_candidate(backend: str, plan: Plan, weight: Weight, compiler: build.Compiler, folder: Path) -> None:
+def build_candidate(
+    backend: str, track: Track, plan: Plan, weight: Weight, compiler: build.Compiler, folder: Path
+) -> None:
     """Print, compile and describe one plan in `folder`.  Plain data in, files out: another process may do it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    source = BACKENDS[backend].emit((plan,), weight)
+    row = BACKENDS[backend]
+    source = row.trial(row.emit((plan,), weight), track)
     build.build(source, folder, compiler)
     write_manifest(folder, package.describe(source, weight, compiler, (), folder, {}))
 
@@ -140,10 +142,10 @@ class _Race:
     """The steps of one race: compile all, check each against float64, time what is left in alternation."""
 
     def __init__(
-        self, backend: Backend, weight: Weight, entries: Sequence[tuple[Cost, Plan]], tuning: Tuning,
+        self, backend: Backend, track: Track, weight: Weight, entries: Sequence[tuple[Cost, Plan]], tuning: Tuning,
         compiler: build.Compiler, exam: Exam, folder: Path,
     ) -> None:  # fmt: skip
-        self.backend, self.weight, self.entries, self.tuning = backend, weight, entries, tuning
+        self.backend, self.track, self.weight, self.entries, self.tuning = backend, track, weight, entries, tuning
         self.compiler, self.exam = compiler, exam
         self.folders = [folder / str(number) for number in range(len(entries))]
         self.notes = [""] * len(entries)
@@ -162,8 +164,7 @@ class _Race:
                 raise BuildError(f"{self.exam.problem}: no plan could be built: {first!r}") from first
             seconds = self._timed(kernels, *inputs)
         finally:
-            for folder in self.folders:
-                trampoline().unload(folder)
+            self.track.leave(self.folders)
         records = [
             TuningRecord(
                 cost.n, plan.target.name, str(plan), plan.knobs(), plan.dense, cost.seconds, seconds.get(number), note
@@ -182,7 +183,7 @@ class _Race:
     def _compile(self) -> None:
         """All plans, or those that are begun in time; SURE of them in any case."""
         jobs = [
-            (self.backend.name, plan, self.weight, self.compiler, folder)
+            (self.backend.name, self.track, plan, self.weight, self.compiler, folder)
             for (_, plan), folder in zip(self.entries, self.folders, strict=True)
         ]
         futures: list[Future[None]] = []
@@ -221,14 +222,14 @@ class _Race:
         text = " ".join(str(failure).partition("; sources kept in")[0].split())
         self.notes[number] = f"dropped: {text}"[:NOTE_CHARACTERS]
 
-    def _examined(self) -> dict[int, Kernel]:
+    def _examined(self) -> dict[int, Contender]:
         """Those that load and give right results."""
         kernels = {}
         for number, folder in enumerate(self.folders):
             if self.notes[number]:
                 continue
             try:
-                kernel = Kernel(read_artifact(folder), threads=1)
+                kernel = self.track.load(read_artifact(folder))
                 share, n = self.exam.worst(kernel)
                 if share > 1:
                     raise BuildError(f"differs from float64 by {share:.3g} times its bound at n = {n}")
@@ -237,14 +238,12 @@ class _Race:
                 self._drop(number, failure)
         return kernels
 
-    def _timed(self, kernels: dict[int, Kernel], x: Array, out: Array, given: dict[str, Any]) -> dict[int, float]:
-        """Seconds of a call, pinned to one core: the minimum of up to ROUNDS samples."""
-        calls: dict[str, clock.Call] = {
-            str(number): functools.partial(kernel, x, out=out, **given) for number, kernel in kernels.items()
-        }
+    def _timed(self, kernels: dict[int, Contender], x: Array, out: Array, given: dict[str, Any]) -> dict[int, float]:
+        """Seconds of a call: the minimum of up to ROUNDS samples."""
+        contenders = {str(number): kernel for number, kernel in kernels.items()}
         left = max(self.tuning.deadline - time.monotonic(), 1e-3)
-        times = clock.measure(
-            calls, rounds=ROUNDS, seconds=min(left, TIMING_S),
+        times = self.track.measure(
+            contenders, x, out, given, rounds=ROUNDS, seconds=min(left, TIMING_S),
             progress=lambda share: self.tuning.progress(0.5 + 0.5 * share),
         )  # fmt: skip
         for number in kernels:

@@ -26,10 +26,14 @@ _C_KIND = {
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One file for the compiler and the flags that are its own."""
+    """One file for the compiler and the flags that are its own.
+
+    kernels: where NVRTC makes the device's part of a .cu, what it is to find there; flags is then the architecture.
+    """
 
     file: str
     flags: tuple[str, ...]
+    kernels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 import platform
 from dataclasses import dataclass, replace
 
-from bsrgen.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from bsrgen import driver
+from bsrgen.errors import ArgumentError, ArgumentTypeError, DeviceError, UnsupportedError
 from bsrgen.targets import Target
 
 WARP = 32
@@ -75,15 +76,60 @@ def as_gpus(value: str | tuple[str, ...] | list[str]) -> tuple[GpuTarget, ...]:
     if not names:
         raise ArgumentError("target=(): at least one is needed, e.g. 'sm_80'")
     for name in names:
-        if name == "native":
-            raise UnsupportedError(
-                "target='native' with backend='cuda' would ask the GPU here what it is, which this version does not; "
-                f"give target=, one or several of {', '.join(GPUS)}"
-            )
-        if name not in GPUS:
-            raise ArgumentError(f"target {name!r} with backend='cuda': one or several of {', '.join(GPUS)}")
-    archs = tuple(sorted(set(names)))
-    versions = [arch.removeprefix("sm_") for arch in archs]
-    codes = [f"-gencode=arch=compute_{v},code=sm_{v}" for v in versions]
-    newest = f"-gencode=arch=compute_{versions[-1]},code=compute_{versions[-1]}"
-    return (replace(GPUS[archs[-1]], name=",".join(archs), flags=(*codes, newest), requires=archs, archs=archs),)
+        if name != "native" and name not in GPUS:
+            raise ArgumentError(f"target {name!r} with backend='cuda': 'native', or of {', '.join(GPUS)}")
+    here = native_gpu() if "native" in names else None
+    archs = tuple(sorted({here.name if here and name == "native" else name for name in names}))
+    codes = [code_flags(arch, arch) for arch in archs]
+    newest = code_flags(archs[-1], archs[-1].replace("sm_", "compute_"))
+    row = here if here and here.name == archs[-1] else GPUS[archs[-1]]
+    return (replace(row, name=",".join(archs), flags=(*codes, newest), requires=archs, archs=archs),)
+
+
+def native_gpu() -> GpuTarget:
+    """The row of the first GPU here, with its SMs and its L2.  UnsupportedError where there is none, or no row."""
+    try:
+        gpu = driver.gpus()[0]
+    except DeviceError as e:
+        raise UnsupportedError(
+            f"target='native' with backend='cuda' asks the first GPU what it is: {e}; give target=, one or several of "
+            f"{', '.join(GPUS)}"
+        ) from e
+    fitting = [row for row in GPUS.values() if runs_on((row.name,), gpu.capability)]
+    if not fitting:
+        raise UnsupportedError(f"{gpu}: older than all of {', '.join(GPUS)}")
+    row = max(fitting, key=lambda row: (_version(row.name), row.name))
+    share = gpu.sms / row.sms
+    return replace(
+        row, sms=gpu.sms, l2_bytes=gpu.l2_bytes, fma_per_cycle=share * row.fma_per_cycle,
+        loads_per_cycle=share * row.loads_per_cycle, l2_bytes_per_cycle=share * row.l2_bytes_per_cycle,
+        half_flop_per_cycle=share * row.half_flop_per_cycle,
+    )  # fmt: skip
+
+
+def code_flags(arch: str, code: str) -> str:
+    """nvcc's flag for machine code of an architecture, or for its PTX where `code` is compute_..."""
+    return f"-gencode=arch={arch.replace('sm_', 'compute_')},code={code}"
+
+
+def code_for(archs: tuple[str, ...], capability: tuple[int, int]) -> str:
+    """Which of `archs` a GPU takes, or what the driver makes of the newest one's PTX for it."""
+    fitting = [arch for arch in archs if _version(arch)[0] == capability[0] and runs_on((arch,), capability)]
+    return max(fitting, key=lambda arch: (_version(arch), arch), default="sm_{}{}".format(*capability))
+
+
+def runs_on(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability runs a library for `archs`: machine code goes up within a generation,
+    that of sm_90a and its like nowhere else, PTX of the newest to all later ones (CUDA C++ Programming Guide, 3.1)."""
+    for arch in archs:
+        version, only = _version(arch), arch.endswith("a")
+        if version == capability or (not only and version <= capability and (
+                version[0] == capability[0] or arch == archs[-1])):  # fmt: skip
+            return True
+    return False
+
+
+def _version(arch: str) -> tuple[int, int]:
+    """sm_90a -> (9, 0)"""
+    digits = arch.removeprefix("sm_").rstrip("a")
+    return int(digits[:-1]), int(digits[-1])

@@ -20,6 +20,10 @@ FLAGS = (
     # nothing of libstdc++: neither unwinding nor guards of static data
     "-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics,-Wall,-Wextra",
 )  # fmt: skip
+HOST_FLAGS = (  # of a C++ compiler for the host's part, where NVRTC has made the device's
+    "-x", "c++", "-std=c++17", "-O2", "-DBSRGEN_HOST_PART", "-fPIC", "-fvisibility=hidden", "-fno-exceptions",
+    "-fno-rtti", "-fno-threadsafe-statics",
+)  # fmt: skip
 LINK = ("-static-libgcc", "-Wl,--exclude-libs,ALL", "-lpthread", "-ldl", "-lrt")
 
 
@@ -30,6 +34,16 @@ class Nvcc:
     path: str
     release: str
     runtime: str
+
+    @property
+    def include(self) -> str:
+        """The folder with the CUDA runtime's headers."""
+        return str(Path(self.runtime).parents[1] / "include")
+
+    @property
+    def takes_code(self) -> bool:
+        """Whether its runtime library loads machine code at run time (cudaLibraryLoadData)."""
+        return int(self.release.partition(".")[0]) >= 13
 
     @property
     def identity(self) -> str:

@@ -8,13 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsrgen.arguments import default_threads
+from bsrgen.device import DeviceKernel
 from bsrgen.errors import ArtifactCorruptError
-from bsrgen.exam import error_share
+from bsrgen.exam import Exam, error_share
 from bsrgen.kernel import Kernel
 from bsrgen.loading import load
 from bsrgen.manifest import LevelRecord
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
+from bsrgen.tracks import HostCalls, gpu_of
 
 Array = NDArray[Any]
 CHECK_N = (1, 3, 35, 128)  # one, fewer than a vector, a rest, several tiles
@@ -46,9 +48,14 @@ def verify(folder: str | Path, *, expect_sha256: str | None = None) -> tuple[Ker
     same = [weight.digest == m.weight and holds(kernel, i, weight) for i, weight in enumerate(weights)]
     values = f"{kernel.nnz} values in {len(same)} level{'s' * (len(same) > 1)}"
     findings.append(Finding("values", all(same), f"{values}: {'those' if all(same) else 'not those'} of the manifest"))
-    if m.device == "cuda":
-        return kernel, [*findings, Finding("results", True, "not checked: this version runs no GPU kernel by itself")]
-    return kernel, [*findings, *_results(kernel, problem, weights[m.levels.index(kernel.plan)])]
+    weight = weights[m.levels.index(kernel.plan)]
+    if not isinstance(kernel, DeviceKernel):
+        return kernel, [*findings, *_results(kernel, problem, weight)]
+    if (track := gpu_of(m.levels[0].requires)) is None:
+        return kernel, [*findings, Finding("results", True, "not checked: there is no GPU here that runs it")]
+    with track.entered():
+        worst = Exam(problem, weight, CHECK_N).worst(HostCalls(kernel))[0]
+    return kernel, [*findings, _judged(worst, track.where)]
 
 
 def recover(kernel: Kernel, level: int) -> Weight:
@@ -108,11 +115,16 @@ def _results(kernel: Kernel, problem: Problem, weight: Weight) -> list[Finding]:
         worst = max(worst, error_share(one, *problem.reference(weight, x, given, old)))
         kernel(x, out=(other := old.copy()), threads=threads, **given)
         same &= other.tobytes() == one.tobytes()
-    ns = ", ".join(map(str, CHECK_N))
     return [
-        Finding("results", worst <= 1, f"largest error {100 * worst:.2g} % of the float64 bound at n = {ns}"),
+        _judged(worst),
         Finding("threads", same, f"1 and {threads} threads give {'equal' if same else 'different'} bits"),
     ]
+
+
+def _judged(worst: float, where: str = "") -> Finding:
+    ns = ", ".join(map(str, CHECK_N))
+    said = f"largest error {100 * worst:.2g} % of the float64 bound at n = {ns}"
+    return Finding("results", worst <= 1, f"{said}; on {where}" if where else said)
 
 
 def _names(levels: tuple[LevelRecord, ...]) -> str:

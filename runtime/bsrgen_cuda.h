@@ -2,8 +2,12 @@
  * Before it: REAL_BYTES, and W_KIND, X_KIND, Y_KIND and E_KIND (operands shaped like Y), each f32, f64, bf16, f16 or s8. */
 #ifndef BSRGEN_CUDA_H
 #define BSRGEN_CUDA_H
+#ifdef BSRGEN_HOST_PART
+#include <cuda_runtime_api.h>
+#else
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#endif
 #include <stdint.h>
 
 #define DEVICE static __device__ __forceinline__
@@ -28,6 +32,7 @@ typedef float real;
 typedef double real;
 #endif
 
+#ifndef BSRGEN_HOST_PART
 DEVICE float get_f32(f32_t v) { return v; }
 DEVICE double get_f64(f64_t v) { return v; }
 DEVICE float get_bf16(bf16_t v) { return __uint_as_float((uint32_t)v << 16); }
@@ -84,5 +89,6 @@ DEVICE real v_normcdf(real v) { return normcdff(v); }
 DEVICE real v_sigmoid(real v) { return 1.0 / (1.0 + exp(-v)); }
 DEVICE real v_tanh(real v) { return tanh(v); }
 DEVICE real v_normcdf(real v) { return normcdf(v); }
+#endif
 #endif
 #endif

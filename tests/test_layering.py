@@ -23,7 +23,7 @@ FLOORS = """
     advice  package
     backends
     backends.mlir  backends.cuda
-    backends.cuda.candidates  backends.cuda.text
+    backends.cuda.candidates  backends.cuda.text  backends.cuda.trial
     backends.cuda.matrix
     backends.cuda.plan
     backends.cuda.count  backends.cuda.packing
@@ -39,7 +39,7 @@ FLOORS = """
     backends.c.products  backends.c.tiles
     emit  cost  backends.c.count
     verify
-    loading
+    loading  tracks
     device
     exam
     kernel  plan  files  picture
@@ -47,9 +47,9 @@ FLOORS = """
     problem  occupancy  cover  quantize  stack
     pattern
     canonical  manifest  trampoline
-    store  llvm  gpus
+    store  llvm  gpus  gpu_clock
     operators  epilogues  targets  foreign  integrity
-    calibration  strides  bindings  device_arrays  nvcc
+    calibration  strides  bindings  device_arrays  nvcc  nvrtc  driver
     dtypes  _paths  clock  verdict
     errors  machine
 """
@@ -63,8 +63,8 @@ DEPLOY = [
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {
-    "api", "advice", "build", "choose", "clock", "calibration", "cover", "emit", "nvcc", "gpus", "package", "plan",
-    "cost", "occupancy", "tune", "backends", "bench", "cli", "jinja2",
+    "api", "advice", "build", "choose", "clock", "calibration", "cover", "emit", "nvcc", "nvrtc", "gpus",
+    "gpu_clock", "tracks", "package", "plan", "cost", "occupancy", "tune", "backends", "bench", "cli", "jinja2",
 }  # fmt: skip
 
 ON_USE = {

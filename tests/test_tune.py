@@ -356,7 +356,7 @@ def test_progress_rises_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(native().family != "x86_64", reason="the other architecture is aarch64")
 def test_a_level_that_cannot_run_here_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "TOP", 2)
-    monkeypatch.setattr("bsrgen.choose.native", lambda: TARGETS["x86-64-v3"])
+    monkeypatch.setattr("bsrgen.tracks.native", lambda: TARGETS["x86-64-v3"])
     kernel = tuned(target=("x86-64-v4", "x86-64-v3"))
     high, low = kernel.artifact.manifest.levels
     assert high.measured_seconds is None

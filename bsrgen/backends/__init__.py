@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from bsrgen import nvcc
+from bsrgen import nvcc, tracks
 from bsrgen.backends import c, cuda, mlir
 from bsrgen.emit import Source
 from bsrgen.gpus import as_gpus
@@ -33,6 +33,8 @@ class Backend:
     tools: Callable[[], str] = lambda: ""
     lacks: str = "use smaller blocks"  # what to do where there is no plan
     targets: Callable[[Any], tuple[Target, ...]] = as_targets  # of compile's target=, best first
+    track: Callable[[Target], tracks.Track | None] = tracks.on_cpu  # where plans for a target are timed; None: not here
+    trial: Callable[[Source, tracks.Track], Source] = lambda source, track: source  # as a race builds it
 
 
 BACKENDS = {
@@ -40,6 +42,6 @@ BACKENDS = {
     for row in (
         Backend("c", c.candidates, c.emit),
         Backend("mlir", mlir.candidates, mlir.emit, mlir.identity),
-        Backend("cuda", cuda.candidates, cuda.emit, nvcc.identity, cuda.LACKS, as_gpus),
+        Backend("cuda", cuda.candidates, cuda.emit, nvcc.identity, cuda.LACKS, as_gpus, tracks.on_gpu, cuda.trial),
     )
 }

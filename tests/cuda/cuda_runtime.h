@@ -15,6 +15,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+#include "stream.h"
 
 #define BSRGEN_EMULATION 1
 #define __global__ static
@@ -296,8 +297,24 @@ static inline double normcdf(double v) { return 0.5 * erfc(-v * M_SQRT1_2); }
 template <class A> struct Launch { void (*kernel)(A); A *a; };
 template <class A> static void launched(void *l) { ((Launch<A> *)l)->kernel(*((Launch<A> *)l)->a); }
 template <class A> static cudaError_t cudaLaunchKernel(
-    void (*kernel)(A), dim3 grid, dim3 block, void **parameters, size_t, cudaStream_t)
+    void (*kernel)(A), dim3 grid, dim3 block, void **parameters, size_t, cudaStream_t stream);
+template <class A> struct Captured { void (*kernel)(A); dim3 grid, block; A a; };
+template <class A> static void captured(void *c)
 {
+    Captured<A> &l = *(Captured<A> *)c;
+    void *parameters[] = {&l.a};
+    cudaLaunchKernel(l.kernel, l.grid, l.block, parameters, 0, NULL);
+}
+template <class A> static cudaError_t cudaLaunchKernel(
+    void (*kernel)(A), dim3 grid, dim3 block, void **parameters, size_t, cudaStream_t stream)
+{
+    emulated_stream *const s = (emulated_stream *)stream;
+    if (getenv(EMULATED_CAPTURE) && !s) return 900; /* cudaErrorStreamCaptureUnsupported */
+    if (s && s->capturing) { /* run when the graph is launched */
+        if (s->count == EMULATED_NODES) return cudaErrorMemoryAllocation;
+        s->node[s->count++] = {captured<A>, new Captured<A>{kernel, grid, block, *(A *)parameters[0]}};
+        return cudaSuccess;
+    }
     Launch<A> l = {kernel, (A *)parameters[0]};
     emulation::kernel = launched<A>, emulation::argument = &l;
     return emulation::launch(grid, block);
@@ -313,6 +330,7 @@ static inline const char *cudaGetErrorString(cudaError_t) { return "emulated"; }
 /* At the end of its pages, a page without access behind it, NaN before it. */
 static inline cudaError_t cudaMalloc(void **memory, size_t bytes)
 {
+    if (getenv(EMULATED_CAPTURE)) return 900; /* so does a GPU */
     const size_t page = 4096, room = (bytes + page - 1) / page * page + page;
     uint8_t *pages = (uint8_t *)mmap(NULL, room + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (pages == MAP_FAILED) return cudaErrorMemoryAllocation;
