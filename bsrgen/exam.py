@@ -40,8 +40,8 @@ class Exam:
         return found
 
     def worst(self, kernel: Callable[..., Any]) -> tuple[float, int]:
-        """The largest error of a kernel, for this CPU or in tracks.HostCalls, as a share of its bound, and the number of
-        tokens where that was."""
+        """The largest error of a kernel, for this CPU or in tracks.HostCalls, as a share of its bound, and the
+        number of tokens where that was."""
         shares = []
         for x, given, old, expected, bound in self.questions:
             kernel(x, out=(y := old.copy()), threads=1, **given)

@@ -15,6 +15,7 @@ from bsrgen import build, package
 from bsrgen.artifact import Artifact, read_artifact, write_manifest
 from bsrgen.backends.cuda import CudaPlan, emit
 from bsrgen.device import DeviceKernel
+from bsrgen.emit import Source
 from bsrgen.loading import kernel_of
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
@@ -30,7 +31,19 @@ def emulated(
     """Print `plan`, compile it for the CPU and load it; `change` may alter the device's text before."""
     source, name = emit((plan,), weight), plan.problem.name
     device = change(source.files[f"{name}_device.cu"].decode())
-    for file, data in (source.files | {f"{name}_device.cu": device.encode()}).items():
+    compiler = build.find_compiler(plan.target)
+    build_emulated(replace(source, files={**source.files, f"{name}_device.cu": device.encode()}), folder, compiler)
+    manifest = package.describe(source, weight, compiler, (), folder, {})
+    write_manifest(folder, replace_notes(manifest))
+    kernel = kernel_of(read_artifact(folder))
+    assert isinstance(kernel, DeviceKernel)
+    return kernel
+
+
+def build_emulated(source: Source, folder: Path, compiler: build.Compiler) -> Path:
+    """What build.build does, for the CPU."""
+    name = source.name
+    for file, data in source.files.items():
         (folder / file).write_bytes(data)
     gcc, gxx = tool("gcc"), tool("g++")
     library = f"lib{name}.so"
@@ -45,11 +58,8 @@ def emulated(
         assert result.returncode == 0, result.stderr[:2000]
     for file in (folder / "main.o", folder / "device.o"):
         file.unlink()
-    manifest = package.describe(source, weight, build.find_compiler(plan.target), (), folder, {})
-    write_manifest(folder, replace_notes(manifest))
-    kernel = kernel_of(read_artifact(folder))
-    assert isinstance(kernel, DeviceKernel)
-    return kernel
+    (folder / "build.log").write_text("emulated\n")
+    return folder / library
 
 
 def replace_notes(manifest: Any) -> Any:

@@ -10,7 +10,7 @@ from device_emulation import GpuArray, check_device_calls, emulated, run, said
 from support import DTYPE_NAMES, OPERATOR_NAMES, REDUCED, assert_right, make_weight, problem_of, reduced_case, single
 
 import bsrgen
-from bsrgen import device
+from bsrgen import device, driver
 from bsrgen.backends import BACKENDS
 from bsrgen.backends.cuda import CudaPlan, Lanes, candidates
 from bsrgen.choose import allowed
@@ -239,7 +239,9 @@ def test_what_no_plan_does():
     ("native", UnsupportedError), ("sm_99", ArgumentError), ((), ArgumentError), (("sm_80", 3), ArgumentTypeError),
     (None, ArgumentTypeError), ("x86-64-v3", ArgumentError),
 ])  # fmt: skip
-def test_targets_refused(value, error):
+def test_targets_refused(value, error, monkeypatch):
+    monkeypatch.setattr(driver, "LIBRARY", "no such library")
+    driver.driver.cache_clear()
     with pytest.raises(error, match="target"):
         as_gpus(value)
 

@@ -15,7 +15,7 @@ from test_cuda import plan_of
 from test_golden import Golden
 
 import bsrgen
-from bsrgen import build, nvcc
+from bsrgen import api, build, nvcc
 from bsrgen.backends.cuda import CudaPlan, Lanes, MatrixPlan, emit
 from bsrgen.backends.cuda.matrix import tokens
 from bsrgen.errors import CompilerNotFoundError, DeviceError
@@ -184,15 +184,17 @@ def test_compile_and_load_without_a_gpu(needs_nvcc, tmp_path):
     if Path("/dev/nvidiactl").exists():
         pytest.skip("there is a GPU")
     weight = random_weight(0, (48, 40), (8, 4), 0.3)
-    kernel = bsrgen.compile(weight, backend="cuda", target=("sm_80", "sm_90"), epilogue="bias", bias=np.ones(48))
+    options = {"backend": "cuda", "epilogue": "bias", "bias": np.ones(48), "tune": "measure"}
+    kernel = bsrgen.compile(weight, target=("sm_80", "sm_90"), **options)
     m = kernel.artifact.manifest
     assert m.device == "cuda"
     assert m.check is None
-    assert any("not checked by execution" in note for note in m.notes)
+    assert m.notes[-2:] == (api.UNCHECKED, api.NOT_RACED)
+    assert m.tuning == ()
     assert kernel.plan.target == "sm_80,sm_90"
     assert "one GPU" in str(kernel)
     assert "__global__" in kernel.source
-    again = bsrgen.compile(weight, backend="cuda", target=("sm_90", "sm_80"), epilogue="bias", bias=np.ones(48))
+    again = bsrgen.compile(weight, target=("sm_90", "sm_80"), **options)
     assert again.artifact.folder == kernel.artifact.folder
     needs = subprocess.run(["ldd", kernel.artifact.library], capture_output=True, text=True, check=True).stdout
     assert not re.search("cuda|stdc", needs)

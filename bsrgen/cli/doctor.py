@@ -16,6 +16,7 @@ from bsrgen.errors import BsrgenError
 
 VARIABLES = (
     "BSRGEN_CACHE_DIR", "BSRGEN_DISABLE_JIT", "BSRGEN_CC", "BSRGEN_NUM_THREADS", "BSRGEN_MLIR_PACKAGE", "BSRGEN_NVCC",
+    "BSRGEN_NVRTC",
 )  # fmt: skip
 NEEDED = ("numpy", "scipy", "jinja2", "cffi", "ml_dtypes", "safetensors")
 PEERS = ("mkl", "torch", "threadpoolctl")
@@ -132,6 +133,33 @@ def _cuda() -> Iterator[Finding]:
             yield Finding("cuda", "warn", str(e), INSTALL)
         else:
             yield Finding("cuda", "ok", f"no nvcc, which only backend='cuda' needs: {INSTALL}")
+
+
+def _nvrtc() -> Iterator[Finding]:
+    """What races on a GPU are faster with."""
+    from bsrgen.errors import CompilerNotFoundError
+    from bsrgen.nvrtc import INSTALL, VARIABLE, find_nvrtc
+
+    try:
+        yield Finding("nvrtc", "ok", f"{(nvrtc := find_nvrtc()).path}: {nvrtc.identity}")
+    except CompilerNotFoundError as e:
+        if VARIABLE in os.environ:
+            yield Finding("nvrtc", "warn", str(e), INSTALL)
+        else:
+            yield Finding("nvrtc", "ok", f"none, which only tune='measure' on a GPU is faster with: {INSTALL}")
+
+
+def _gpus() -> Iterator[Finding]:
+    from bsrgen import driver
+    from bsrgen.errors import DeviceError
+
+    try:
+        found = driver.gpus()
+    except DeviceError as e:
+        yield Finding("gpu", "ok", f"none, which only calls of backend='cuda' need: {e}")
+        return
+    for gpu in found:
+        yield Finding("gpu", "ok", f"{gpu.number}: {gpu}; the driver knows CUDA {driver.version()}")
 
 
 def _cpu() -> Iterator[Finding]:
@@ -265,4 +293,4 @@ def _variables() -> Iterator[Finding]:
             yield Finding("variable", "warn", setting, advice)
 
 
-LOOKS = (_versions, _compiler, _mlir, _cuda, _cpu, _calibration, _call_path, _store, _peers, _variables)
+LOOKS = (_versions, _compiler, _mlir, _cuda, _nvrtc, _gpus, _cpu, _calibration, _call_path, _store, _peers, _variables)
