@@ -1,10 +1,11 @@
-"""python -m benchmarks GRID... | accuracy | fit FILE... | report FILE...   (--help after each)."""
+"""python -m benchmarks GRID... | gpu | accuracy | fit FILE... | report FILE...   (--help after each)."""
 
 import sys
 
 from benchmarks import accuracy, fit, report, run
+from benchmarks.gpu import take
 
-VERBS = {"accuracy": accuracy.main, "fit": fit.main, "report": report.main}
+VERBS = {"gpu": take.main, "accuracy": accuracy.main, "fit": fit.main, "report": report.main}
 
 if __name__ == "__main__":
     verb = VERBS.get(sys.argv[1]) if len(sys.argv) > 1 else None
