@@ -121,12 +121,10 @@ def code_for(archs: tuple[str, ...], capability: tuple[int, int]) -> str:
 def runs_on(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:
     """Whether a GPU of this compute capability runs a library for `archs`: machine code goes up within a generation,
     that of sm_90a and its like nowhere else, PTX of the newest to all later ones (CUDA C++ Programming Guide, 3.1)."""
-    for arch in archs:
-        version, only = _version(arch), arch.endswith("a")
-        if version == capability or (not only and version <= capability and (
-                version[0] == capability[0] or arch == archs[-1])):  # fmt: skip
-            return True
-    return False
+    lasting = [_version(arch) for arch in archs if not arch.endswith("a")]
+    exact = any(_version(arch) == capability for arch in archs)
+    upwards = any(version[0] == capability[0] and version <= capability for version in lasting)
+    return exact or upwards or bool(lasting and lasting[-1] <= capability)
 
 
 def _version(arch: str) -> tuple[int, int]:

@@ -22,7 +22,7 @@ FLAGS = (
 )  # fmt: skip
 HOST_FLAGS = (  # of a C++ compiler for the host's part, where NVRTC has made the device's
     "-x", "c++", "-std=c++17", "-O2", "-DBSRGEN_HOST_PART", "-fPIC", "-fvisibility=hidden", "-fno-exceptions",
-    "-fno-rtti", "-fno-threadsafe-statics",
+    "-fno-rtti", "-fno-threadsafe-statics", "-fno-ipa-icf",  # stubs are told apart by their addresses
 )  # fmt: skip
 LINK = ("-static-libgcc", "-Wl,--exclude-libs,ALL", "-lpthread", "-ldl", "-lrt")
 

@@ -73,6 +73,7 @@ def test_native_on_an_old_gpu(monkeypatch):
     (("sm_75", "sm_86"), (8, 0), False, None),  # PTX is of the newest one only
     (("sm_90",), (9, 0), True, "sm_90"), (("sm_90a",), (9, 0), True, "sm_90a"), (("sm_90a",), (10, 0), False, None),
     (("sm_80", "sm_90a"), (8, 9), True, "sm_80"),
+    (("sm_80", "sm_90a"), (10, 0), True, "sm_100"),
     (("sm_86",), (8, 0), False, None),
 ])  # fmt: skip
 def test_which_code_a_gpu_runs(archs, capability, runs, code):

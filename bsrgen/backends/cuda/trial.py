@@ -11,11 +11,15 @@ from bsrgen.nvrtc import find_nvrtc
 from bsrgen.tracks import GpuTrack, Track
 
 
+PARTED = "#ifndef BSRGEN_HOST_PART"
+
+
 def trial(source: Source, track: Track) -> Source:
     """`source` for the GPU of a race alone.
 
-    NVRTC compiles the device's part in this process, a C++ compiler the host's, with headers and libcudart of CUDA 13
-    or newer, whose runtime takes machine code at run time; else nvcc compiles both, in twice the time.
+    NVRTC compiles the device's part in this process, a C++ compiler the host's (its text says how where it can be cut
+    in two), with headers and libcudart of CUDA 13 or newer, whose runtime takes machine code at run time; else nvcc
+    compiles both, in two to three times the time.
     """
     target, (*others, unit) = source.plans[0].target, source.units
     assert isinstance(target, GpuTarget)
@@ -25,7 +29,8 @@ def trial(source: Source, track: Track) -> Source:
         tools = f"{find_nvrtc().identity}; {find_nvcc().identity}"
     except CompilerNotFoundError:
         tools = ""
-    if not tools or not find_nvcc().takes_code:
+    text = source.files[unit.file].decode()
+    if not tools or not find_nvcc().takes_code or PARTED not in text:
         return replace(source, units=(*others, replace(unit, flags=(code_flags(arch, arch),))))
-    kernels = re.findall(r"^__global__ .* (\w+)\(const ", source.files[unit.file].decode(), re.M)
+    kernels = re.findall(r"^__global__ .* (\w+)\(const ", text, re.M)
     return replace(source, units=(*others, replace(unit, flags=(arch,), kernels=tuple(kernels))), tools=tools)

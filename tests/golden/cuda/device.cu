@@ -167,11 +167,15 @@ __global__ void __launch_bounds__(THREADS) linear_f32_18x24_b5x3_c8cf43a9_few(co
 
 #else
 #include "bsrgen_parts.h"
-static cudaKernel_t linear_f32_18x24_b5x3_c8cf43a9_many;
-static cudaKernel_t linear_f32_18x24_b5x3_c8cf43a9_few;
-static void __attribute__((constructor)) kernels_found()
+static void linear_f32_18x24_b5x3_c8cf43a9_many(const struct arguments) {}
+static void linear_f32_18x24_b5x3_c8cf43a9_few(const struct arguments) {}
+static void __attribute__((constructor)) kernels_are_found()
 {
-    cudaKernel_t *const kernels[] = {&linear_f32_18x24_b5x3_c8cf43a9_many, &linear_f32_18x24_b5x3_c8cf43a9_few, };
+    static const char *const names[] = {BSRGEN_KERNELS}; /* in the order of their definitions */
+    static found_kernel kernels[] = {
+        {names[0], (const void *)linear_f32_18x24_b5x3_c8cf43a9_many, NULL},
+        {names[1], (const void *)linear_f32_18x24_b5x3_c8cf43a9_few, NULL},
+    };
     find_kernels(kernels, 2);
 }
 #endif
