@@ -10,7 +10,6 @@ from bsrgen.nvcc import find_nvcc
 from bsrgen.nvrtc import find_nvrtc
 from bsrgen.tracks import GpuTrack, Track
 
-
 PARTED = "#ifndef BSRGEN_HOST_PART"
 
 
