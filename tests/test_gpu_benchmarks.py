@@ -161,7 +161,9 @@ def checked(contender: contenders.Contender, stage: Any) -> list[str]:
             continue
         run = contender.prepare(stage, case)
         run.call()
-        assert take.error_of(case, run.result(), np.arange(point.n)) < 1e-5, (contender.name, point)
+        tokens = np.arange(point.n)
+        error = take.error_of(case, run.result(), tokens, take.reference(case, tokens))
+        assert error < 1e-5, (contender.name, point)
     return reasons
 
 
@@ -215,7 +217,7 @@ def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(take, "ours", lambda kernel: replace(of(right), name="bsrgen", kind="bsrgen"))
     others = (replace(of(right + 1), name="wrong"), replace(of(right * np.nan), name="nan"),
               replace(of(right), name="broken", prepare=broken), replace(of(right), name="fine"))  # fmt: skip
-    found = take.figure(stage, "tiny", CASES[0], kernel, 3, others)  # type: ignore[arg-type]
+    found = take.figure(stage, "tiny", CASES[0], case, kernel, 3, others)  # type: ignore[arg-type]
     assert [line.name for line in found.lines] == ["bsrgen", "fine"]
     assert found.absent["wrong"].startswith("ArithmeticError: wrong: relative error")
     assert found.absent["nan"].endswith("inf")

@@ -25,6 +25,7 @@ from bsrgen.bench.case import Case
 from bsrgen.errors import BsrgenError
 from bsrgen.machine import parallel_cores
 
+Array = np.ndarray[Any, Any]
 ROUNDS, COLD_ROUNDS = 15, 7
 CHECKED_TOKENS = 8
 WRONG = 2e-2  # bfloat16 lies at 1e-3 to 1e-2, tf32 at 3e-4
@@ -55,26 +56,32 @@ def _best(stage: Stage, call: Callable[[], object]) -> float:
     return min(stage.sample(timer, cold=False) for _ in range(ROUNDS))
 
 
-def error_of(case: Case, y: np.ndarray[Any, Any], tokens: np.ndarray[Any, Any]) -> float:
-    """|y - reference| / |reference| in float64 over some tokens; infinite where something is not finite."""
-    W, x, real = case.weight, np.asarray(case.x, np.float64), np.asarray(y, np.float64)
-    chosen, got = (x[tokens], real[tokens]) if case.linear else (x[:, tokens].T, real[:, tokens].T)
-    p = W.pattern
-    blocks = W.data.astype(case.x.dtype).astype(np.float64) if case.w_scale is None else W.data.astype(np.float64)
+def reference(case: Case, tokens: Array) -> Array:
+    """Y of some tokens in float64, [tokens, M]."""
+    W, p, x = case.weight, case.weight.pattern, np.asarray(case.x, np.float64)
+    data = W.data if case.w_scale is not None else W.data.astype(case.x.dtype)
     padded = np.zeros((len(tokens), p.block_cols * p.C))
-    padded[:, : p.K] = chosen * case.x_scale
+    padded[:, : p.K] = (x[tokens] if case.linear else x[:, tokens].T) * case.x_scale
+    inputs = padded.reshape(len(tokens), -1, p.C)[:, p.indices]
     sums = np.zeros((p.block_rows, p.R, len(tokens)))
-    np.add.at(sums, p.rows, np.einsum("brc,tbc->brt", blocks, padded.reshape(len(tokens), -1, p.C)[:, p.indices]))
-    expected = sums.reshape(-1, len(tokens))[: p.M].T
+    np.add.at(sums, p.rows, np.einsum("brc,tbc->brt", data.astype(np.float64), inputs, optimize=True))
+    return sums.reshape(-1, len(tokens))[: p.M].T
+
+
+def error_of(case: Case, y: Array, tokens: Array, expected: Array) -> float:
+    """|y - reference| / |reference|; infinite where something is not finite."""
+    got = np.asarray(y[tokens] if case.linear else y[:, tokens].T, np.float64)
     if not np.isfinite(got).all():
         return float("inf")
     return float(np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-30))
 
 
-def figure(stage: Stage, grid: str, point: Point, kernel: Any, rounds: int, others: tuple[Contender, ...]) -> Figure:
+def figure(
+    stage: Stage, grid: str, point: Point, case: Case, kernel: Any, rounds: int, others: tuple[Contender, ...]
+) -> Figure:
     """All contenders that take the case, checked, and timed in alternation: hot rounds first, then cold ones."""
-    case = point.case()
     tokens = np.random.default_rng(0).permutation(point.n)[:CHECKED_TOKENS]
+    expected = reference(case, tokens)
     runs: dict[str, tuple[Contender, Run, Timer, float]] = {}
     absent = {}
     for contender in (ours(kernel), *others):
@@ -84,7 +91,7 @@ def figure(stage: Stage, grid: str, point: Point, kernel: Any, rounds: int, othe
         try:
             run = contender.prepare(stage, case)
             run.call()
-            error = error_of(case, run.result(), tokens)
+            error = error_of(case, run.result(), tokens, expected)
             if not error < WRONG:
                 raise ArithmeticError(f"wrong: relative error {error:.2g}")
             runs[contender.name] = contender, run, stage.timer(run.call), error
@@ -130,8 +137,8 @@ def taken(results: Results, stage: Stage, makes: Makes, todo: list[tuple[str, Po
                     return
                 try:
                     folder = futures.pop(number).result()
-                    kernel = makes.kernel(folder, point.case().weight)
-                    results.figures.append(figure(stage, grid, point, kernel, rounds, others))
+                    kernel = makes.kernel(folder, (case := point.case()).weight)
+                    results.figures.append(figure(stage, grid, point, case, kernel, rounds, others))
                 except Exception as e:  # a point that cannot be taken costs the others nothing
                     results.figures.append(Figure(grid, point, 0, 0, (), {"bsrgen": _why(e)}))
                 click.echo(_said(results.figures[-1]))
