@@ -9,7 +9,7 @@ WEIGHT := examples/minilm_ffn_32x1_d20.safetensors
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test gpu bench lint clean
 .PRECIOUS: $(VENV)/.installed-%
 
 help:  ## this list
@@ -21,6 +21,9 @@ demo: $(VENV)/.installed-test  ## a kernel for a real pruned weight: build it, c
 
 test: $(VENV)/.installed-test  ## all tests on JOBS=2 processes (what is missing here is skipped, with its reason)
 	$(PY) -m pytest -q -n $(JOBS)
+
+gpu: $(VENV)/.installed-test  ## only the tests that need an NVIDIA GPU and nvcc
+	$(PY) -m pytest -q -m gpu
 
 bench: $(VENV)/.installed-bench  ## README's grids, or GRIDS="bert pyfr", beside the peers; tables and plots in RESULTS; an hour
 	$(PY) -m benchmarks $(GRIDS) $(BENCH) --out $(RESULTS)

@@ -191,6 +191,7 @@ def test_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (beta, alpha) == (0, 1)
         out.copy_(bsr.to_dense() @ x)
 
+    monkeypatch.setattr(contenders, "TUNED", {})
     monkeypatch.setattr(ops, "bsr_dense_addmm", product, raising=False)
     monkeypatch.setattr(meta, "tune_bsr_dense_addmm", lambda *a, **o: tuned.append(o) or {"num_stages": 3})
     named = {contender.name: contender for contender in contenders.peers()}

@@ -16,6 +16,9 @@ from bsrgen.bench.case import Case
 
 Array = np.ndarray[Any, Any]
 HALF = ("bfloat16", "float16")
+TUNED: dict[
+    str, Any
+] = {}  # what torch's tuning, a minute of Triton for a shape, found: one for all densities, as torch has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,10 @@ def _torch_bsr(stage: Any, case: Case, tuned: bool) -> Run:
     bsr, x = _bsr(stage, case)
     y = torch.full((case.weight.pattern.M, case.n), float("nan"), dtype=x.dtype, device=stage.device)
     zeros = torch.zeros_like(y)
-    meta = _triton_ops_meta.tune_bsr_dense_addmm(zeros, bsr, x, beta=0, alpha=1) if tuned else None
+    shape = str((case.weight.pattern.shape, case.weight.pattern.blocksize, case.n, case.dtype.name))
+    if tuned and shape not in TUNED:
+        TUNED[shape] = _triton_ops_meta.tune_bsr_dense_addmm(zeros, bsr, x, beta=0, alpha=1)
+    meta = TUNED[shape] if tuned else None
     call = functools.partial(_triton_ops.bsr_dense_addmm, zeros, bsr, x, beta=0, alpha=1, out=y, meta=meta)
     return Run(call, lambda: stage.host(y.t() if case.linear else y, case.x.dtype), str(meta) if meta else "")
 

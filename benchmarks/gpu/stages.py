@@ -119,7 +119,7 @@ class TorchStage:
 
     def _graph(self, call: Call, calls: int) -> Call:
         graph = self.torch.cuda.CUDAGraph()
-        with self.torch.cuda.graph(graph, stream=self.stream):
+        with self.torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             for _ in range(calls):
                 call()
         graph.replay()

@@ -22,7 +22,6 @@ from benchmarks.gpu.results import Figure, Line, Results, Times, load
 from benchmarks.gpu.stages import Stage, Timer, TorchStage
 from benchmarks.points import Point
 from bsrgen.bench.case import Case
-from bsrgen.errors import BsrgenError
 from bsrgen.machine import parallel_cores
 
 Array = np.ndarray[Any, Any]
@@ -31,7 +30,7 @@ CHECKED_TOKENS = 8
 WRONG = 2e-2  # bfloat16 lies at 1e-3 to 1e-2, tf32 at 3e-4
 COPY_BYTES, DENSE_SIZE = 1 << 30, 8192
 REST_S = 30.0  # of a budget that no new point is begun in
-AHEAD = 24  # points whose kernels are compiled before their turn
+AHEAD = 24  # points whose kernels are made together
 
 
 def ceilings(stage: Stage, size: int = DENSE_SIZE, copied: int = COPY_BYTES) -> dict[str, float]:
@@ -124,30 +123,31 @@ def _alternate(stage: Stage, timers: dict[str, Timer], rounds: int, *, cold: boo
 
 def taken(results: Results, stage: Stage, makes: Makes, todo: list[tuple[str, Point]], rounds: int, stop_s: float,
           keep: Callable[[], None]) -> None:  # fmt: skip
-    """Figures of `todo` into `results`, kernels compiled ahead by other threads; `keep` is called after each."""
+    """Figures of `todo` into `results`: kernels of some points are made on all cores, then those points are timed, so
+    that nothing else runs meanwhile.  `keep` is called after each point."""
     others = peers()
-    with ThreadPoolExecutor(max(parallel_cores() - 1, 1)) as pool:
-        futures: dict[int, Future[Path]] = {}
-        try:
-            for number, (grid, point) in enumerate(todo):
-                begun = range(0 if number == 0 else number + AHEAD - 1, min(number + AHEAD, len(todo)))
-                futures.update({ahead: pool.submit(makes.make, todo[ahead][1]) for ahead in begun})
-                if time.monotonic() > stop_s:
-                    click.echo(f"stopped before {point}: the budget is over; the same command goes on from here")
-                    return
-                try:
-                    folder = futures.pop(number).result()
-                    kernel = makes.kernel(folder, (case := point.case()).weight)
-                    results.figures.append(figure(stage, grid, point, case, kernel, rounds, others))
-                except Exception as e:  # a point that cannot be taken costs the others nothing
-                    results.figures.append(Figure(grid, point, 0, 0, (), {"bsrgen": _why(e)}))
-                click.echo(_said(results.figures[-1]))
-                keep()
-                if not stage.alive():
-                    raise click.ClickException("the GPU's context is broken; the same command goes on from here")
-        finally:
-            for future in futures.values():
-                future.cancel()
+    for first in range(0, len(todo), AHEAD):
+        some = todo[first : first + AHEAD]
+        kernels = made_ahead(makes, some) if time.monotonic() <= stop_s else [Future()] * len(some)
+        for (grid, point), made in zip(some, kernels, strict=True):
+            if time.monotonic() > stop_s:
+                click.echo(f"stopped before {point}: the budget is over; the same command goes on from here")
+                return
+            try:
+                kernel = makes.kernel(made.result(), (case := point.case()).weight)
+                results.figures.append(figure(stage, grid, point, case, kernel, rounds, others))
+            except Exception as e:  # a point that cannot be taken costs the others nothing
+                results.figures.append(Figure(grid, point, 0, 0, (), {"bsrgen": _why(e)}))
+            click.echo(_said(results.figures[-1]))
+            keep()
+            if not stage.alive():
+                raise click.ClickException("the GPU's context is broken; the same command goes on from here")
+
+
+def made_ahead(makes: Makes, todo: list[tuple[str, Point]]) -> list[Future[Path]]:
+    """The kernels of points, made; races of plans one after the other, because they are timed."""
+    with ThreadPoolExecutor(1 if makes.tune == "measure" else parallel_cores()) as pool:
+        return [pool.submit(makes.make, point) for _, point in todo]
 
 
 def _said(f: Figure) -> str:
@@ -160,15 +160,12 @@ def _said(f: Figure) -> str:
 
 def prepared(makes: Makes, todo: list[tuple[str, Point]]) -> None:
     """Compile the kernels of all points into the folder of artifacts."""
-    with ThreadPoolExecutor(parallel_cores()) as pool:
-        for (_, point), future in [(row, pool.submit(makes.make, row[1])) for row in todo]:
-            try:
-                future.result()
-                place = makes.place(point)
-                size = place.stat().st_size if place else 0
-                click.echo(f"{point}: {size / 1e3:.0f} KB")
-            except BsrgenError as e:
-                click.echo(f"{point}: {' '.join(str(e).split())}")
+    for (_, point), made in zip(todo, made_ahead(makes, todo), strict=True):
+        place = makes.place(point)
+        if failure := made.exception():
+            click.echo(f"{point}: {' '.join(str(failure).split())}")
+        elif place is not None:
+            click.echo(f"{point}: {place.stat().st_size / 1e3:.0f} KB")
 
 
 @click.command()

@@ -91,7 +91,7 @@ def artifact_facts(folder: Path, *, short: bool = False, err: bool = False) -> N
     measured = "" if m.cost.measured_seconds is None else f", measured {duration(m.cost.measured_seconds)}"
     rows.append(("cost", f"{_cost(m.cost.flop, m.cost.bytes, m.cost.seconds, m.cost.n, m.verdict.where)}{measured}"))
     rows.append(("verdict", str(m.verdict)))
-    why = "it is for GPUs" if m.device == "cuda" else "this CPU cannot"
+    why = "no GPU that was there runs it" if m.device == "cuda" else "this CPU cannot"
     check = f"not run: {why}" if m.check is None else (
         f"largest error {100 * m.check.worst:.2g} % of the float64 bound at n = {', '.join(map(str, m.check.n))}"
     )  # fmt: skip
