@@ -225,6 +225,8 @@ def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.absent["broken"] == "MemoryError: out of memory"
 
     class Makes:
+        tune = "model"
+
         def make(self, point: Point) -> Path:
             raise UnsupportedError("no plan")
 

@@ -16,9 +16,7 @@ from bsrgen.bench.case import Case
 
 Array = np.ndarray[Any, Any]
 HALF = ("bfloat16", "float16")
-TUNED: dict[
-    str, Any
-] = {}  # what torch's tuning, a minute of Triton for a shape, found: one for all densities, as torch has it
+TUNED: dict[str, Any] = {}  # what torch's tuning found, which may take a minute: one of a shape for all densities
 
 
 @dataclass(frozen=True, slots=True)
