@@ -134,7 +134,8 @@ def taken(results: Results, stage: Stage, makes: Makes, todo: list[tuple[str, Po
                 click.echo(f"stopped before {point}: the budget is over; the same command goes on from here")
                 return
             try:
-                kernel = makes.kernel(made.result(), (case := point.case()).weight)
+                folder, case = made.result(), point.case()
+                kernel = makes.kernel(folder, case.weight)
                 results.figures.append(figure(stage, grid, point, case, kernel, rounds, others))
             except Exception as e:  # a point that cannot be taken costs the others nothing
                 results.figures.append(Figure(grid, point, 0, 0, (), {"bsrgen": _why(e)}))
