@@ -37,7 +37,7 @@ from bsrgen.quantize import quantized, source_of
 from bsrgen.stack import are_several, parts_of, stacked
 from bsrgen.store import Store
 from bsrgen.targets import Target, native
-from bsrgen.tracks import CpuTrack, Track, gpu_of
+from bsrgen.tracks import CpuTrack, Track, gpu_of, track_of
 from bsrgen.trampoline import trampoline
 
 UNCHECKED = "not checked by execution: no GPU that was there runs it"
@@ -211,16 +211,16 @@ def _key(
         "weight_scale": bound.weight_scale,
         "parts": bound.parts,
         "targets": [asdict(target) for target in targets],
-        "tune": [tune, *(_where(backend, target) for target in targets if tune.startswith("measure"))],
+        "tune": [tune, *(_where(target) for target in targets if tune.startswith("measure"))],
         "strict": strict,
         "compiler": [compiler.identity, build.COMPILE_FLAGS, build.LINK_FLAGS],
     }
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
-def _where(backend: Backend, target: Target) -> str:
+def _where(target: Target) -> str:
     """Where a race takes its times: those of one GPU, or of none, are not another's."""
-    track = backend.track(target)
+    track = track_of(target)
     return "nowhere" if track is None else track.where
 
 
@@ -262,7 +262,7 @@ def _make(
     sparse_s, dense_s = (min((s for d, s in times if d == dense), default=None) for dense in (False, True))
     verdict = advice.judge(backend, plans[0], choices[0].ranked, weight, sparse_s, dense_s)
     notes = manifest.notes
-    if manifest.device == "cuda" and backend.track(targets[0]) is None:
+    if manifest.device == "cuda" and track_of(targets[0]) is None:
         notes = (*notes, UNCHECKED, *([NOT_RACED] if tuning.mode == "measure" else []))
     manifest = msgspec.structs.replace(
         manifest, verdict=verdict, strict=tuning.strict, weight_scale=bound.weight_scale, parts=bound.parts, notes=notes

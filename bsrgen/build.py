@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bsrgen import llvm, nvcc, nvrtc
@@ -18,6 +18,7 @@ from bsrgen._paths import RUNTIME
 from bsrgen.artifact import seal
 from bsrgen.emit import Source, Unit
 from bsrgen.errors import BuildError, CompilerNotFoundError
+from bsrgen.gpus import code_flags
 from bsrgen.machine import parallel_cores
 from bsrgen.targets import Target, native
 
@@ -114,7 +115,12 @@ def _compile(unit: Unit, target: str, compiler: Compiler, folder: Path) -> str:
         (folder / target).write_bytes(llvm.compile_object((folder / unit.file).read_text(), unit.flags))
         return f"llvmlite -O3 {' '.join(unit.flags)} {unit.file} -o {target}\n"
     if unit.kernels:
-        return _in_two_parts(unit, target, compiler, folder)
+        try:
+            return _in_two_parts(unit, target, compiler, folder)
+        except BuildError as e:
+            (arch,) = unit.flags
+            whole = replace(unit, flags=(code_flags(arch, arch),), kernels=())
+            return f"NVRTC: {e}\n{_compile(whole, target, compiler, folder)}"
     if unit.file.endswith(".cu"):
         command = [nvcc.find_nvcc().path, "-ccbin", compiler.path, *nvcc.FLAGS, *unit.flags]
         return _run([*command, "-I.", "-c", unit.file, "-o", target], folder)

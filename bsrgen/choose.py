@@ -25,7 +25,7 @@ from bsrgen.pattern import Weight
 from bsrgen.plan import Plan
 from bsrgen.problem import Problem
 from bsrgen.targets import Target
-from bsrgen.tracks import Contender, Track
+from bsrgen.tracks import Contender, Track, track_of
 
 ROUNDS = 30
 TIMING_S = 20.0  # of timing for one race, whatever the budget: plans of a second a call are told apart by fewer rounds
@@ -109,7 +109,7 @@ def choose(
     ranked = tuple(tune.rank(plans, problem.n))
     if tuning.mode == "off":
         return Choice(plans[0], ranked)
-    track = backend.track(target) if tuning.mode == "measure" else None
+    track = track_of(target) if tuning.mode == "measure" else None
     if track is None:
         return Choice(ranked[0][1], ranked)
     n = problem.n or tune.PLANNED_N

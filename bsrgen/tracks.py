@@ -137,10 +137,14 @@ def on_cpu(target: Target) -> Track | None:
     return CpuTrack() if here else None
 
 
-def on_gpu(target: Target) -> GpuTrack | None:
+def on_gpu(target: GpuTarget) -> GpuTrack | None:
     """The first GPU of this machine that runs code for `target`; None where there is none, or no driver."""
-    assert isinstance(target, GpuTarget)
     return gpu_of(target.archs)
+
+
+def track_of(target: Target) -> Track | None:
+    """Where plans for `target` are timed; None: not on this machine."""
+    return on_gpu(target) if isinstance(target, GpuTarget) else on_cpu(target)
 
 
 def gpu_of(archs: tuple[str, ...]) -> GpuTrack | None:

@@ -14,7 +14,9 @@ from bsrgen import build, driver, gpu_clock, nvcc, nvrtc, tracks
 from bsrgen.__main__ import main
 from bsrgen.artifact import read_artifact, write_manifest
 from bsrgen.backends.cuda import candidates, emit, trial
+from bsrgen.backends.cuda.trial import KERNEL
 from bsrgen.dtypes import DTYPES
+from bsrgen.emit import Unit
 from bsrgen.errors import BuildError, CompilerNotFoundError, DeviceError, UnsupportedError
 from bsrgen.gpus import GPUS, as_gpus, code_for, native_gpu, runs_on
 from bsrgen.loading import kernel_of
@@ -176,7 +178,7 @@ def test_nvrtc_compiles_every_template(dtype, operator, arch, turn, needs_nvrtc)
     """To machine code, with nothing of a toolkit but NVRTC itself."""
     source, _ = source_of(dtype, operator, arch, turn)
     text = source.files[source.units[-1].file].decode()
-    kernels = re.findall(r"^__global__ .* (\w+)\(const ", text, re.M)
+    kernels = re.findall(KERNEL, text, re.M)
     headers = {name: data.decode() for name, data in source.files.items() if name.endswith(".h")}
     made = needs_nvrtc.compile(text, headers, kernels, arch)
     assert made.cubin.startswith(b"\x7fELF")
@@ -202,11 +204,29 @@ def test_a_trial_loads_and_says_that_there_is_no_driver(needs_nvrtc, no_driver, 
     assert quick.tools.startswith("NVRTC ")
     compiler = build.find_compiler(quick.plans[0].target)
     build.build(quick, tmp_path, compiler)
-    assert "NVRTC" in (tmp_path / "build.log").read_text()
+    log = (tmp_path / "build.log").read_text()
+    assert "NVRTC" in log
+    assert "nvcc -ccbin" not in log
     write_manifest(tmp_path, describe(quick, weight, compiler, (), tmp_path, {}))
     kernel = kernel_of(read_artifact(tmp_path))
     with pytest.raises(DeviceError, match=r"no usable NVIDIA driver \(status 1035"):
         kernel.upload()
+
+
+def test_what_nvrtc_cannot_do_nvcc_does(tmp_path, monkeypatch):
+    """A trial is not lost with its quicker compiler."""
+
+    def no(*arguments):
+        raise BuildError("no such thing")
+
+    ran = []
+    monkeypatch.setattr(build, "_in_two_parts", no)
+    monkeypatch.setattr(build, "_run", lambda command, folder: ran.append(command) or "")
+    monkeypatch.setattr(nvcc, "find_nvcc", lambda: nvcc.Nvcc("nvcc", "13.0.0", "/lib/libcudart_static.a"))
+    unit = Unit("k_device.cu", ("sm_90",), ("k_many",))
+    log = build._compile(unit, "k.o", build.Compiler("cc", "", ""), tmp_path)
+    assert log.startswith("NVRTC: no such thing")
+    assert "-gencode=arch=compute_90,code=sm_90" in ran[0]
 
 
 def test_a_trial_without_nvrtc_is_for_one_gpu(monkeypatch):

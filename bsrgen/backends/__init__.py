@@ -33,7 +33,6 @@ class Backend:
     tools: Callable[[], str] = lambda: ""
     lacks: str = "use smaller blocks"  # what to do where there is no plan
     targets: Callable[[Any], tuple[Target, ...]] = as_targets  # of compile's target=, best first
-    track: Callable[[Target], tracks.Track | None] = tracks.on_cpu  # where plans for a target are timed; None: not here
     trial: Callable[[Source, tracks.Track], Source] = lambda source, track: source  # as a race builds it
 
 
@@ -42,6 +41,6 @@ BACKENDS = {
     for row in (
         Backend("c", c.candidates, c.emit),
         Backend("mlir", mlir.candidates, mlir.emit, mlir.identity),
-        Backend("cuda", cuda.candidates, cuda.emit, nvcc.identity, cuda.LACKS, as_gpus, tracks.on_gpu, cuda.trial),
+        Backend("cuda", cuda.candidates, cuda.emit, nvcc.identity, cuda.LACKS, as_gpus, cuda.trial),
     )
 }

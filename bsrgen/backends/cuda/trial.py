@@ -11,6 +11,7 @@ from bsrgen.nvrtc import find_nvrtc
 from bsrgen.tracks import GpuTrack, Track
 
 PARTED = "#ifndef BSRGEN_HOST_PART"
+KERNEL = r"^__global__ .* (\w+)\((?:const|PARAMETER) "
 
 
 def trial(source: Source, track: Track) -> Source:
@@ -31,5 +32,5 @@ def trial(source: Source, track: Track) -> Source:
     text = source.files[unit.file].decode()
     if not tools or not find_nvcc().takes_code or PARTED not in text:
         return replace(source, units=(*others, replace(unit, flags=(code_flags(arch, arch),))))
-    kernels = re.findall(r"^__global__ .* (\w+)\(const ", text, re.M)
+    kernels = re.findall(KERNEL, text, re.M)
     return replace(source, units=(*others, replace(unit, flags=(arch,), kernels=tuple(kernels))), tools=tools)
