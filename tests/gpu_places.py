@@ -52,9 +52,8 @@ class Place:
 def entered(name: str, folder: Path) -> Iterator[Place]:
     """The place of that name, its device the current one; skips where it is not to be had."""
     if name == GPU:
-        why = no_gpu()
-        if why:
-            pytest.skip(why)
+        if NO_GPU:
+            pytest.skip(NO_GPU)
         (target,) = as_gpus("native")
         with driver.on(0):
             yield Place(name, target, built)
@@ -63,8 +62,7 @@ def entered(name: str, folder: Path) -> Iterator[Place]:
         yield Place(name, native_gpu(), emulated)
 
 
-@functools.cache
-def no_gpu() -> str:
+def _no_gpu() -> str:
     """Why nothing runs on a GPU here; "" where it does."""
     try:
         driver.gpus()
@@ -75,6 +73,9 @@ def no_gpu() -> str:
     except BsrgenError as e:
         return str(e)
     return ""
+
+
+NO_GPU = _no_gpu()  # asked when tests are collected: later the driver may be the emulated one
 
 
 @contextmanager
