@@ -14,6 +14,7 @@ from bsrgen.errors import CompilerNotFoundError
 VARIABLE = "BSRGEN_NVCC"
 INSTALL = "pip install 'bsrgen[cuda]', or install the CUDA toolkit, or set BSRGEN_NVCC to its nvcc"
 OLDEST = (12, 0)  # C++17 and every architecture of gpus.py
+LIBRARIES = (12, 8)  # cudaLibraryLoadData and its kin in the static runtime
 
 FLAGS = (
     "-O3", "-std=c++17", "-Xptxas", "-v", "-Xcompiler",
@@ -30,6 +31,18 @@ class Nvcc:
     path: str
     release: str
     runtime: str
+    root: str  # of the toolkit, or of the wheels
+
+    @property
+    def include(self) -> str:
+        """The folder of cuda_runtime_api.h."""
+        folders = [Path(self.root, folder) for folder in ("include", "targets/x86_64-linux/include")]
+        return str(next((folder for folder in folders if (folder / "cuda_runtime_api.h").is_file()), folders[0]))
+
+    @property
+    def libdevice(self) -> Path:
+        """NVIDIA's functions of mathematics as LLVM bitcode."""
+        return Path(self.root, "nvvm", "libdevice", "libdevice.10.bc")
 
     @property
     def identity(self) -> str:
@@ -50,6 +63,17 @@ def find_nvcc() -> Nvcc:
 def identity() -> str:
     """nvcc's, as it enters the key of the store."""
     return find_nvcc().identity
+
+
+def toolkit() -> Nvcc:
+    """find_nvcc's, for code that comes as PTX: ptxas, libdevice and a runtime that loads what ptxas makes."""
+    found = find_nvcc()
+    if tuple(map(int, found.release.split(".")))[:2] < LIBRARIES:
+        wanted = ".".join(map(str, LIBRARIES))
+        raise CompilerNotFoundError(f"{found.path} is CUDA {found.release}: GPUs through MLIR need {wanted}; {INSTALL}")
+    if not found.libdevice.is_file():
+        raise CompilerNotFoundError(f"{found.path} has no {found.libdevice}, which GPUs through MLIR need; {INSTALL}")
+    return found
 
 
 def _in_wheels() -> str | None:
@@ -73,7 +97,7 @@ def _probe(path: str) -> Nvcc:
     runtime = next((place for place in places if place.is_file()), None)
     if runtime is None:
         raise CompilerNotFoundError(f"{path} has no libcudart_static.a beside it, {places[0]} for one; {INSTALL}")
-    return Nvcc(path, ".".join(release.groups()), str(runtime.resolve()))
+    return Nvcc(path, ".".join(release.groups()), str(runtime.resolve()), str(Path(top[1]).resolve()))
 
 
 def _ask(path: str, *arguments: str) -> str:

@@ -39,7 +39,7 @@ BACKENDS = {
     row.name: row
     for row in (
         Backend("c", c.candidates, c.emit),
-        Backend("mlir", mlir.candidates, mlir.emit, mlir.identity),
+        Backend("mlir", mlir.candidates, mlir.emit, mlir.identity, mlir.LACKS, mlir.targets),
         Backend("cuda", cuda.candidates, cuda.emit, nvcc.identity, cuda.LACKS, as_gpus),
     )
 }

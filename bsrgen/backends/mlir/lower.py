@@ -19,6 +19,12 @@ TO_LLVM = (
     "convert-arith-to-llvm,convert-cf-to-llvm,convert-index-to-llvm,reconcile-unrealized-casts"
 )
 
+SPARSIFY_GPU = "sparsification-and-bufferization,canonicalize,cse"
+TO_NVVM = (
+    "convert-linalg-to-loops,canonicalize,cse,expand-strided-metadata,lower-affine,convert-scf-to-cf,"
+    "gpu.module(convert-gpu-to-nvvm{use-bare-ptr-memref-call-conv=1}),reconcile-unrealized-casts"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
@@ -33,6 +39,11 @@ def identity() -> str:
     return f"{bindings().identity}, {llvm.identity()}"
 
 
+def lower_gpu(text: str) -> Lowered:
+    """The one gpu.module of `text` by way of the NVVM dialect.  BuildError with MLIR's own words."""
+    return lower(text, SPARSIFY_GPU, TO_NVVM)
+
+
 def lower(text: str, sparsify: str = SPARSIFY, to_llvm: str = TO_LLVM) -> Lowered:
     """Run the passes, those of this backend unless others are given.  BuildError with MLIR's own words."""
     mlir = bindings()
@@ -43,7 +54,8 @@ def lower(text: str, sparsify: str = SPARSIFY, to_llvm: str = TO_LLVM) -> Lowere
             _run(sparsify, module)
             loops = str(module)
             _run(to_llvm, module)
-            return Lowered(loops, str(mlir.llvm.translate_module_to_llvmir(module.operation)))
+            kernels = [op.operation for op in module.body.operations if op.operation.name == "gpu.module"]
+            return Lowered(loops, str(mlir.llvm.translate_module_to_llvmir((kernels or [module.operation])[0])))
         except (mlir.ir.MLIRError, ValueError) as e:
             raise BuildError(f"{mlir.identity}: {' '.join(str(e).split())[:500]}") from e
 
