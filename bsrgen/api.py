@@ -128,6 +128,7 @@ def compile(
     as_operator(operator)
     paired = pair_of(as_epilogues(epilogue)) is not None
     targets = chosen.targets(target)
+    chosen.tools(targets)  # UnsupportedError where something is not installed
     weights = [source_of(part, w, blocksize=blocksize, shape=shape) for part in (W if are_several(W) else [W])]
     parts = parts_of(weights, paired)
     weight = stacked(weights) if len(weights) > 1 else weights[0]
@@ -156,9 +157,7 @@ def _backend(name: str, mode: str) -> Backend:
         raise UnsupportedError(f"mode={mode!r}: 'static' is what this version has")
     if name != "auto" and (not isinstance(name, str) or name not in BACKENDS):
         raise UnsupportedError(f"backend={name!r}: 'auto' or one of {', '.join(BACKENDS)}")
-    backend = BACKENDS["c" if name == "auto" else name]
-    backend.tools()  # UnsupportedError where something is not installed
-    return backend
+    return BACKENDS["c" if name == "auto" else name]
 
 
 def _artifact(
@@ -203,7 +202,7 @@ def _key(
     """Everything that can change a byte of the artifact, or the choice of its plan."""
     request = {
         "bsrgen": [__version__, ABI, _own_digest()],
-        "backend": [backend.name, backend.tools()],
+        "backend": [backend.name, backend.tools(targets)],
         "problem": [problem.operator.name, [step.name for step in problem.epilogue], problem.n],
         "types": [row.name for row in (problem.dtype, problem.x_dtype, problem.out_dtype)],
         "weight": weight.digest,
@@ -251,7 +250,7 @@ def _make(
             choices.append(choose(backend, problem, weight, lesser, modelled, compiler, exam, folder / "tune"))
     plans = tuple(choice.plan for choice in choices)
     source = backend.emit(plans, weight)
-    source = replace(source, tools=source.tools or backend.tools())
+    source = replace(source, tools=source.tools or backend.tools(targets))
     build.build(source, folder, compiler)
     records = tuple(record for choice in choices for record in choice.records)
     manifest = package.describe(source, weight, compiler, records, folder, bound.arrays)

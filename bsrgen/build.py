@@ -96,7 +96,7 @@ def build(source: Source, folder: Path, compiler: Compiler) -> Path:
     library = f"lib{source.name}.so"
     run: Callable[[list[str]], str] = functools.partial(_run, folder=folder)
     logs = [_assemble(unit, folder) for unit in codes]  # other units take in what becomes of it
-    headers = ("-isystem", nvcc.toolkit().include) if codes else ()
+    headers = ("-isystem", nvcc.find_nvcc().include) if codes else ()
     compile_one = functools.partial(_compile, compiler=compiler, folder=folder, headers=headers)
     with ThreadPoolExecutor(max_workers=parallel_cores()) as pool:
         logs += pool.map(compile_one, units, objects)

@@ -35,9 +35,9 @@ def compile_object(text: str, options: tuple[str, ...], *, vectorize: bool = Fal
     return bytes(machine.emit_object(module))
 
 
-def compile_ptx(text: str, arch: str, library: Path) -> str:
-    """LLVM IR at -O3 as PTX for GPUs of `arch`, e.g. "sm_80", and newer; `library`: bitcode of the functions that it only
-    declares.  BuildError."""
+def compile_ptx(text: str, arch: str, library: Path | None) -> str:
+    """LLVM IR at -O3 as PTX for GPUs of `arch`, e.g. "sm_80", and newer; functions that it only declares come from
+    `library`, which is bitcode.  BuildError."""
     module, machine = optimized(text, (f"-mtriple={NVPTX}", f"-mcpu={arch}", "-mattr="), library=library)
     return str(machine.emit_assembly(module))
 

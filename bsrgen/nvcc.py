@@ -14,7 +14,6 @@ from bsrgen.errors import CompilerNotFoundError
 VARIABLE = "BSRGEN_NVCC"
 INSTALL = "pip install 'bsrgen[cuda]', or install the CUDA toolkit, or set BSRGEN_NVCC to its nvcc"
 OLDEST = (12, 0)  # C++17 and every architecture of gpus.py
-LIBRARIES = (12, 8)  # cudaLibraryLoadData and its kin in the static runtime
 
 FLAGS = (
     "-O3", "-std=c++17", "-Xptxas", "-v", "-Xcompiler",
@@ -31,18 +30,22 @@ class Nvcc:
     path: str
     release: str
     runtime: str
-    root: str  # of the toolkit, or of the wheels
 
     @property
     def include(self) -> str:
-        """The folder of cuda_runtime_api.h."""
-        folders = [Path(self.root, folder) for folder in ("include", "targets/x86_64-linux/include")]
-        return str(next((folder for folder in folders if (folder / "cuda_runtime_api.h").is_file()), folders[0]))
+        """The folder with the CUDA runtime's headers."""
+        return str(Path(self.runtime).parents[1] / "include")
 
     @property
-    def libdevice(self) -> Path:
+    def takes_code(self) -> bool:
+        """Whether its runtime library loads machine code at run time (cudaLibraryLoadData)."""
+        return int(self.release.partition(".")[0]) >= 13
+
+    @property
+    def libdevice(self) -> Path | None:
         """NVIDIA's functions of mathematics as LLVM bitcode."""
-        return Path(self.root, "nvvm", "libdevice", "libdevice.10.bc")
+        places = [folder / "nvvm" / "libdevice" / "libdevice.10.bc" for folder in Path(self.runtime).parents]
+        return next((place for place in places if place.is_file()), None)
 
     @property
     def identity(self) -> str:
@@ -56,24 +59,13 @@ def find_nvcc() -> Nvcc:
     found = shutil.which(asked) if asked else shutil.which("nvcc") or _in_wheels()
     if not found:
         where = f"{VARIABLE}={asked} is not a program" if asked else "none on PATH and none in the wheels"
-        raise CompilerNotFoundError(f"backend='cuda' needs nvcc: {where}; {INSTALL}")
+        raise CompilerNotFoundError(f"kernels for NVIDIA GPUs need nvcc: {where}; {INSTALL}")
     return _probe(found)
 
 
 def identity() -> str:
     """nvcc's, as it enters the key of the store."""
     return find_nvcc().identity
-
-
-def toolkit() -> Nvcc:
-    """find_nvcc's, for code that comes as PTX: ptxas, libdevice and a runtime that loads what ptxas makes."""
-    found = find_nvcc()
-    if tuple(map(int, found.release.split(".")))[:2] < LIBRARIES:
-        wanted = ".".join(map(str, LIBRARIES))
-        raise CompilerNotFoundError(f"{found.path} is CUDA {found.release}: GPUs through MLIR need {wanted}; {INSTALL}")
-    if not found.libdevice.is_file():
-        raise CompilerNotFoundError(f"{found.path} has no {found.libdevice}, which GPUs through MLIR need; {INSTALL}")
-    return found
 
 
 def _in_wheels() -> str | None:
@@ -97,7 +89,7 @@ def _probe(path: str) -> Nvcc:
     runtime = next((place for place in places if place.is_file()), None)
     if runtime is None:
         raise CompilerNotFoundError(f"{path} has no libcudart_static.a beside it, {places[0]} for one; {INSTALL}")
-    return Nvcc(path, ".".join(release.groups()), str(runtime.resolve()), str(Path(top[1]).resolve()))
+    return Nvcc(path, ".".join(release.groups()), str(runtime.resolve()))
 
 
 def _ask(path: str, *arguments: str) -> str:

@@ -11,7 +11,8 @@ from programs import tool
 
 from bsrgen import build, llvm, package
 from bsrgen.artifact import read_artifact, write_manifest
-from bsrgen.backends.mlir import MlirGpuPlan, emit
+from bsrgen.backends.mlir import MlirGpuPlan
+from bsrgen.backends.mlir.gpu_text import texts
 from bsrgen.device import DeviceKernel
 from bsrgen.loading import kernel_of
 from bsrgen.pattern import Weight
@@ -28,29 +29,31 @@ extern "C" {{
 #include "{name}_device.c"
 void {name}_many_from(void *);
 void {name}_few_from(void *);
-cudaKernel_t emulated_kernel(const char *name) {{ return strcmp(name, "{name}_few") ? {name}_many_from : {name}_few_from; }}
+cudaKernel_t emulated_kernel(const char *name)
+{{
+    return strcmp(name, "{name}_few") ? {name}_many_from : {name}_few_from;
+}}
 }}
 """
 
 
 def for_cpu(text: str) -> str:
-    """LLVM IR of NVVM as that of a CPU: one address space, shared memory from the emulation, kernels that take an array of
-    pointers to their parameters."""
+    """LLVM IR of NVVM as that of a CPU: one address space, shared memory from the emulation, and for each kernel a
+    function that takes an array of pointers to its parameters."""
     for gpu, cpu in INTRINSICS.items():
         text = text.replace(f"@{gpu}(", f"@{cpu}(")
     assert "@llvm.nvvm" not in text, "a function of the GPU that is not emulated"
     shared = dict(re.findall(r"^(@__wg_\w+) = internal addrspace\(3\) global \[(\d+) x i8\].*\n", text, re.M))
     text = re.sub(r"^@__wg_\w+ = .*\n", "", text, flags=re.M)
-    text = re.sub(r"(%\w+) = addrspacecast ptr addrspace\(\d\) (%\w+) to ptr", r"\1 = getelementptr i8, ptr \2, i64 0", text)
-    text = re.sub(r"addrspacecast \(ptr addrspace\(\d\) (@\w+) to ptr\)", r"\1", text)
-    text = re.sub(r"addrspacecast \(ptr addrspace\(1\) (inttoptr \(i64 \d+ to ptr) addrspace\(1\)\) to ptr\)", r"\1)", text)
     text = re.sub(r" addrspace\(\d\)", "", text)
+    text = re.sub(r"(%\w+) = addrspacecast ptr (%\w+) to ptr", r"\1 = getelementptr i8, ptr \2, i64 0", text)
+    text = re.sub(r"addrspacecast \(ptr (@\w+|inttoptr \(i64 \d+ to ptr\)) to ptr\)", r"\1", text)
     assert "addrspacecast" not in text
     wrappers = []
     for head, name, parameters in re.findall(r"^(define ptx_kernel void @(\w+)\((.*)\).* \{)\n", text, re.M):
         own = f"@__wg_{name}_0"
-        text = text.replace(head, f"{head.replace('ptx_kernel ', '')}\n  %shared = call ptr @emulated_shared(i64 {shared[own]})")
-        text = text.replace(own, "%shared")
+        body = f"{head.replace('ptx_kernel ', '')}\n  %shared = call ptr @emulated_shared(i64 {shared[own]})"
+        text = text.replace(head, body).replace(own, "%shared")
         types = [words.split()[0] for words in parameters.split(", ")]
         lines = [f"define void @{name}_from(ptr %from) {{"]
         for i, type in enumerate(types):
@@ -65,7 +68,7 @@ def emulated(
     plan: MlirGpuPlan, weight: Weight, folder: Path, change: Callable[[str], str] = lambda text: text
 ) -> DeviceKernel:
     """Print `plan`, compile it for the CPU and load it; `change` may alter the kernels' IR before."""
-    source, name = emit((plan,), weight), plan.problem.name
+    source, name = texts(plan, weight), plan.problem.name
     wrapper = WRAPPER.format(name=name).encode()
     for file, data in (source.files | {"wrapper.cc": wrapper, f"{name}_device.fatbin": b"none"}).items():
         (folder / file).write_bytes(data)
@@ -75,7 +78,8 @@ def emulated(
     library = f"lib{name}.so"
     commands = (
         (gcc, "-std=gnu11", *FLAGS, "-I.", "-c", f"{name}.c", "-o", "main.o"),
-        (gxx, "-std=c++17", *FLAGS, "-Wno-unused-function", f"-I{HEADERS}", "-I.", "-c", "wrapper.cc", "-o", "device.o"),
+        (gxx, "-std=c++17", *FLAGS, "-Wno-unused-function", f"-I{HEADERS}", "-I.", "-c", "wrapper.cc", "-o",
+         "device.o"),
         (gxx, "-shared", "-Wl,-z,noexecstack", "main.o", "device.o", "kernel.o", "-o", library),
     )  # fmt: skip
     for command in commands:

@@ -117,6 +117,18 @@ def _mlir() -> Iterator[Finding]:
             yield Finding("mlir", "warn", f"{VARIABLE}={os.environ[VARIABLE]}: {e}", INSTALL)
         else:
             yield Finding("mlir", "ok", f"none, which only backend='mlir' needs: {INSTALL}")
+        return
+    yield _mlir_gpu()
+
+
+def _mlir_gpu() -> Finding:
+    """Whether the MLIR that was found goes on to machine code of GPUs: with NVIDIA's tools for it."""
+    from bsrgen.backends.mlir.gpu_text import gpu_identity
+
+    try:
+        return Finding("mlir gpu", "ok", gpu_identity())
+    except BsrgenError as e:
+        return Finding("mlir gpu", "ok", f"not possible, which only backend='mlir' for GPUs needs: {e}")
 
 
 def _cuda() -> Iterator[Finding]:

@@ -12,7 +12,10 @@ cudaKernel_t emulated_kernel(const char *name);
 unsigned emulated_tid_x(void) { return emulation::current; }
 unsigned emulated_ctaid_x(void) { return emulation::block_index.x; }
 void emulated_barrier(int) { emulation::barrier(); }
-void *emulated_shared(int64_t bytes) { return emulation::shared(1, (size_t)bytes); }
+void *emulated_shared(int64_t bytes) /* at a multiple of 32 bytes, as the kernels ask for it */
+{
+    return (void *)(((uintptr_t)emulation::shared(1, (size_t)bytes + 16) + 31) / 32 * 32);
+}
 float emulated_shuffle_f32(int mask, float value, int distance, int) { return __shfl_xor_sync((unsigned)mask, value, distance); }
 int emulated_shuffle_i32(int mask, int value, int distance, int) { return __shfl_xor_sync((unsigned)mask, value, distance); }
 float __nv_expf(float v) { return expf(v); }

@@ -6,7 +6,7 @@ from typing import Any
 from bsrgen.backends.mlir.candidates import candidates as cpu_candidates
 from bsrgen.backends.mlir.gpu_candidates import LACKS, gpu_candidates
 from bsrgen.backends.mlir.gpu_plan import MlirGpuPlan
-from bsrgen.backends.mlir.gpu_text import emit_gpu
+from bsrgen.backends.mlir.gpu_text import emit_gpu, gpu_identity
 from bsrgen.backends.mlir.lower import identity
 from bsrgen.backends.mlir.plan import MlirPlan
 from bsrgen.backends.mlir.text import emit as emit_cpu
@@ -17,7 +17,7 @@ from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
 from bsrgen.targets import Target, as_targets
 
-__all__ = ["LACKS", "MlirGpuPlan", "MlirPlan", "candidates", "emit", "identity", "targets"]
+__all__ = ["LACKS", "MlirGpuPlan", "MlirPlan", "candidates", "emit", "identity", "targets", "tools"]
 
 
 def targets(value: Any) -> tuple[Target, ...]:
@@ -27,6 +27,11 @@ def targets(value: Any) -> tuple[Target, ...]:
     if gpus and len(gpus) < len(names):
         raise ArgumentError(f"target={value!r}: one library is for CPUs or for GPUs; compile twice")
     return as_gpus(value) if gpus else as_targets(value)
+
+
+def tools(targets: tuple[Target, ...]) -> str:
+    """Names and versions of what makes the bytes."""
+    return gpu_identity() if any(isinstance(target, GpuTarget) for target in targets) else identity()
 
 
 def candidates(

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from bsrgen.errors import UnsupportedError
 
@@ -41,11 +41,14 @@ class Formula:
                 return self.line(f"arith.{_OPERATIONS[type(op)]} {a}, {b} {flags} : {self.real}")
             case ast.IfExp(test=ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]), body=yes, orelse=no):
                 a, b, c, d = (self._of(part, names, flags) for part in (left, right, yes, no))
-                return self.line(f"arith.select {self.line(f'arith.cmpf oeq, {a}, {b} : {self.real}')}, {c}, {d} : {self.real}")
+                equal = self.line(f"arith.cmpf oeq, {a}, {b} : {self.real}")
+                return self.line(f"arith.select {equal}, {c}, {d} : {self.real}")
             case ast.Call(func=ast.Name(id=name), args=arguments):
                 inside = "fastmath<none>" if name == "rounded" else flags  # a product of its own: not contracted
                 return self._call(name, [self._of(argument, names, inside) for argument in arguments])
-        raise UnsupportedError(f"an epilogue's formula has {ast.dump(node)}, which backend='mlir' cannot print for GPUs")
+        raise UnsupportedError(
+            f"a formula has {ast.dump(node)}, which backend='mlir' cannot print for GPUs; take backend='cuda'"
+        )
 
     def _call(self, name: str, arguments: list[str]) -> str:
         real, v = self.real, arguments[0]
@@ -61,8 +64,3 @@ class Formula:
         function = LIBRARY[name] + "f" * (real == "f32")
         self.functions.add(function)
         return self.line(f"func.call @{function}({v}) : ({real}) -> {real}")
-
-
-def declared(functions: Iterable[str]) -> list[str]:
-    """In an order that does not depend on hashes."""
-    return sorted(functions)

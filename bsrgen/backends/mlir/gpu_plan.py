@@ -6,7 +6,7 @@ from bsrgen.backends.cuda.plan import CudaPlan
 
 
 class MlirGpuPlan(CudaPlan):
-    """Knobs of an MLIR kernel for GPUs.  A piece has the rows of one warp: its values are a sparse tensor of their own."""
+    """Knobs of an MLIR kernel for GPUs.  A piece has the rows of one warp, whose pieces are a sparse tensor."""
 
     backend: ClassVar[str] = "mlir"
 

@@ -9,35 +9,56 @@ from numpy.typing import NDArray
 from bsrgen import llvm, nvcc
 from bsrgen.backends import cuda
 from bsrgen.backends.cuda.plan import Lanes
-from bsrgen.backends.mlir.formula import Formula, declared
+from bsrgen.backends.mlir.formula import Formula
 from bsrgen.backends.mlir.gpu_plan import MlirGpuPlan
 from bsrgen.backends.mlir.lower import identity, lower_gpu
 from bsrgen.backends.mlir.text import TYPES, arithmetic, as_comment, dense
 from bsrgen.emit import Source, Unit, banner, operands_in_c, render
+from bsrgen.errors import CompilerNotFoundError
 from bsrgen.gpus import WARP, GpuTarget
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
 
-STEPS = ("device.mlir", "device_loops.mlir", "device.ll", "device.ptx")
+
+def gpu_identity() -> str:
+    """What must be equal for two builds to have equal bytes.  UnsupportedError, CompilerNotFoundError."""
+    return f"{identity()}, {_toolkit().identity}"
 
 
 def emit_gpu(plan: MlirGpuPlan, weight: Weight) -> Source:
-    """Sources and data of one artifact: kernels as MLIR before and after the sparsifier, as LLVM IR and PTX, the C text
-    that launches them, and the CUDA backend's files.  Pure: equal inputs and packages, equal bytes."""
-    source, name, target = cuda.emit((plan,), weight), plan.problem.name, plan.target
+    """Sources and data of one artifact: `texts` and their PTX.  Pure: equal inputs and packages, equal bytes."""
+    toolkit, target = _toolkit(), plan.target
+    source, name = texts(plan, weight), f"{plan.problem.name}_device"
     assert isinstance(target, GpuTarget)
+    ptx = llvm.compile_ptx(source.files[f"{name}.ll"].decode(), target.archs[0], toolkit.libdevice)
+    steps = (f"{name}.mlir", f"{name}_loops.mlir", f"{name}.ll", f"{name}.ptx", f"{name}.c")
+    return replace(
+        source, files={**source.files, f"{name}.ptx": ptx.encode()}, reading=steps,
+        units=(*source.units, Unit(f"{name}.ptx", _codes(target.archs))), tools=gpu_identity(),
+    )  # fmt: skip
+
+
+def texts(plan: MlirGpuPlan, weight: Weight) -> Source:
+    """The kernels as MLIR before and after the sparsifier and as LLVM IR, the C text that launches them, and the CUDA
+    backend's files."""
+    source, name = cuda.emit((plan,), weight), f"{plan.problem.name}_device"
     head = banner(plan.problem, (plan,))
     text = render("mlir/gpu.mlir.j2", k=kernel_view(plan, source.entry["values_bytes"]), banner=as_comment(head))
     lowered = lower_gpu(text)
-    ptx = llvm.compile_ptx(lowered.llvm_ir, target.archs[0], nvcc.toolkit().libdevice)
-    said = dict(zip(STEPS, (text, lowered.loops, lowered.llvm_ir, ptx), strict=True))
-    made = {f"{name}_{step}": words.encode() for step, words in said.items()}
-    made[f"{name}_device.c"] = render("mlir/launch.c.j2", k=launch_view(plan), a=source.entry, banner=head).encode()
-    kept = {file: data for file, data in source.files.items() if file not in ("bsrgen_cuda.h", f"{name}_device.cu")}
-    units = (source.units[0], Unit(f"{name}_device.c", ()), Unit(f"{name}_device.ptx", _codes(target.archs)))
-    return replace(
-        source, files=kept | made, units=units, reading=tuple(made), tools=f"{identity()}, {nvcc.toolkit().identity}"
-    )
+    launch = render("mlir/launch.c.j2", k=launch_view(plan), banner=head)
+    made = {".mlir": text, "_loops.mlir": lowered.loops, ".ll": lowered.llvm_ir, ".c": launch}
+    files = {file: data for file, data in source.files.items() if file not in ("bsrgen_cuda.h", f"{name}.cu")}
+    files |= {f"{name}{end}": words.encode() for end, words in made.items()}
+    return replace(source, files=files, units=(source.units[0], Unit(f"{name}.c", ())))
+
+
+def _toolkit() -> nvcc.Nvcc:
+    """What makes machine code of PTX.  CompilerNotFoundError."""
+    found = nvcc.find_nvcc()
+    if not found.takes_code or not found.libdevice:
+        lacks = "libdevice.10.bc" if found.takes_code else "cudaLibraryLoadData, which CUDA 13 has"
+        raise CompilerNotFoundError(f"backend='mlir' for GPUs: {found.path} has no {lacks}; {nvcc.INSTALL}")
+    return found
 
 
 def _codes(archs: tuple[str, ...]) -> tuple[str, ...]:
@@ -66,7 +87,7 @@ def kernel_view(plan: MlirGpuPlan, values_bytes: int) -> dict[str, Any]:
     parameters = _parameters(problem, max(values_bytes // w_bytes, 1))
     tables = _tables(plan)
     variants = {name: _variant(plan, lanes, linear) for name, lanes in (("many", plan.many), ("few", plan.few))}
-    formula, stored, matrices = _epilogue(problem, linear)
+    formula, stored, arrays = _epilogue(problem, linear)
     k: dict[str, Any] = {
         "name": problem.name, **arithmetic(problem), "x": x, "y": y, "acc_bytes": problem.accumulator.bytes,
         "linear": linear, "M": p.M, "K": p.K, "R": p.R, "C": p.C, "rows": plan.rows, "row_pieces": plan.row_pieces,
@@ -74,8 +95,8 @@ def kernel_view(plan: MlirGpuPlan, values_bytes: int) -> dict[str, Any]:
         "ragged_columns": plan.column_pieces * C != p.C, "elements": max(values_bytes // w_bytes, 1),
         "w_shape": f"{features - C + 1}x{C}x{plan.rows}", "tables": tables,
         "types": {table["name"]: table["type"] for table in tables}, "variants": tuple(variants.items()),
-        "many": variants["many"], "epilogue": formula.lines, "stored": stored, "matrices": matrices,
-        "functions": declared(formula.functions),
+        "many": variants["many"], "epilogue": formula.lines, "stored": stored, "arrays": arrays,
+        "functions": sorted(formula.functions),
         "parameters": ", ".join(f"%{name}: {type}{more}" for name, type, more in parameters),
         "arguments": ", ".join(f"%{name}" for name, _, _ in parameters),
         "argument_types": ", ".join(type for _, type, _ in parameters),
@@ -106,8 +127,8 @@ def _variant(plan: MlirGpuPlan, lanes: Lanes, linear: bool) -> dict[str, Any]:
 
 
 def _halvings(sums: int) -> list[dict[str, Any]]:
-    """How the lanes of a warp add up `sums` numbers each, at most 32: at every distance a lane keeps one half of them and
-    gives the other one away, until each has one; then the whole goes both ways."""
+    """How the lanes of a warp add up `sums` numbers each, at most 32: at every distance a lane keeps one half of them
+    and gives the other one away, until each has one; then the whole goes both ways."""
     steps, count, distance = [], 1 << (sums - 1).bit_length(), WARP // 2
     real, level = sums, 0
     while distance:
@@ -158,27 +179,36 @@ def _parameters(problem: Problem, values: int) -> list[tuple[str, str, str]]:
 
 
 def _epilogue(problem: Problem, linear: bool) -> tuple[Formula, str, list[dict[str, str]]]:
-    """The lines of one output, what they end in, and the matrices that are read or written."""
+    """The lines of one output, the name of what they end in, and the arrays of the device that they read or write."""
     real, y = TYPES[problem.real.name], TYPES[problem.out_dtype.name]
-    matrices = [{"name": "y", "data": "y_data", "ld": "ldy", "type": y}]
-    formula, value = Formula(real), "%sum"
+    arrays = [_matrix("y", "y_data", "ldy", y)]
+    formula, value, place = Formula(real), "%sum", "%t, %m" if linear else "%m, %t"
     names = iter(o["name"] for o in _operands(problem))
-    place = "%t, %m" if linear else "%m, %t"
     for step in problem.epilogue:
         symbols = {"v": value}
         for o in step.operands:
             name = "y" if o.kind == "out" else next(names)
-            if o.kind == "scalar":
-                given = f"%{name}"
-            elif o.kind == "row":
-                at = formula.line(f"memref.reinterpret_cast %{name} to offset: [0], sizes: [%n], strides: [1] : memref<1x{real}> to memref<?x{real}>")
-                given = formula.line(f"memref.load {at}[%m] : memref<?x{real}>")
-            else:
-                if o.kind == "element":
-                    matrices.append({"name": name, "data": name, "ld": f"ld_{name}", "type": y})
-                given = formula.line(f"memref.load %{name}_at[{place}] : memref<?x?x{y}, strided<[?, 1]>>")
+            given = f"%{name}"
+            if o.kind == "row":
+                arrays.append(_vector(name, real))
+                given = formula.line(f"memref.load %{name}_at[%m] : {arrays[-1]['type']}")
+            elif o.kind != "scalar":
+                arrays += [_matrix(name, name, f"ld_{name}", y)] if o.kind == "element" else []
+                given = formula.line(f"memref.load %{name}_at[{place}] : {arrays[0]['type']}")
                 given = given if y == real else formula.line(f"arith.extf {given} : {y} to {real}")
             symbols[o.symbol or o.name] = given
         value = formula.value(step.c, symbols)
     stored = value if y == real else formula.line(f"arith.truncf {value} : {real} to {y}")
-    return formula, stored, matrices
+    return formula, stored, arrays
+
+
+def _matrix(name: str, data: str, ld: str, element: str) -> dict[str, str]:
+    """An array shaped like Y: what its pointer becomes."""
+    shape, type = f"sizes: [%n, %n], strides: [%{ld}, 1]", f"memref<?x?x{element}, strided<[?, 1]>>"
+    return {"name": name, "data": data, "shape": shape, "element": element, "type": type}
+
+
+def _vector(name: str, element: str) -> dict[str, str]:
+    """An array of one value for each output feature."""
+    shape, type = "sizes: [%n], strides: [1]", f"memref<?x{element}>"
+    return {"name": name, "data": name, "shape": shape, "element": element, "type": type}

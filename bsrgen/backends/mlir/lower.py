@@ -1,5 +1,7 @@
 """Lowering: MLIR -> LLVM IR.  The stock sparsifier makes the loops, stock passes the rest."""
 
+import re
+import struct
 from dataclasses import dataclass
 
 from bsrgen import llvm
@@ -24,6 +26,8 @@ TO_NVVM = (
     "convert-linalg-to-loops,canonicalize,cse,expand-strided-metadata,lower-affine,convert-scf-to-cf,"
     "gpu.module(convert-gpu-to-nvvm{use-bare-ptr-memref-call-conv=1}),reconcile-unrealized-casts"
 )
+
+_NEW_HEXADECIMAL = re.compile(r"\bf0x([0-9A-F]{16}|[0-9A-F]{8})\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +59,17 @@ def lower(text: str, sparsify: str = SPARSIFY, to_llvm: str = TO_LLVM) -> Lowere
             loops = str(module)
             _run(to_llvm, module)
             kernels = [op.operation for op in module.body.operations if op.operation.name == "gpu.module"]
-            return Lowered(loops, str(mlir.llvm.translate_module_to_llvmir((kernels or [module.operation])[0])))
+            text = str(mlir.llvm.translate_module_to_llvmir((kernels or [module.operation])[0]))
+            return Lowered(loops, _NEW_HEXADECIMAL.sub(_old_hexadecimal, text))
         except (mlir.ir.MLIRError, ValueError) as e:
             raise BuildError(f"{mlir.identity}: {' '.join(str(e).split())[:500]}") from e
+
+
+def _old_hexadecimal(number: re.Match[str]) -> str:
+    """f0x3DCCCCCD, as MLIR's LLVM prints a float, for older ones: its digits as a double."""
+    digits = bytes.fromhex(number[1])
+    (value,) = struct.unpack(">f" if len(digits) == 4 else ">d", digits)
+    return f"0x{struct.pack('>d', value).hex().upper()}"
 
 
 def _run(passes: str, module: object) -> None:
