@@ -101,6 +101,7 @@ def compile(
         kernel and of its artifact.
     backend: "c", which "auto" stands for; "mlir", which needs the extra of that name (UnsupportedError without it); or
         "cuda", which needs nvcc, from the extra or elsewhere (CompilerNotFoundError): such kernels take device arrays.
+        "mlir" makes them too, for targets of "cuda", with both extras.
     target: "native", an ISA level or microarchitecture, or several for one library that picks at run time.  Where the
         lowest one's plan uses the matrix unit (AMX), x86-64-v4-bf16 is added: the system may refuse that unit.  Of
         "cuda", one or several of sm_75, sm_80, sm_86, sm_89, sm_90: no GPU is asked, nor is the kernel run.
