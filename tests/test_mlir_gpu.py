@@ -142,6 +142,8 @@ def test_targets_are_for_cpus_or_for_gpus():
     weight = random_weight(1, (16, 16), (4, 4), 0.5)
     with pytest.raises(ArgumentError, match="for CPUs or for GPUs"):
         bsrgen.compile(weight, backend="mlir", target=("sm_80", "x86-64-v3"))
+    with pytest.raises(ArgumentError, match="sm_75"):
+        bsrgen.compile(weight, backend="mlir", target="sm_70")
     (both,) = BACKENDS["mlir"].targets(("sm_90", "sm_80"))
     assert both.archs == ("sm_80", "sm_90")
     assert BACKENDS["mlir"].targets("x86-64-v3") == (TARGETS["x86-64-v3"],)

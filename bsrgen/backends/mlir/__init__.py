@@ -12,7 +12,7 @@ from bsrgen.backends.mlir.plan import MlirPlan
 from bsrgen.backends.mlir.text import emit as emit_cpu
 from bsrgen.emit import Source
 from bsrgen.errors import ArgumentError
-from bsrgen.gpus import GPUS, GpuTarget, as_gpus
+from bsrgen.gpus import GpuTarget, as_gpus
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
 from bsrgen.targets import Target, as_targets
@@ -23,7 +23,7 @@ __all__ = ["LACKS", "MlirGpuPlan", "MlirPlan", "candidates", "emit", "identity",
 def targets(value: Any) -> tuple[Target, ...]:
     """Of compile's target=: ISA levels and microarchitectures, best first, or one for all GPUs."""
     names = value if isinstance(value, (tuple, list)) else (value,)
-    gpus = [name for name in names if name in GPUS]
+    gpus = [name for name in names if isinstance(name, str) and name.startswith("sm_")]
     if gpus and len(gpus) < len(names):
         raise ArgumentError(f"target={value!r}: one library is for CPUs or for GPUs; compile twice")
     return as_gpus(value) if gpus else as_targets(value)
@@ -34,9 +34,7 @@ def tools(targets: tuple[Target, ...]) -> str:
     return gpu_identity() if any(isinstance(target, GpuTarget) for target in targets) else identity()
 
 
-def candidates(
-    problem: Problem, target: Target, *, reblock: bool = True
-) -> Iterator[MlirPlan] | Iterator[MlirGpuPlan]:  # fmt: skip
+def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Iterator[MlirPlan] | Iterator[MlirGpuPlan]:
     """Legal plans, a good guess first; without `reblock` only those over the problem's own blocks."""
     if isinstance(target, GpuTarget):
         return gpu_candidates(problem, target)

@@ -11,7 +11,7 @@ class MlirGpuPlan(CudaPlan):
     backend: ClassVar[str] = "mlir"
 
     def __str__(self) -> str:
-        return f"MLIR, {super().__str__()}"
+        return f"MLIR for GPUs: {super().__str__().partition(': ')[2]}"
 
     def knobs(self) -> dict[str, Any]:
         """The decisions alone, as plain data."""
