@@ -97,6 +97,7 @@ def compile(
         kernel and of its artifact.
     backend: "c", which "auto" stands for; "mlir", which needs the extra of that name (UnsupportedError without it); or
         "cuda", which needs nvcc, from the extra or elsewhere (CompilerNotFoundError): such kernels take device arrays.
+        "mlir" makes them too, for targets of "cuda", with both extras.
     target: "native", an ISA level or microarchitecture, or several for one library that picks at run time.  Where the
         lowest one's plan uses the matrix unit (AMX), x86-64-v4-bf16 is added: the system may refuse that unit.  Of
         "cuda", one or several of sm_75, sm_80, sm_86, sm_89, sm_90; "native" is that of the first GPU here.
@@ -125,6 +126,7 @@ def compile(
     as_operator(operator)
     paired = pair_of(as_epilogues(epilogue)) is not None
     targets = chosen.targets(target)
+    chosen.tools(targets)  # UnsupportedError where something is not installed
     weights = [source_of(part, w, blocksize=blocksize, shape=shape) for part in (W if are_several(W) else [W])]
     parts = parts_of(weights, paired)
     weight = stacked(weights) if len(weights) > 1 else weights[0]
@@ -153,9 +155,7 @@ def _backend(name: str, mode: str) -> Backend:
         raise UnsupportedError(f"mode={mode!r}: 'static' is what this version has")
     if name != "auto" and (not isinstance(name, str) or name not in BACKENDS):
         raise UnsupportedError(f"backend={name!r}: 'auto' or one of {', '.join(BACKENDS)}")
-    backend = BACKENDS["c" if name == "auto" else name]
-    backend.tools()  # UnsupportedError where something is not installed
-    return backend
+    return BACKENDS["c" if name == "auto" else name]
 
 
 def _artifact(
@@ -200,7 +200,7 @@ def _key(
     """Everything that can change a byte of the artifact, or the choice of its plan."""
     request = {
         "bsrgen": [__version__, ABI, _own_digest()],
-        "backend": [backend.name, backend.tools()],
+        "backend": [backend.name, backend.tools(targets)],
         "problem": [problem.operator.name, [step.name for step in problem.epilogue], problem.n],
         "types": [row.name for row in (problem.dtype, problem.x_dtype, problem.out_dtype)],
         "weight": weight.digest,
@@ -254,7 +254,7 @@ def _make(
             choices.append(choose(backend, problem, weight, lesser, modelled, compiler, exam, folder / "tune"))
     plans = tuple(choice.plan for choice in choices)
     source = backend.emit(plans, weight)
-    source = replace(source, tools=source.tools or backend.tools())
+    source = replace(source, tools=source.tools or backend.tools(targets))
     build.build(source, folder, compiler)
     records = tuple(record for choice in choices for record in choice.records)
     manifest = package.describe(source, weight, compiler, records, folder, bound.arrays)

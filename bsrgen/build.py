@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,12 +91,17 @@ def build(source: Source, folder: Path, compiler: Compiler) -> Path:
     for name, data in source.files.items():
         (folder / name).write_bytes(data)
     started = time.monotonic()
-    objects = [f"{Path(unit.file).stem}.o" for unit in source.units]
+    codes = [unit for unit in source.units if unit.file.endswith(".ptx")]
+    units = [unit for unit in source.units if unit not in codes]
+    objects = [f"{Path(unit.file).stem}.o" for unit in units]
     library = f"lib{source.name}.so"
     run: Callable[[list[str]], str] = functools.partial(_run, folder=folder)
+    logs = [_assemble(unit, folder) for unit in codes]  # other units take in what becomes of it
+    headers = ("-isystem", nvcc.find_nvcc().include) if codes else ()
+    compile_one = functools.partial(_compile, compiler=compiler, folder=folder, headers=headers)
     with ThreadPoolExecutor(max_workers=parallel_cores()) as pool:
-        logs = list(pool.map(functools.partial(_compile, compiler=compiler, folder=folder), source.units, objects))
-    device = any(unit.file.endswith(".cu") for unit in source.units)
+        logs += pool.map(compile_one, units, objects)
+    device = bool(codes) or any(unit.file.endswith(".cu") for unit in units)
     libraries = [nvcc.find_nvcc().runtime, *nvcc.LINK] if device else []
     logs.append(run([compiler.path, *LINK_FLAGS, f"-Wl,-soname,{library}", *objects, *libraries, "-o", library]))
     for name in objects:
@@ -109,7 +114,13 @@ def build(source: Source, folder: Path, compiler: Compiler) -> Path:
     return folder / library
 
 
-def _compile(unit: Unit, target: str, compiler: Compiler, folder: Path) -> str:
+def _assemble(unit: Unit, folder: Path) -> str:
+    """PTX -> machine code for each GPU, in one file; log text."""
+    code = f"{Path(unit.file).stem}.fatbin"
+    return _run([nvcc.find_nvcc().path, "-O3", "-Xptxas", "-v", *unit.flags, "-fatbin", unit.file, "-o", code], folder)
+
+
+def _compile(unit: Unit, target: str, compiler: Compiler, folder: Path, headers: Sequence[str] = ()) -> str:
     """One file -> an object in `folder`; log text."""
     if unit.file.endswith(".ll"):
         (folder / target).write_bytes(llvm.compile_object((folder / unit.file).read_text(), unit.flags))
@@ -124,7 +135,7 @@ def _compile(unit: Unit, target: str, compiler: Compiler, folder: Path) -> str:
     if unit.file.endswith(".cu"):
         command = [nvcc.find_nvcc().path, "-ccbin", compiler.path, *nvcc.FLAGS, *unit.flags]
         return _run([*command, "-I.", "-c", unit.file, "-o", target], folder)
-    return _run([compiler.path, *COMPILE_FLAGS, *unit.flags, "-I.", "-c", unit.file, "-o", target], folder)
+    return _run([compiler.path, *COMPILE_FLAGS, *unit.flags, *headers, "-I.", "-c", unit.file, "-o", target], folder)
 
 
 def _in_two_parts(unit: Unit, target: str, compiler: Compiler, folder: Path) -> str:

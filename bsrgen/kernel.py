@@ -390,11 +390,11 @@ class Kernel:
 
     @property
     def source(self) -> str:
-        """The generated text of the ISA level in use: C or CUDA; before it, from MLIR, the register tile as MLIR before
-        and after the sparsifier, and as LLVM IR."""
+        """The generated text of the ISA level in use: C or CUDA; before it, from MLIR, the register tile, or the kernel
+        for GPUs, as MLIR before and after the sparsifier, and as LLVM IR; for GPUs also PTX."""
         level = f"{self.name}_{self.plan.target.replace('-', '_')}"
         steps = [f"{level}{end}" for end in ("_tile.mlir", "_loops.mlir", "_tile.ll", ".c")]
-        steps.append(f"{self.name}_device.cu")
+        steps += [f"{self.name}_device{end}" for end in (".cu", ".mlir", "_loops.mlir", ".ll", ".ptx", ".c")]
         return "\n".join(self.artifact.read(step).decode() for step in steps if step in self.artifact.manifest.files)
 
     def __str__(self) -> str:

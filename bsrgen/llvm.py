@@ -1,11 +1,13 @@
 """LLVM IR -> object files for any CPU, by llvmlite: in this process, without a compiler of the system."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 from bsrgen.errors import BuildError, UnsupportedError
 from bsrgen.targets import Target
 
+NVPTX = "nvptx64-nvidia-cuda"
 TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
 
 
@@ -33,7 +35,16 @@ def compile_object(text: str, options: tuple[str, ...], *, vectorize: bool = Fal
     return bytes(machine.emit_object(module))
 
 
-def optimized(text: str, options: tuple[str, ...], *, vectorize: bool = False) -> tuple[Any, Any]:
+def compile_ptx(text: str, arch: str, library: Path | None) -> str:
+    """LLVM IR at -O3 as PTX for GPUs of `arch`, e.g. "sm_80", and newer; functions that it only declares come from
+    `library`, which is bitcode.  BuildError."""
+    module, machine = optimized(text, (f"-mtriple={NVPTX}", f"-mcpu={arch}", "-mattr="), library=library)
+    return str(machine.emit_assembly(module))
+
+
+def optimized(
+    text: str, options: tuple[str, ...], *, vectorize: bool = False, library: Path | None = None
+) -> tuple[Any, Any]:
     """The module after LLVM's passes, and its target machine."""
     llvm = _binding()
     triple, cpu, features = (option.partition("=")[2] for option in options)
@@ -45,11 +56,25 @@ def optimized(text: str, options: tuple[str, ...], *, vectorize: bool = False) -
         raise BuildError(f"llvmlite {' '.join(options)}: {' '.join(str(e).split())[:500]}") from e
     machine = target.create_target_machine(cpu=cpu, features=features, opt=3, reloc="pic", codemodel="small")
     module.triple, module.data_layout = triple, str(machine.target_data)
+    if library is not None:
+        _link(module, library)
     tuning = llvm.create_pipeline_tuning_options(speed_level=3)
     tuning.loop_vectorization = tuning.slp_vectorization = vectorize  # a plan has its own vectors
     builder = llvm.create_pass_builder(machine, tuning)
     builder.getModulePassManager().run(module, builder)
     return module, machine
+
+
+def _link(module: Any, library: Path) -> None:
+    """Give `module` the functions of `library` that it declares."""
+    if not any(function.is_declaration and not function.name.startswith("llvm.") for function in module.functions):
+        return
+    other = _binding().parse_bitcode(library.read_bytes())
+    other.triple, other.data_layout = module.triple, module.data_layout
+    names = [function.name for function in other.functions if not function.is_declaration]
+    module.link_in(other)
+    for name in names:
+        module.get_function(name).linkage = "internal"  # what is not called goes
 
 
 @functools.cache

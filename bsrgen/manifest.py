@@ -178,7 +178,8 @@ class Manifest(_Record, frozen=True):
     @property
     def device(self) -> Literal["cpu", "cuda"]:
         """What the kernel runs on."""
-        return "cuda" if self.levels[0].knobs.get("backend") == "cuda" else "cpu"
+        knobs = self.levels[0].knobs
+        return "cuda" if "cuda" in (knobs.get("backend"), knobs.get("device")) else "cpu"
 
     @property
     def types(self) -> tuple[DType, DType, DType]:

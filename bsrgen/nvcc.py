@@ -46,6 +46,12 @@ class Nvcc:
         return int(self.release.partition(".")[0]) >= 13
 
     @property
+    def libdevice(self) -> Path | None:
+        """NVIDIA's functions of mathematics as LLVM bitcode."""
+        places = [folder / "nvvm" / "libdevice" / "libdevice.10.bc" for folder in Path(self.runtime).parents]
+        return next((place for place in places if place.is_file()), None)
+
+    @property
     def identity(self) -> str:
         """What must be equal for two builds to give equal bytes."""
         return f"nvcc {self.release}"
@@ -57,7 +63,7 @@ def find_nvcc() -> Nvcc:
     found = shutil.which(asked) if asked else shutil.which("nvcc") or _in_wheels()
     if not found:
         where = f"{VARIABLE}={asked} is not a program" if asked else "none on PATH and none in the wheels"
-        raise CompilerNotFoundError(f"backend='cuda' needs nvcc: {where}; {INSTALL}")
+        raise CompilerNotFoundError(f"kernels for NVIDIA GPUs need nvcc: {where}; {INSTALL}")
     return _probe(found)
 
 

@@ -344,7 +344,7 @@ def one_value() -> Weight:
 
 MUTATIONS = {
     "backend": {"backend": replace(BACKENDS["c"], name="other")},
-    "tools of the backend": {"backend": replace(BACKENDS["c"], tools=lambda: "other 1.0")},
+    "tools of the backend": {"backend": replace(BACKENDS["c"], tools=lambda targets: "other 1.0")},
     "operator": {"problem": replace(PROBLEM, operator=OPERATORS["spmm"])},
     "dtype": {"problem": as_problem("linear", W.pattern, "float64", None, None, "bias", 64)},
     "dtype of W alone": {"problem": replace(PROBLEM, dtype=DTYPES["bfloat16"])},

@@ -300,7 +300,7 @@ def test_compile_for_what_is_here(place: Place, rng: Any, tmp_path: Path, monkey
 
 def patched_tools() -> Any:
     """The CUDA backend without its look for nvcc."""
-    return BACKENDS | {"cuda": replace(BACKENDS["cuda"], tools=lambda: "emulated")}
+    return BACKENDS | {"cuda": replace(BACKENDS["cuda"], tools=lambda targets: "emulated")}
 
 
 # ── compute-sanitizer ────────────────────────────────────────────────────────────────────────────────────────────────

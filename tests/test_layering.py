@@ -22,7 +22,9 @@ FLOORS = """
     choose
     advice  package
     backends
-    backends.mlir  backends.cuda
+    backends.mlir
+    backends.mlir.gpu_candidates  backends.mlir.gpu_text
+    backends.mlir.gpu_plan  backends.cuda
     backends.cuda.candidates  backends.cuda.text  backends.cuda.trial
     backends.cuda.matrix
     backends.cuda.plan
@@ -49,7 +51,7 @@ FLOORS = """
     canonical  manifest  trampoline
     store  llvm  gpus  gpu_clock
     operators  epilogues  targets  foreign  integrity
-    calibration  strides  bindings  device_arrays  nvcc  nvrtc  driver
+    calibration  strides  bindings  device_arrays  nvcc  nvrtc  driver  backends.mlir.formula
     dtypes  _paths  clock  verdict
     errors  machine
 """

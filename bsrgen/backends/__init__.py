@@ -24,13 +24,14 @@ class Candidates(Protocol):
 class Backend:
     """The plan space, and emit: one plan per target, best target first, to sources.
 
-    `tools` names what beside the compiler makes equal sources equal bytes; UnsupportedError where that is missing.
+    `tools` names what beside the compiler makes equal sources equal bytes for the targets; UnsupportedError where a
+    package is missing, CompilerNotFoundError where nvcc is.
     """
 
     name: str
     candidates: Candidates
     emit: Callable[[tuple[Any, ...], Weight], Source]
-    tools: Callable[[], str] = lambda: ""
+    tools: Callable[[tuple[Target, ...]], str] = lambda targets: ""
     lacks: str = "use smaller blocks"  # what to do where there is no plan
     targets: Callable[[Any], tuple[Target, ...]] = as_targets  # of compile's target=, best first
     trial: Callable[[Source, tracks.Track], Source] = lambda source, track: source  # as a race builds it
@@ -40,7 +41,7 @@ BACKENDS = {
     row.name: row
     for row in (
         Backend("c", c.candidates, c.emit),
-        Backend("mlir", mlir.candidates, mlir.emit, mlir.identity),
-        Backend("cuda", cuda.candidates, cuda.emit, nvcc.identity, cuda.LACKS, as_gpus, cuda.trial),
+        Backend("mlir", mlir.candidates, mlir.emit, mlir.tools, mlir.LACKS, mlir.targets),
+        Backend("cuda", cuda.candidates, cuda.emit, lambda targets: nvcc.identity(), cuda.LACKS, as_gpus, cuda.trial),
     )
 }

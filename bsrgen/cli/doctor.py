@@ -5,13 +5,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from bsrgen.cli.common import FAILED, console, plain, show_json, size, verb, working
+from bsrgen.cli.extras import Finding, cuda, gpus, mlir, nvrtc
 from bsrgen.errors import BsrgenError
 
 VARIABLES = (
@@ -21,16 +22,6 @@ VARIABLES = (
 NEEDED = ("numpy", "scipy", "jinja2", "cffi", "ml_dtypes", "safetensors")
 PEERS = ("mkl", "torch", "threadpoolctl")
 SMOKE = "#include <math.h>\n#include <pthread.h>\n#include <stdint.h>\n#include <stdlib.h>\nint f(void) { return 0; }\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing looked at; `advice` says what to do unless it is ok."""
-
-    what: str
-    status: Literal["ok", "warn", "fail"]
-    detail: str
-    advice: str = ""
 
 
 @click.command()
@@ -103,63 +94,6 @@ def _compiler() -> Iterator[Finding]:
         )
     else:
         yield Finding("compiler", "ok", f"{compiler.path}: {compiler.identity}")
-
-
-def _mlir() -> Iterator[Finding]:
-    """An extra: that it is missing matters only to those who ask for it."""
-    from bsrgen.backends.mlir import identity
-    from bsrgen.bindings import INSTALL, VARIABLE
-    from bsrgen.errors import UnsupportedError
-
-    try:
-        yield Finding("mlir", "ok", identity())
-    except UnsupportedError as e:
-        if VARIABLE in os.environ:
-            yield Finding("mlir", "warn", f"{VARIABLE}={os.environ[VARIABLE]}: {e}", INSTALL)
-        else:
-            yield Finding("mlir", "ok", f"none, which only backend='mlir' needs: {INSTALL}")
-
-
-def _cuda() -> Iterator[Finding]:
-    """Another extra; whether there is a GPU does not matter to who compiles for one."""
-    from bsrgen.errors import CompilerNotFoundError
-    from bsrgen.nvcc import INSTALL, VARIABLE, find_nvcc
-
-    try:
-        nvcc = find_nvcc()
-        yield Finding("cuda", "ok", f"{nvcc.path}: {nvcc.identity}")
-    except CompilerNotFoundError as e:
-        if VARIABLE in os.environ:
-            yield Finding("cuda", "warn", str(e), INSTALL)
-        else:
-            yield Finding("cuda", "ok", f"no nvcc, which only backend='cuda' needs: {INSTALL}")
-
-
-def _nvrtc() -> Iterator[Finding]:
-    """What races on a GPU are faster with."""
-    from bsrgen.errors import CompilerNotFoundError
-    from bsrgen.nvrtc import INSTALL, VARIABLE, find_nvrtc
-
-    try:
-        yield Finding("nvrtc", "ok", f"{(nvrtc := find_nvrtc()).path}: {nvrtc.identity}")
-    except CompilerNotFoundError as e:
-        if VARIABLE in os.environ:
-            yield Finding("nvrtc", "warn", str(e), INSTALL)
-        else:
-            yield Finding("nvrtc", "ok", f"none, which only tune='measure' on a GPU is faster with: {INSTALL}")
-
-
-def _gpus() -> Iterator[Finding]:
-    from bsrgen import driver
-    from bsrgen.errors import DeviceError
-
-    try:
-        found = driver.gpus()
-    except DeviceError as e:
-        yield Finding("gpu", "ok", f"none, which only calls of backend='cuda' need: {e}")
-        return
-    for gpu in found:
-        yield Finding("gpu", "ok", f"{gpu.number}: {gpu}; the driver knows CUDA {driver.version()}")
 
 
 def _cpu() -> Iterator[Finding]:
@@ -293,4 +227,4 @@ def _variables() -> Iterator[Finding]:
             yield Finding("variable", "warn", setting, advice)
 
 
-LOOKS = (_versions, _compiler, _mlir, _cuda, _nvrtc, _gpus, _cpu, _calibration, _call_path, _store, _peers, _variables)
+LOOKS = (_versions, _compiler, mlir, cuda, nvrtc, gpus, _cpu, _calibration, _call_path, _store, _peers, _variables)

@@ -29,12 +29,12 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
     if problem.gate_rows or problem.quantizes_x or max(p.M, p.K) > INT_MAX:
         return
     yield from _matrix(problem, target)
-    for rows in _rows(p.R):
+    for rows in rows_of_tiles(p.R):
         for many in LANES:
             for warps in WARPS:
                 for features in FEATURES:
                     plan = CudaPlan(problem, target, rows, warps, features, many, *FEW)
-                    if _fits(plan):
+                    if fits(plan):
                         yield plan
 
 
@@ -49,18 +49,18 @@ def _matrix(problem: Problem, target: Target) -> Iterator[MatrixPlan]:
         for tiles in (2, 1, 4) if rows < p.R + 8 else ():
             for features in (64, 32):
                 plan = MatrixPlan(problem, target, rows, 1, features, tokens(tiles), tokens(1), 64)
-                if tiles * rows <= 128 and _fits(plan):
+                if tiles * rows <= 128 and fits(plan):
                     yield plan
 
 
-def _rows(R: int) -> list[int]:
+def rows_of_tiles(R: int) -> list[int]:
     """Rows of a register tile: those that cut a block row into equal parts with few rows of zeros first."""
     even = [r for r in range(8, 0, -1) if R % r == 0]
     chosen = {*even[:2], *(r for r in ROWS if r <= R)}
     return sorted(chosen, key=lambda r: (-(-R // r) * r / R > 1.1, -r))
 
 
-def _fits(plan: CudaPlan) -> bool:
+def fits(plan: CudaPlan) -> bool:
     """Registers, shared memory and tables within their limits; no other plan of the same shape."""
     words = plan.problem.accumulator.bytes // 4
     sums = plan.rows * plan.many.tokens * words

@@ -24,7 +24,7 @@ def emit(plans: tuple[MlirPlan, ...], weight: Weight) -> Source:
     sparsifier and as LLVM IR.  Pure: equal inputs and packages, equal bytes."""
     source = c.emit(plans, weight)
     files, units, reading = dict(source.files), list(source.units), []
-    head = _comment(banner(plans[0].problem, plans))
+    head = as_comment(banner(plans[0].problem, plans))
     for plan, unit, level in zip(plans, source.units[1:], source.entry["levels"], strict=True):
         text = render("mlir/tile.mlir.j2", k=tile_view(plan, level["name"], level["tables"]), banner=head)
         lowered = lower(text)
@@ -35,7 +35,7 @@ def emit(plans: tuple[MlirPlan, ...], weight: Weight) -> Source:
     return replace(source, files=files, units=tuple(units), reading=reading[0], tools=identity())
 
 
-def _comment(text: str) -> str:
+def as_comment(text: str) -> str:
     """A comment of C as one of MLIR."""
     lines = text.removeprefix("/*").removesuffix("\n */").split("\n")
     return "\n".join("//" + line.removeprefix(" *") for line in lines)
