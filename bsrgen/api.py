@@ -64,6 +64,7 @@ def compile(
     tune: Literal["off", "model", "measure"] = "model",
     strict: bool = False,
     *,
+    transposed: bool = False,
     x_dtype: DTypeLike | None = None,
     quantize_x: bool = False,
     shape: tuple[int, int] | None = None,
@@ -80,6 +81,9 @@ def compile(
         rows (what `out` and operands are like), or with the epilogue "swiglu" or "geglu" [gate, up] make one,
         act(X @ gate.T) * (X @ up.T).
     operator: "linear", Y[N, M] = X[N, K] @ W.T, or "spmm", Y[M, N] = W @ X[K, N]; all row-major, N free at each call.
+    transposed: the product with W.T, where W is given, and later updated, as it is: Y[N, K] = X[N, M] @ W, or of
+        "spmm" Y[K, N] = W.T @ X[M, N].  All else, the kernel's shape and pattern, scales and operands, is that of W.T.
+        Of a list of weights, X holds what is multiplied with each, side by side, and the result is their sum.
     dtype, x_dtype, out_dtype: types of W as it is stored, of X and of Y, names or numpy dtypes (ml_dtypes.bfloat16):
         W                 X                   Y, the default first
         float32, float64  as W                as W            sums of the same type
@@ -131,24 +135,29 @@ def compile(
     weights = [source_of(part, w, blocksize=blocksize, shape=shape) for part in (W if are_several(W) else [W])]
     parts = parts_of(weights, paired)
     weight = stacked(weights) if len(weights) > 1 else weights[0]
+    if transposed and paired:
+        raise UnsupportedError("transposed=True with swiglu or geglu: a gate has no product with its transpose")
+    weight, parts = (weight.T, ()) if transposed else (weight, parts)
     problem = as_problem(operator, weight.pattern, w, x, y, epilogue, None if n is None else int(n), bool(quantize_x))
     bound, how = bind(problem, operands), "none"
     if w is INT8:
         how = "given" if "w_scale" in bound else "none" if weight.data.dtype == w.numpy else "max"
         weight, bound["w_scale"] = quantized(weight, bound.get("w_scale"))
     artifact = _artifact(
-        chosen, problem, weight, targets, tuning, Bound(bound, how, parts if are_several(W) and not paired else ())
-    )
+        chosen, problem, weight, targets, tuning,
+        Bound(bound, how, parts if are_several(W) and not paired else (), bool(transposed)),
+    )  # fmt: skip
     return kernel_of(artifact, threads=threads, may_be_foreign=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Operands bound to an artifact, where its weight_scale is from, and the parts of its Y."""
+    """Operands bound to an artifact, where its weight_scale is from, the parts of its Y, and how W comes."""
 
     arrays: dict[str, Any]
     weight_scale: str
     parts: tuple[int, ...]
+    transposed: bool
 
 
 def _backend(name: str, mode: str) -> Backend:
@@ -213,6 +222,7 @@ def _key(
         },
         "weight_scale": bound.weight_scale,
         "parts": bound.parts,
+        "transposed": bound.transposed,
         "targets": [asdict(target) for target in targets],
         "tune": tune,
         "strict": strict,
@@ -259,8 +269,9 @@ def _make(
     sparse_s, dense_s = (min((s for d, s in times if d == dense), default=None) for dense in (False, True))
     verdict = advice.judge(backend, plans[0], choices[0].ranked, weight, sparse_s, dense_s)
     manifest = msgspec.structs.replace(
-        manifest, verdict=verdict, strict=tuning.strict, weight_scale=bound.weight_scale, parts=bound.parts
-    )
+        manifest, verdict=verdict, strict=tuning.strict, weight_scale=bound.weight_scale, parts=bound.parts,
+        transposed=bound.transposed,
+    )  # fmt: skip
     if manifest.device == "cuda":
         manifest = msgspec.structs.replace(manifest, notes=(*manifest.notes, UNCHECKED))
     check = _check(write_manifest(folder, manifest), exam)

@@ -141,6 +141,7 @@ class Manifest(_Record, frozen=True):
     tuning: tuple[TuningRecord, ...]  # for each level the fastest first, then those that were not measured
     notes: tuple[str, ...]
     files: dict[str, str]
+    transposed: bool = False  # W comes as the transpose of what is multiplied, when it is updated
 
     def __post_init__(self) -> None:
         names = [self.library, *(level.values.file for level in self.levels)]
