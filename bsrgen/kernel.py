@@ -128,8 +128,12 @@ class Kernel:
         if target not in names:
             raise ArtifactError(f"{self.artifact}: the library runs {target!r}, the manifest knows {', '.join(names)}")
         self._level = names.index(target)
-        self._function = path.function(library, f"{m.name}_call")
-        self._pack = path.function(library, f"{m.name}_pack")
+        self._find(library)
+
+    def _find(self, library: Any) -> None:
+        """The functions that calls and new values need."""
+        self._function = self._tramp.function(library, f"{self.name}_call")
+        self._pack = self._tramp.function(library, f"{self.name}_pack")
 
     # ── the call ─────────────────────────────────────────────────────────────────────────────────────────────────
 

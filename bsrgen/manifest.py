@@ -11,10 +11,11 @@ from bsrgen.dtypes import DType, as_types
 from bsrgen.epilogues import CHOICES, QUANTIZED_X, Epilogue, as_epilogues, composed, gate_rows, operands_of, steps_of
 from bsrgen.errors import ArtifactError
 from bsrgen.integrity import MANIFEST
-from bsrgen.operators import NAME, kernel_name
+from bsrgen.operators import NAME, SAMPLED, kernel_name
 from bsrgen.verdict import Verdict
 
 PATTERN_FILE = "pattern.npz"  # indptr, indices
+MASK_FILE = "mask.npz"  # of attention: which elements of cut blocks count
 OPERANDS_FILE = "operands.npz"  # operands bound when the kernel was compiled
 TIME_UP = "the time was up"  # begins a TuningRecord's note
 SCHEMA = 4
@@ -115,7 +116,7 @@ class Manifest(_Record, frozen=True):
     abi: int
     bsrgen: str
     name: str
-    operator: Literal["linear", "spmm"]
+    operator: Literal["linear", "spmm", "sddmm", "linear_grad", "attention"]
     shape: tuple[int, int]
     blocksize: tuple[int, int]
     nnzb: int
@@ -141,6 +142,7 @@ class Manifest(_Record, frozen=True):
     tuning: tuple[TuningRecord, ...]  # for each level the fastest first, then those that were not measured
     notes: tuple[str, ...]
     files: dict[str, str]
+    head: int = 0  # elements of a head's vectors, of attention
     transposed: bool = False  # W comes as the transpose of what is multiplied, when it is updated
 
     def __post_init__(self) -> None:
@@ -156,7 +158,7 @@ class Manifest(_Record, frozen=True):
         own = composed(as_epilogues(user), *self.types, quantizes)
         if tuple(step.name for step in own) != self.epilogue:
             raise ValueError(f"epilogue {self.epilogue!r:.80} is not one of {self.dtype} kernels")
-        if self.operands != operand_records(own):
+        if self.operands != (() if self.operator in SAMPLED else operand_records(own)):
             raise ValueError("operands are not those of the epilogue")
         if self.weight_scale != "none" and "w_scale" not in self.bound:
             raise ValueError("weight_scale is not bound")

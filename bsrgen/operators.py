@@ -42,6 +42,34 @@ SPMM = Operator("spmm", "Y[M,N] = W[M,K] @ X[K,N]", "[K,N]", "[M,N]", 1, lambda 
 OPERATORS = {row.name: row for row in (LINEAR, SPMM)}
 
 
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A product of dense arrays at a block pattern: of W[M,K] only the pattern counts, every call brings all numbers.
+
+    `inputs` are its arrays and their shapes, N (tokens or heads) free at each call, D the size of a head.
+    """
+
+    name: Literal["sddmm", "linear_grad", "attention"]
+    formula: str
+    inputs: tuple[tuple[str, str], ...]
+    result: str
+    token_axis: int  # of N in the inputs
+
+
+SDDMM = Sampled(
+    "sddmm", "data[nnzb,R,C] = A[M,N] @ B[K,N].T at the stored blocks", (("a", "MN"), ("b", "KN")), "[nnzb,R,C]", 1
+)
+LINEAR_GRAD = Sampled(
+    "linear_grad", "data[nnzb,R,C] = A[N,M].T @ B[N,K] at the stored blocks", (("a", "NM"), ("b", "NK")), "[nnzb,R,C]", 0
+)
+ATTENTION = Sampled(
+    "attention", "Y[N,M,D] = softmax(scale * Q[N,M,D] @ K[N,K,D].T at the stored blocks) @ V[N,K,D]",
+    (("q", "NMD"), ("k", "NKD"), ("v", "NKD")), "[N,M,D]", 0,
+)  # fmt: skip
+
+SAMPLED = {row.name: row for row in (SDDMM, LINEAR_GRAD, ATTENTION)}
+
+
 def as_operator(name: str) -> Operator:
     """The row called `name`.  ArgumentError when there is none."""
     if not isinstance(name, str) or name not in OPERATORS:

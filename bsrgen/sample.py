@@ -1,0 +1,158 @@
+"""Sample: a product of dense arrays at a block pattern, the gradients of weights and attention, without saying how."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from bsrgen.dtypes import DTYPES, INT8, DType, as_dtype, bound_factor
+from bsrgen.epilogues import ACCUMULATE, SCALE, Epilogue, as_epilogues
+from bsrgen.errors import ArgumentError, UnsupportedError
+from bsrgen.operators import ATTENTION, SAMPLED, SDDMM, Sampled, kernel_name
+from bsrgen.pattern import Pattern
+
+Array = NDArray[Any]
+STEPS = (SCALE, ACCUMULATE)  # epilogues that make sense of sums that are a weight's gradient, each once
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which elements of cut blocks count: bits uint8[kinds, R, ceil(C / 8)], the first column in the lowest bit, and
+    for each stored block its kind + 1, or 0 where all of it counts: uint32[nnzb]."""
+
+    kinds: Array
+    bits: Array
+
+    def dense(self, p: Pattern) -> Array:
+        """bool[M, K]: the elements that count."""
+        whole = np.ones((1, p.R, p.C), bool)
+        cut = np.unpackbits(self.bits, axis=2, bitorder="little")[:, :, : p.C].astype(bool)
+        out = np.zeros((p.block_rows, p.R, p.block_cols, p.C), bool)
+        out[p.rows, :, p.indices, :] = np.concatenate((whole, cut))[self.kinds]
+        return out.reshape(p.block_rows * p.R, p.block_cols * p.C)[: p.M, : p.K]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of SAMPLED with one fixed pattern; N is chosen at each call."""
+
+    operator: Sampled
+    pattern: Pattern
+    dtype: DType  # of the inputs
+    epilogue: tuple[Epilogue, ...] = ()
+    n: int | None = field(default=None, compare=False)
+    head: int = 0
+    mask: Mask | None = None
+
+    def __str__(self) -> str:
+        p = self.pattern
+        steps = f" + {', '.join(step.name for step in self.epilogue)}" if self.epilogue else ""
+        head = f" heads of {self.head}" if self.head else ""
+        types = self.dtype.name + ("" if self.dtype is self.real else f" -> {self.real.name}")
+        return f"{self.operator.name} {types} {p.M}x{p.K}{head} blocks {p.R}x{p.C} density {p.density:.3g}{steps}"
+
+    @property
+    def real(self) -> DType:
+        """The type of the sums and of the result."""
+        return DTYPES[self.dtype.real]
+
+    x_dtype = read_dtype = property(lambda self: self.dtype)
+    out_dtype = accumulator = property(lambda self: self.real)
+
+    @cached_property
+    def name(self) -> str:
+        """Name of the kernel and prefix of its C symbols."""
+        p, types = self.pattern, (self.dtype, self.dtype, self.real)
+        return kernel_name(
+            self.operator.name, *types, p.shape, p.blocksize, p.digest, [step.name for step in self.epilogue]
+        )
+
+    def flop(self, n: int) -> int:
+        """Effective FLOP of a call: 2 * stored elements * N, of attention twice for each element of a head."""
+        return 2 * self.pattern.nnz * n * (2 * self.head if self.head else 1)
+
+    def shape(self, which: str, n: int) -> tuple[int, ...]:
+        """The shape of an input, from its letters in the operator's row."""
+        size = {"M": self.pattern.M, "K": self.pattern.K, "N": n, "D": self.head}
+        return tuple(size[letter] for letter in which)
+
+    def result_shape(self, n: int) -> tuple[int, ...]:
+        """The shape of the result."""
+        p = self.pattern
+        return (n, p.M, self.head) if self.head else (p.nnzb, p.R, p.C)
+
+    def sample(self, rng: np.random.Generator, n: int) -> list[Array]:
+        """Random inputs."""
+        shapes = [self.shape(letters, n) for _, letters in self.operator.inputs]
+        return [np.asarray(rng.standard_normal(shape)).astype(self.dtype.numpy) for shape in shapes]
+
+    def reference(self, inputs: Sequence[Array], scale: Any = 1.0) -> tuple[Array, Array]:
+        """(result, bound) in float64.  Of products |y - Y| <= g(N + 4) |scale| |A| |B|, as everywhere (DESIGN section 6).
+
+        Of attention, with scores s and their bound d = g(D + 4) |scale| |Q| |K|: weights p = e^(s - max) move by at most
+        2 max d + g(8) relatively, and their sum and the product with V have g(count + 8) more.
+        """
+        real = [np.asarray(a, np.float64) for a in inputs]
+        if self.operator is ATTENTION:
+            return self._attention(real, float(scale))
+        a, b = real if self.operator is SDDMM else [v.T for v in real]
+        p, n = self.pattern, a.shape[1]
+        rows = np.broadcast_to(np.asarray(scale, np.float64), (p.M,))
+        factor = bound_factor(n + 4, self.real.unit_roundoff)
+        tiny = (n + 4) * max(self.real.smallest, self.dtype.smallest if self.dtype is not self.real else 0.0)
+        size = _blocks(p, np.abs(rows[:, None] * a)) @ _blocks(p, np.abs(b), columns=True).transpose(0, 2, 1)
+        exact = _blocks(p, rows[:, None] * a) @ _blocks(p, b, columns=True).transpose(0, 2, 1)
+        return exact, factor * size + tiny
+
+    def _attention(self, inputs: Sequence[Array], scale: float) -> tuple[Array, Array]:
+        q, k, v = inputs
+        p, u = self.pattern, self.real.unit_roundoff
+        blocks = np.zeros((p.block_rows, p.block_cols), bool)
+        blocks[p.rows, p.indices] = True
+        counts = self.mask.dense(p) if self.mask else np.kron(blocks, np.ones(p.blocksize, bool))[: p.M, : p.K]
+        s = np.where(counts, scale * (q @ k.transpose(0, 2, 1)), -np.inf)
+        off = bound_factor(self.head + 4, u) * abs(scale) * (np.abs(q) @ np.abs(k).transpose(0, 2, 1))
+        off = np.where(counts, off + u * np.abs(s, where=counts, out=np.zeros(s.shape)), 0).max(axis=2, initial=0)
+        top = np.max(s, axis=2, initial=-np.inf, keepdims=True)
+        w = np.exp(s - np.where(np.isfinite(top), top, 0))
+        total = w.sum(axis=2, keepdims=True)
+        w = np.divide(w, total, where=total > 0, out=np.zeros(w.shape))
+        relative = (np.expm1(4 * off) + bound_factor(counts.sum(axis=1) + 16, u))[:, :, None]
+        return w @ v, relative * (w @ np.abs(v)) + 64 * self.real.smallest
+
+
+def _blocks(p: Pattern, a: Array, columns: bool = False) -> Array:
+    """[nnzb, R or C, N]: for each stored block its rows of `a`, or those of its columns."""
+    size, number, at = (p.C, p.block_cols, p.indices) if columns else (p.R, p.block_rows, p.rows)
+    padded = np.zeros((number * size, a.shape[1]))
+    padded[: a.shape[0]] = a
+    return padded.reshape(number, size, a.shape[1])[at]
+
+
+def as_sample(
+    operator: str, pattern: Pattern, dtype: DTypeLike | DType, out_dtype: DTypeLike | DType | None = None,
+    epilogue: str | Sequence[str] = (), n: int | None = None, head: int = 0, mask: Mask | None = None,
+) -> Sample:  # fmt: skip
+    """What is asked for with these arguments.  ArgumentError, ArgumentTypeError, UnsupportedError."""
+    row, dtype, steps = SAMPLED[operator], as_dtype(dtype), as_epilogues(epilogue)
+    if dtype is INT8:
+        raise UnsupportedError(f"operator {operator!r} with dtype 'int8': it multiplies float32, float64, bfloat16, float16")
+    real = DTYPES[dtype.real]
+    if out_dtype is not None and as_dtype(out_dtype) is not real:
+        raise UnsupportedError(f"operator {operator!r} of {dtype.name} writes {real.name}, not {as_dtype(out_dtype).name}")
+    able = () if row is ATTENTION else STEPS
+    for number, step in enumerate(steps):
+        if step not in able or step in steps[:number]:
+            have = f"takes {', '.join(s.name for s in able)}, each once" if able else "has no epilogue"
+            raise UnsupportedError(f"epilogue {step.name!r} of operator {operator!r}, which {have}")
+    if [step.name for step in steps] == ["accumulate", "scale"]:
+        raise UnsupportedError(f"epilogue of operator {operator!r}: 'scale' comes before 'accumulate'")
+    if row is ATTENTION and head < 1:
+        raise ArgumentError(f"operator 'attention' needs the size of a head: use bsrgen.attention.compile, not {head}")
+    if math.prod(pattern.blocksize) > 1 << 24:
+        raise UnsupportedError(f"blocks of {pattern.R}x{pattern.C}: sampled products take up to 2^24 elements a block")
+    return Sample(row, pattern, dtype, steps, n, head, mask)
