@@ -40,7 +40,7 @@ from bsrgen.operators import as_operator
 from bsrgen.pattern import Weight, as_weight
 from bsrgen.problem import Problem, as_problem
 from bsrgen.quantize import quantized, source_of
-from bsrgen.sample import as_sample
+from bsrgen.sample import PRODUCTS, as_sample, refuse_values
 from bsrgen.sampling import compile_sample
 from bsrgen.stack import are_several, parts_of, stacked
 from bsrgen.store import Store
@@ -83,9 +83,9 @@ def compile(
         rows (what `out` and operands are like), or with the epilogue "swiglu" or "geglu" [gate, up] make one,
         act(X @ gate.T) * (X @ up.T).
     operator: "linear", Y[N, M] = X[N, K] @ W.T, or "spmm", Y[M, N] = W @ X[K, N]; all row-major, N free at each call.
-        Of W's pattern alone, for k(a, b) (SampledKernel): "sddmm", data[nnzb, R, C] = A[M, N] @ B[K, N].T at the stored
-        blocks, the gradient of spmm's weight, and "linear_grad", that of linear's, A[N, M].T @ B[N, K]; dtype is that of
-        A and B, the result has that of the sums; epilogues "scale" and "accumulate"; backend "c"; one plan, no tuning.
+        Of W's pattern alone, for k(a, b) (see SampledKernel): "sddmm", data[nnzb, R, C] = A[M, N] @ B[K, N].T at the
+        stored blocks, the gradient of spmm's weight, and "linear_grad", that of linear's, A[N, M].T @ B[N, K].  dtype
+        is that of A and B, the result has that of the sums; epilogues "scale", "accumulate"; backend "c", no tuning.
     transposed: the product with W.T, where W is given, and later updated, as it is: Y[N, K] = X[N, M] @ W, or of
         "spmm" Y[K, N] = W.T @ X[M, N].  All else, the kernel's shape and pattern, scales and operands, is that of W.T.
         Of a list of weights, X holds what is multiplied with each, side by side, and the result is their sum.
@@ -134,10 +134,11 @@ def compile(
     if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
         raise ArgumentError(f"n={n!r}: a number of tokens from 1 up, or None")
     default_threads(threads)
-    if operator in ("sddmm", "linear_grad"):
-        _only_products(operator, backend, operands, transposed=transposed, quantize_x=quantize_x, x_dtype=x_dtype)
+    if operator in PRODUCTS:
+        refuse_values(operator, backend, operands, transposed=transposed, quantize_x=quantize_x, x_dtype=x_dtype)
         pattern = as_weight(W, blocksize=blocksize, shape=shape, dtype=None).pattern
-        sample = as_sample(operator, pattern, dtype, out_dtype, epilogue, None if n is None else int(n))
+        sample = as_sample(operator, pattern, dtype, out_dtype, epilogue, n)
+        _prepare_calls()
         return compile_sample(sample, chosen.targets(target), _own_digest(), threads)
     as_operator(operator)
     paired = pair_of(as_epilogues(epilogue)) is not None
@@ -158,17 +159,6 @@ def compile(
         Bound(bound, how, parts if are_several(W) and not paired else (), bool(transposed)),
     )  # fmt: skip
     return kernel_of(artifact, threads=threads, may_be_foreign=True)
-
-
-def _only_products(operator: str, backend: str, operands: dict[str, Any], **options: Any) -> None:
-    """Refuse what products at a pattern have not.  UnsupportedError, ArgumentTypeError."""
-    if backend not in ("auto", "c"):
-        raise UnsupportedError(f"operator {operator!r} with backend={backend!r}: only 'c' has it")
-    for name, value in options.items():
-        if value:
-            raise UnsupportedError(f"operator {operator!r} with {name}={value!r}: W is only a pattern")
-    if operands:
-        raise ArgumentTypeError(f"operator {operator!r}: {', '.join(operands)} come with the call")
 
 
 @dataclass(frozen=True, slots=True)

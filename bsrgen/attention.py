@@ -1,8 +1,8 @@
-"""Block-sparse attention: which keys a query sees, as a rule; the blocks that hold them, masked to the element; a kernel.
+"""Block-sparse attention: which keys a query sees, as a rule; the blocks that hold them and their masks; the kernel.
 
-    from bsrgen import attention
-    k = attention.compile(4096, 64, attention.causal() & attention.sliding_window(512))
-    y = k(q, key, value)  # [..., 4096, 64] each
+from bsrgen import attention
+k = attention.compile(4096, 64, attention.causal() & attention.sliding_window(512))
+y = k(q, key, value)  # [..., 4096, 64] each
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def causal() -> Rule:
 
 
 def sliding_window(size: int) -> Rule:
-    """Keys less than `size` positions away, before or behind; with causal(), the last `size`, the query's own among them.
+    """Keys less than `size` positions away, before or behind; with causal(), the last `size`, its own among them.
 
     Beltagy, Peters, Cohan, Longformer, arXiv 2004.05150, section 3.1.
     """
@@ -84,25 +84,23 @@ def attention_blocks(rule: Rule | Array, queries: int, keys: int, blocksize: tup
     """
     R, C = blocksize
     rows, cols = -(-queries // R), -(-keys // C)
-    found: list[Array] = []
-    kinds: list[Array] = []
-    known: dict[bytes, int] = {}
-    k = np.arange(cols * C)
+    k, known = np.arange(cols * C), dict[bytes, int]()
+    found, kinds = [np.zeros(0, np.int64)], [np.zeros(0, np.uint32)]
     for i in range(rows):
-        q = np.arange(i * R, (i + 1) * R)[:, None]
+        q, here = np.arange(i * R, (i + 1) * R)[:, None], min(R, queries - i * R)
         strip = np.zeros((R, cols * C), bool)
-        here = min(R, queries - i * R)
         strip[:here, :keys] = rule.allowed(q[:here], k[:keys]) if isinstance(rule, Rule) else rule[i * R : i * R + here]
         blocks = strip.reshape(R, cols, C).transpose(1, 0, 2)
         stored = np.flatnonzero(blocks.any(axis=(1, 2)))
+        masks: list[Array] = list(np.packbits(blocks[stored], axis=2, bitorder="little"))
+        whole: Array = np.all(blocks[stored, :here], axis=(1, 2))
+        number = [0 if w else known.setdefault(m.tobytes(), len(known) + 1) for w, m in zip(whole, masks, strict=True)]
         found.append(stored)
-        whole = blocks[stored, :here].all(axis=(1, 2))
-        packed = np.packbits(blocks[stored], axis=2, bitorder="little")
-        kinds.append(np.array([0 if w else known.setdefault(b.tobytes(), len(known) + 1) for w, b in zip(whole, packed, strict=True)], np.uint32))  # fmt: skip
-    indptr = np.concatenate(([0], np.cumsum([stored.size for stored in found])))
-    indices = np.concatenate([np.zeros(0, np.int64), *found]).astype(np.int32)
+        kinds.append(np.array(number, np.uint32))
+    indptr = np.cumsum([stored.size for stored in found])
     bits = np.frombuffer(b"".join(known), np.uint8).reshape(len(known), R, -(-C // 8))
-    return Pattern((queries, keys), blocksize, indptr, indices), Mask(np.concatenate([np.zeros(0, np.uint32), *kinds]), bits)
+    pattern = Pattern((queries, keys), blocksize, indptr, np.concatenate(found).astype(np.int32))
+    return pattern, Mask(np.concatenate(kinds), bits)
 
 
 def compile(
@@ -121,8 +119,8 @@ def compile(
     differ.  Leading axes are heads and batches, free at each call.  scale: 1 / sqrt(head) unless given.  A query that
     sees no key gives zeros.  Numerics are fixed: scores and their largest of all keys of a query, e^(score - largest)
     within 1 ulp (runtime/bsrgen_math.h), sums in float32 (float64 for float64), results in that type.
-    rule: causal(), sliding_window(w), global_(n), their & and |, or bool[queries, keys].  Only blocks of which an element
-    counts are computed, elements that do not count are masked.
+    rule: causal(), sliding_window(w), global_(n), their & and |, or bool[queries, keys].  Only blocks of which an
+    element counts are computed, elements that do not count are masked.
     blocksize: queries x keys, keys in multiples of 16.  dtype: float32, float64, bfloat16 or float16, of Q, K and V.
     Errors: ArgumentError, ArgumentTypeError, UnsupportedError, BuildError, StoreError.
     """
@@ -142,4 +140,5 @@ def compile(
     default_threads(threads)
     pattern, mask = attention_blocks(rule, queries, keys, (R, C))
     sample = as_sample(ATTENTION.name, pattern, dtype, head=_count("head", head, 1), mask=mask)
+    api._prepare_calls()
     return compile_sample(sample, as_targets(target), api._own_digest(), threads)

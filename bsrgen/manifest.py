@@ -11,7 +11,7 @@ from bsrgen.dtypes import DType, as_types
 from bsrgen.epilogues import CHOICES, QUANTIZED_X, Epilogue, as_epilogues, composed, gate_rows, operands_of, steps_of
 from bsrgen.errors import ArtifactError
 from bsrgen.integrity import MANIFEST
-from bsrgen.operators import NAME, SAMPLED, kernel_name
+from bsrgen.operators import NAME, kernel_name
 from bsrgen.verdict import Verdict
 
 PATTERN_FILE = "pattern.npz"  # indptr, indices
@@ -158,7 +158,7 @@ class Manifest(_Record, frozen=True):
         own = composed(as_epilogues(user), *self.types, quantizes)
         if tuple(step.name for step in own) != self.epilogue:
             raise ValueError(f"epilogue {self.epilogue!r:.80} is not one of {self.dtype} kernels")
-        if self.operands != (() if self.operator in SAMPLED else operand_records(own)):
+        if self.operands != operand_records(own):
             raise ValueError("operands are not those of the epilogue")
         if self.weight_scale != "none" and "w_scale" not in self.bound:
             raise ValueError("weight_scale is not bound")

@@ -39,7 +39,7 @@ LINEAR = Operator(
 )
 SPMM = Operator("spmm", "Y[M,N] = W[M,K] @ X[K,N]", "[K,N]", "[M,N]", 1, lambda W, X: np.asarray(W @ X))
 
-OPERATORS = {row.name: row for row in (LINEAR, SPMM)}
+OPERATORS: dict[str, Operator] = {row.name: row for row in (LINEAR, SPMM)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +60,18 @@ SDDMM = Sampled(
     "sddmm", "data[nnzb,R,C] = A[M,N] @ B[K,N].T at the stored blocks", (("a", "MN"), ("b", "KN")), "[nnzb,R,C]", 1
 )
 LINEAR_GRAD = Sampled(
-    "linear_grad", "data[nnzb,R,C] = A[N,M].T @ B[N,K] at the stored blocks", (("a", "NM"), ("b", "NK")), "[nnzb,R,C]", 0
+    "linear_grad",
+    "data[nnzb,R,C] = A[N,M].T @ B[N,K] at the stored blocks",
+    (("a", "NM"), ("b", "NK")),
+    "[nnzb,R,C]",
+    0,
 )
 ATTENTION = Sampled(
     "attention", "Y[N,M,D] = softmax(scale * Q[N,M,D] @ K[N,K,D].T at the stored blocks) @ V[N,K,D]",
     (("q", "NMD"), ("k", "NKD"), ("v", "NKD")), "[N,M,D]", 0,
 )  # fmt: skip
 
-SAMPLED = {row.name: row for row in (SDDMM, LINEAR_GRAD, ATTENTION)}
+SAMPLED: dict[str, Sampled] = {row.name: row for row in (SDDMM, LINEAR_GRAD, ATTENTION)}
 
 
 def as_operator(name: str) -> Operator:

@@ -1,7 +1,7 @@
 """Sample: a product of dense arrays at a block pattern, the gradients of weights and attention, without saying how."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,11 +11,12 @@ from numpy.typing import DTypeLike, NDArray
 
 from bsrgen.dtypes import DTYPES, INT8, DType, as_dtype, bound_factor
 from bsrgen.epilogues import ACCUMULATE, SCALE, Epilogue, as_epilogues
-from bsrgen.errors import ArgumentError, UnsupportedError
-from bsrgen.operators import ATTENTION, SAMPLED, SDDMM, Sampled, kernel_name
+from bsrgen.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from bsrgen.operators import ATTENTION, LINEAR_GRAD, SAMPLED, SDDMM, Sampled, kernel_name
 from bsrgen.pattern import Pattern
 
 Array = NDArray[Any]
+PRODUCTS = (SDDMM.name, LINEAR_GRAD.name)  # what `compile` makes of a pattern alone
 STEPS = (SCALE, ACCUMULATE)  # epilogues that make sense of sums that are a weight's gradient, each once
 
 
@@ -91,10 +92,10 @@ class Sample:
         return [np.asarray(rng.standard_normal(shape)).astype(self.dtype.numpy) for shape in shapes]
 
     def reference(self, inputs: Sequence[Array], scale: Any = 1.0) -> tuple[Array, Array]:
-        """(result, bound) in float64.  Of products |y - Y| <= g(N + 4) |scale| |A| |B|, as everywhere (DESIGN section 6).
+        """(result, bound) in float64.  Of products |y - Y| <= g(N + 4) |scale| |A| |B|, as ever (DESIGN section 6).
 
-        Of attention, with scores s and their bound d = g(D + 4) |scale| |Q| |K|: weights p = e^(s - max) move by at most
-        2 max d + g(8) relatively, and their sum and the product with V have g(count + 8) more.
+        Of attention, with d the largest bound of a query's scores, g(D + 4) |scale| |Q| |K| and a rounding: weights
+        e^(score - largest) and their sum each move by a factor of e^(2 d) at most, sums have g(count + 16) more.
         """
         real = [np.asarray(a, np.float64) for a in inputs]
         if self.operator is ATTENTION:
@@ -140,10 +141,14 @@ def as_sample(
     """What is asked for with these arguments.  ArgumentError, ArgumentTypeError, UnsupportedError."""
     row, dtype, steps = SAMPLED[operator], as_dtype(dtype), as_epilogues(epilogue)
     if dtype is INT8:
-        raise UnsupportedError(f"operator {operator!r} with dtype 'int8': it multiplies float32, float64, bfloat16, float16")
+        raise UnsupportedError(
+            f"operator {operator!r} with dtype 'int8': it multiplies float32, float64, bfloat16, float16"
+        )
     real = DTYPES[dtype.real]
     if out_dtype is not None and as_dtype(out_dtype) is not real:
-        raise UnsupportedError(f"operator {operator!r} of {dtype.name} writes {real.name}, not {as_dtype(out_dtype).name}")
+        raise UnsupportedError(
+            f"operator {operator!r} of {dtype.name} writes {real.name}, not {as_dtype(out_dtype).name}"
+        )
     able = () if row is ATTENTION else STEPS
     for number, step in enumerate(steps):
         if step not in able or step in steps[:number]:
@@ -156,3 +161,14 @@ def as_sample(
     if math.prod(pattern.blocksize) > 1 << 24:
         raise UnsupportedError(f"blocks of {pattern.R}x{pattern.C}: sampled products take up to 2^24 elements a block")
     return Sample(row, pattern, dtype, steps, n, head, mask)
+
+
+def refuse_values(operator: str, backend: str, operands: Mapping[str, Any], **options: Any) -> None:
+    """Refuse what `compile` has for weights, but not for PRODUCTS.  UnsupportedError, ArgumentTypeError."""
+    if backend not in ("auto", "c"):
+        raise UnsupportedError(f"operator {operator!r} with backend={backend!r}: only 'c' has it")
+    for name, value in options.items():
+        if value:
+            raise UnsupportedError(f"operator {operator!r} with {name}={value!r}: W is only a pattern")
+    if operands:
+        raise ArgumentTypeError(f"operator {operator!r}: {', '.join(operands)} come with the call")

@@ -32,7 +32,7 @@ _NO_MEMORY = 3  # enum bsrgen_status in runtime/bsrgen.h
 class SampledKernel(Kernel):
     """A kernel of a pattern, without values: data = k(a, b), y = k(q, k, v).  Safe to call from many threads.
 
-    sddmm: a is [M, N], b [K, N], the result data[nnzb, R, C], block rows in order, columns ascending, zero in the padding.
+    sddmm: a is [M, N], b [K, N], the result data[nnzb, R, C], block rows in order, columns ascending, zero in padding.
     linear_grad: the same of a [N, M] and b [N, K].  attention: q is [..., M, D], k and v are [..., K, D], the result
     [..., M, D]; a query for which no key counts gives zeros.
     """
@@ -60,7 +60,7 @@ class SampledKernel(Kernel):
     def _find(self, library: Any) -> None:
         self._function = self._tramp.function(library, f"{self.name}_call")
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, *arrays: Any, out: Array | None = None, threads: int | None = None, scale: Any = None, **numbers: Any
     ) -> Array:
         """The product of `arrays`, in the order of the operator's formula; see the class.
@@ -79,10 +79,9 @@ class SampledKernel(Kernel):
         heads, n = self._n(given)
         y = self._target(out, (*heads, *self._result_shape(n)))
         inputs = [self._laid_out(a) for a in given]
-        plain = strides.leading(y.reshape(-1, y.shape[-1]) if y.size else y[:0].reshape(0, 1)) if y.flags.c_contiguous else -1
-        same = plain < 0 or any(np.may_share_memory(y, a) for a, _ in inputs)
-        place = np.array(y, order="C") if same else y
-        operands, kept = self._operands(inputs[1:], scale, numbers, out is not None)
+        as_it_lies = y.flags.c_contiguous and y.flags.aligned and not any(np.may_share_memory(y, a) for a, _ in inputs)
+        place = y if as_it_lies else np.array(y, order="C")
+        operands, kept = self._operands(inputs[1:], scale, numbers)
         ffi, (x, ldx) = self._tramp.ffi, inputs[0]
         status = self._tramp.call(
             self._function, n, ffi.cast("void *", x.ctypes.data), ldx, 0, ffi.cast("void *", place.ctypes.data),
@@ -100,7 +99,9 @@ class SampledKernel(Kernel):
     def _array(self, name: str, value: Any) -> Array:
         if not isinstance(value, np.ndarray):
             if not hasattr(value, "__dlpack__"):
-                raise ArgumentTypeError(f"{self.name}: {name} is {type(value).__name__}, not an array; try numpy.asarray")
+                raise ArgumentTypeError(
+                    f"{self.name}: {name} is {type(value).__name__}, not an array; try numpy.asarray"
+                )
             try:
                 value = view(value)
             except Exception as e:  # whatever the other library raises
@@ -122,7 +123,9 @@ class SampledKernel(Kernel):
             tail = tuple(n if letter == "N" else self._sizes[letter] for letter in letters)
             want = (*heads, *tail[1:]) if headed else tail
             if a.shape != want:
-                raise ArgumentError(f"{self.name}: {name} has shape {a.shape}, expected {self._words(letters, heads, n)}")
+                raise ArgumentError(
+                    f"{self.name}: {name} has shape {a.shape}, expected {self._words(letters, heads, n)}"
+                )
         return heads, n
 
     def _words(self, letters: str, heads: tuple[int, ...], n: int) -> str:
@@ -154,16 +157,20 @@ class SampledKernel(Kernel):
         if not out.flags.writeable:
             raise ArgumentError(f"{self.name}: out is read-only")
         if strides.self_overlapping(out):
-            raise ArgumentError(f"{self.name}: out has strides {out.strides}: several results share one place in memory")
+            raise ArgumentError(
+                f"{self.name}: out has strides {out.strides}: several results share one place in memory"
+            )
         return out
 
-    def _operands(self, arrays: list[tuple[Array, int]], scale: Any, numbers: dict[str, Any], has_out: bool) -> Any:
+    def _operands(self, arrays: list[tuple[Array, int]], scale: Any, numbers: dict[str, Any]) -> Any:
         """The records of a call, and the arrays that they point at."""
         takes = {"scale": ["scale"], "accumulate": ["alpha", "beta"]}
         able = ["scale"] if self._operator is ATTENTION else [name for step in self._steps for name in takes[step]]
         for name in [*numbers, *(["scale"] if scale is not None else [])]:
             if name not in able:
-                raise ArgumentTypeError(f"{self.name}: unexpected operand {name!r}: it takes {', '.join(able) or 'none'}")
+                raise ArgumentTypeError(
+                    f"{self.name}: unexpected operand {name!r}: it takes {', '.join(able) or 'none'}"
+                )
         kept: list[Any] = [a for a, _ in arrays]
         records = [(self._tramp.ffi.cast("void *", a.ctypes.data), ld, 0.0) for a, ld in arrays]
         for name in able:
@@ -188,9 +195,11 @@ class SampledKernel(Kernel):
             return np.full(self._sizes["M"], self._number("scale", scale), self._out_dtype)
         array = np.asarray(scale)
         if array.dtype != self._out_dtype:
-            raise ArgumentTypeError(f"{self.name}: scale has dtype {array.dtype}, the kernel computes in {self._out_dtype}")
-        if array.shape != (self._sizes["M"],):
-            raise ArgumentError(f"{self.name}: scale has shape {array.shape}, expected one number or ({self._sizes['M']},)")
+            raise ArgumentTypeError(
+                f"{self.name}: scale has dtype {array.dtype}, the kernel computes in {self._out_dtype}"
+            )
+        if array.shape != (self.shape[0],):
+            raise ArgumentError(f"{self.name}: scale has shape {array.shape}, expected one number or {self.shape[:1]}")
         return np.require(array, requirements=["C", "A"])
 
     def _number(self, name: str, value: Any) -> float:
@@ -211,7 +220,9 @@ class SampledKernel(Kernel):
     def __matmul__(self, x: Any) -> Any:
         raise ArgumentTypeError(f"{self.name}: operator {self._operator.name!r} takes its arrays in a call")
 
-    matvec = __matmul__
+    def matvec(self, x: Any) -> Any:
+        """ArgumentTypeError, as `@`."""
+        return self @ x
 
     @functools.cached_property
     def mask(self) -> Mask | None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -29,9 +30,10 @@ MOST_FLOP = 1 << 28  # of the check: of larger ones a part of N is not worth wai
 def compile_sample(problem: Sample, targets: tuple[Target, ...], generator: str, threads: int | None) -> SampledKernel:
     """The kernel of `problem`; `generator` is the digest of this package's text.  BuildError, StoreError."""
     compiler = build.find_compiler(targets[0])
+    masks = (problem.mask.kinds, problem.mask.bits) if problem.mask else ()
     request = {
         "bsrgen": generator, "problem": [str(problem), problem.pattern.digest, problem.dtype.name, problem.n],
-        "mask": problem.mask and [hashlib.sha256(a.tobytes()).hexdigest() for a in (problem.mask.kinds, problem.mask.bits)],
+        "mask": [hashlib.sha256(a.tobytes()).hexdigest() for a in masks],
         "targets": [asdict(target) for target in targets],
         "compiler": [compiler.identity, build.COMPILE_FLAGS, build.LINK_FLAGS],
     }  # fmt: skip
@@ -50,7 +52,7 @@ def _make(problem: Sample, targets: tuple[Target, ...], compiler: build.Compiler
     p = problem.pattern
     nothing = Weight(p, np.zeros((p.nnzb, *p.blocksize), np.int8))
     manifest = package.describe(source, nothing, compiler, (), folder, {})
-    manifest = msgspec.structs.replace(manifest, head=problem.head, operands=())
+    manifest = msgspec.structs.replace(manifest, head=problem.head)
     check = _check(write_manifest(folder, manifest), problem)
     if check is not None:
         write_manifest(folder, msgspec.structs.replace(manifest, check=check))
@@ -67,7 +69,8 @@ def _check(artifact: Artifact, problem: Sample) -> CheckRecord | None:
     rng, shares = np.random.default_rng(0), []
     ns = (1,) if problem.head or problem.flop(35) > MOST_FLOP else (3, 35)
     for n in ns:
-        arrays, numbers = problem.sample(rng, n), {"beta": 0} if "accumulate" in artifact.manifest.epilogue else {}
+        arrays = problem.sample(rng, n)
+        numbers: dict[str, Any] = {"beta": 0} if "accumulate" in artifact.manifest.epilogue else {}
         scale = 0.5 if problem.head or "scale" in artifact.manifest.epilogue else None
         expected, bound = problem.reference(arrays, 1.0 if scale is None else scale)
         y = kernel(*arrays, threads=1, scale=scale, **numbers)

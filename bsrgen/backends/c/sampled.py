@@ -33,7 +33,7 @@ class SamplePlan(Plan):
         how = "" if self.product is FMA else f", {self.product.name} dot products"
         return f"{self.target.name}: lanes along N, {self.rows} rows x {self.cols} columns, chunks of {self.chunk}{how}"
 
-    dense = zero_filled = False  # type: ignore[assignment]
+    dense = zero_filled = False
 
     @property
     def product(self) -> Product:
@@ -89,7 +89,7 @@ class SamplePlan(Plan):
 
     @property
     def along(self) -> str:
-        """What lies side by side in a folded tile: columns of a row, or rows of a column where that is how data lies."""
+        """What a folded tile goes along: rows, their columns side by side, or columns where that is how data lies."""
         p = self.problem.pattern
         return "columns" if p.C == 1 and p.R % self.rows == 0 and self.rows > 1 else "rows"
 
@@ -145,4 +145,4 @@ class SamplePlan(Plan):
 
 def plan_sample(problem: Sample, target: Target) -> SamplePlan:
     """The plan for a target: there is one."""
-    return SamplePlan(problem, target)  # type: ignore[arg-type]
+    return SamplePlan(problem, target)

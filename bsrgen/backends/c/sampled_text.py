@@ -26,7 +26,7 @@ def emit_sampled(plans: tuple[SamplePlan, ...]) -> Source:
     s = plans[0].problem
     files, blobs = _tables(s, plans[0])
     head, operands = banner(s, plans), _operands(s)  # type: ignore[arg-type]
-    levels = [
+    levels: list[dict[str, Any]] = [
         {"name": f"{s.name}_{plan.target.name.replace('-', '_')}", "target": plan.target.name,
          "family": plan.target.family, "requires": plan.target.requires, "tables": s.name, "work": f"{s.name}_work",
          "block_rows": plan.work.size - 1, "few": 0, "by_rows": 0, "tiles": False, "data": f"{s.name}_values"}
@@ -51,15 +51,15 @@ def emit_sampled(plans: tuple[SamplePlan, ...]) -> Source:
 
 def _tables(s: Sample, plan: SamplePlan) -> tuple[dict[str, bytes], list[dict[str, str]]]:
     """The pattern, its masks, the work of its rows; and no values."""
-    p, tables = s.pattern, [("pointers", "<u4", s.pattern.indptr), ("indices", "<u4", s.pattern.indices)]
+    tables: list[tuple[str, str, Any]] = [
+        ("pointers", "<u4", s.pattern.indptr), ("indices", "<u4", s.pattern.indices),
+    ]  # fmt: skip
     if s.mask:
         tables += [("kinds", "<u4", s.mask.kinds), ("masks", "u1", _mask_rows(s, plan))]
     tables += [("work", "<u8", plan.work), ("values", "u1", plan.work[:0])]
     c = {"<u4": "uint32_t", "u1": "uint8_t", "<u8": "uint64_t"}
     files = {f"{s.name}_{name}.bin": array.astype(dtype).tobytes() for name, dtype, array in tables}
-    blobs = [
-        {"symbol": f"{s.name}_{name}", "file": f"{s.name}_{name}.bin", "c": c[dtype]} for name, dtype, _ in tables
-    ]
+    blobs = [{"symbol": f"{s.name}_{name}", "file": f"{s.name}_{name}.bin", "c": c[dtype]} for name, dtype, _ in tables]
     return files, blobs
 
 
@@ -104,7 +104,8 @@ def _entry(
         "x_type": s.dtype.c, "y_type": real.c, "x_one": ONE.get(s.dtype.name, "1"), "M": p.M, "K": p.K,
         "nothing": f"n == 0 || {p.M} == 0" if s.head else f"{p.nnzb} == 0", "formula": s.operator.formula,
         "result": s.operator.result, "result_size": f"N * {p.M * s.head}" if s.head else p.nnz,
-        "n_is": "heads, of all sequences of a batch" if s.head else "length of the sums", "x86": levels[0]["family"] == "x86_64",
+        "n_is": "heads, of all sequences of a batch" if s.head else "length of the sums",
+        "x86": levels[0]["family"] == "x86_64",
         "flop_per_n": max(s.flop(1), 1), "flop_per_part": FLOP_PER_PART, "permission": PERMISSION,
         "missing_bytes": 1 + sum(len(f) + 1 for f in (*levels[-1]["requires"], PERMISSION)),
     }  # fmt: skip
@@ -114,7 +115,9 @@ def _input(s: Sample, number: int) -> dict[str, Any]:
     """One array: where a call has it, and the least leading dimension it may have."""
     name, letters = s.operator.inputs[number]
     size = {"M": str(s.pattern.M), "K": str(s.pattern.K), "N": "n", "D": str(s.head)}
-    place = ("call->x", "call->ldx") if number == 0 else tuple(f"call->operands[{number - 1}].{f}" for f in ("data", "ld"))
+    place = (
+        ("call->x", "call->ldx") if number == 0 else tuple(f"call->operands[{number - 1}].{f}" for f in ("data", "ld"))
+    )
     return {
         "name": name, "shape": f"[{','.join(letters)}]", "data": place[0], "ld": place[1], "least": size[letters[-1]],
         "size": " * ".join(letters), "least_in_example": letters[-1],
