@@ -15,9 +15,9 @@ from numpy.typing import DTypeLike, NDArray
 from bsrgen import api
 from bsrgen.arguments import default_threads
 from bsrgen.errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from bsrgen.operators import ATTENTION
+from bsrgen.operators import ATTENTION, SOFTMAX
 from bsrgen.pattern import Pattern
-from bsrgen.sample import Mask, as_sample
+from bsrgen.sample import Mask, Sample, as_sample
 from bsrgen.sampled import SampledKernel
 from bsrgen.sampling import compile_sample
 from bsrgen.targets import as_targets
@@ -124,6 +124,37 @@ def compile(
     blocksize: queries x keys, keys in multiples of 16.  dtype: float32, float64, bfloat16 or float16, of Q, K and V.
     Errors: ArgumentError, ArgumentTypeError, UnsupportedError, BuildError, StoreError.
     """
+    pattern, mask = _blocks(tokens, rule, blocksize)
+    sample = as_sample(ATTENTION.name, pattern, dtype, head=_count("head", head, 1), mask=mask)
+    return _kernel(sample, target, threads)
+
+
+def compile_softmax(
+    tokens: int | tuple[int, int],
+    rule: Rule | Array,
+    *,
+    blocksize: tuple[int, int] = (64, 64),
+    dtype: DTypeLike = "float32",
+    target: str | tuple[str, ...] = "native",
+    threads: int | None = None,
+) -> SampledKernel:
+    """The kernel of the softmax alone, over elements that `rule` allows: p = k(s, scale=...), [..., nnzb, R, C] both.
+
+    Arguments, numerics and errors are those of `compile`; p is zero where an element does not count.  The stored
+    blocks are k.pattern: `bsrgen.compile(..., operator="sddmm")` of it gives scores in that order.
+    """
+    pattern, mask = _blocks(tokens, rule, blocksize)
+    return _kernel(as_sample(SOFTMAX.name, pattern, dtype, mask=mask), target, threads)
+
+
+def _kernel(sample: Sample, target: str | tuple[str, ...], threads: int | None) -> SampledKernel:
+    default_threads(threads)
+    api._prepare_calls()
+    return compile_sample(sample, as_targets(target), api._own_digest(), threads)
+
+
+def _blocks(tokens: int | tuple[int, int], rule: Rule | Array, blocksize: tuple[int, int]) -> tuple[Pattern, Mask]:
+    """attention_blocks, its arguments checked."""
     sizes = tokens if isinstance(tokens, tuple) else (tokens, tokens)
     if len(sizes) != 2:
         raise ArgumentError(f"tokens={tokens!r}: one number, or (queries, keys)")
@@ -137,8 +168,4 @@ def compile(
             raise ArgumentError(f"rule of {rule.dtype}{list(rule.shape)}: a Rule, or bool[{queries}, {keys}]")
     if keys * 8 > MOST_SCORES:
         raise UnsupportedError(f"{keys} keys: scores of a query are kept, of at most {MOST_SCORES // 8}")
-    default_threads(threads)
-    pattern, mask = attention_blocks(rule, queries, keys, (R, C))
-    sample = as_sample(ATTENTION.name, pattern, dtype, head=_count("head", head, 1), mask=mask)
-    api._prepare_calls()
-    return compile_sample(sample, as_targets(target), api._own_digest(), threads)
+    return attention_blocks(rule, queries, keys, (R, C))

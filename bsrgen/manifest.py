@@ -116,7 +116,7 @@ class Manifest(_Record, frozen=True):
     abi: int
     bsrgen: str
     name: str
-    operator: Literal["linear", "spmm", "sddmm", "linear_grad", "attention"]
+    operator: Literal["linear", "spmm", "sddmm", "linear_grad", "softmax", "attention"]
     shape: tuple[int, int]
     blocksize: tuple[int, int]
     nnzb: int

@@ -46,14 +46,15 @@ OPERATORS: dict[str, Operator] = {row.name: row for row in (LINEAR, SPMM)}
 class Sampled:
     """A product of dense arrays at a block pattern: of W[M,K] only the pattern counts, every call brings all numbers.
 
-    `inputs` are its arrays and their shapes, N (tokens or heads) free at each call, D the size of a head.
+    `inputs` are its arrays and their shapes: N, tokens or heads, free at each call, D of a head, B stored blocks.
     """
 
-    name: Literal["sddmm", "linear_grad", "attention"]
+    name: Literal["sddmm", "linear_grad", "softmax", "attention"]
     formula: str
     inputs: tuple[tuple[str, str], ...]
     result: str
     token_axis: int  # of N in the inputs
+    headed: bool = False  # N stands for any leading axes, heads and batches, that the result has too
 
 
 SDDMM = Sampled(
@@ -66,12 +67,16 @@ LINEAR_GRAD = Sampled(
     "[nnzb,R,C]",
     0,
 )
+SOFTMAX = Sampled(
+    "softmax", "P[N,nnzb,R,C] = softmax(scale * S[N,nnzb,R,C]) over the stored elements of a row", (("s", "NBRC"),),
+    "[N,nnzb,R,C]", 0, True,
+)  # fmt: skip
 ATTENTION = Sampled(
     "attention", "Y[N,M,D] = softmax(scale * Q[N,M,D] @ K[N,K,D].T at the stored blocks) @ V[N,K,D]",
-    (("q", "NMD"), ("k", "NKD"), ("v", "NKD")), "[N,M,D]", 0,
+    (("q", "NMD"), ("k", "NKD"), ("v", "NKD")), "[N,M,D]", 0, True,
 )  # fmt: skip
 
-SAMPLED: dict[str, Sampled] = {row.name: row for row in (SDDMM, LINEAR_GRAD, ATTENTION)}
+SAMPLED: dict[str, Sampled] = {row.name: row for row in (SDDMM, LINEAR_GRAD, SOFTMAX, ATTENTION)}
 
 
 def as_operator(name: str) -> Operator:

@@ -12,11 +12,12 @@ from numpy.typing import DTypeLike, NDArray
 from bsrgen.dtypes import DTYPES, INT8, DType, as_dtype, bound_factor
 from bsrgen.epilogues import ACCUMULATE, SCALE, Epilogue, as_epilogues
 from bsrgen.errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from bsrgen.operators import ATTENTION, LINEAR_GRAD, SAMPLED, SDDMM, Sampled, kernel_name
+from bsrgen.operators import ATTENTION, LINEAR_GRAD, SAMPLED, SDDMM, SOFTMAX, Sampled, kernel_name
 from bsrgen.pattern import Pattern
 
 Array = NDArray[Any]
-PRODUCTS = (SDDMM.name, LINEAR_GRAD.name)  # what `compile` makes of a pattern alone
+EXP_FLOP = 20  # what an exponential counts as
+PRODUCTS = (SDDMM.name, LINEAR_GRAD.name, SOFTMAX.name)  # what `compile` makes of a pattern alone
 STEPS = (SCALE, ACCUMULATE)  # epilogues that make sense of sums that are a weight's gradient, each once
 
 
@@ -73,18 +74,23 @@ class Sample:
         )
 
     def flop(self, n: int) -> int:
-        """Effective FLOP of a call: 2 * stored elements * N, of attention twice for each element of a head."""
+        """Effective FLOP of a call: 2 * stored elements * N, of attention twice for each element of a head; of softmax
+        EXP_FLOP an element."""
+        if self.operator is SOFTMAX:
+            return EXP_FLOP * self.pattern.nnz * n
         return 2 * self.pattern.nnz * n * (2 * self.head if self.head else 1)
 
     def shape(self, which: str, n: int) -> tuple[int, ...]:
         """The shape of an input, from its letters in the operator's row."""
-        size = {"M": self.pattern.M, "K": self.pattern.K, "N": n, "D": self.head}
+        p = self.pattern
+        size = {"M": p.M, "K": p.K, "N": n, "D": self.head, "B": p.nnzb, "R": p.R, "C": p.C}
         return tuple(size[letter] for letter in which)
 
     def result_shape(self, n: int) -> tuple[int, ...]:
         """The shape of the result."""
         p = self.pattern
-        return (n, p.M, self.head) if self.head else (p.nnzb, p.R, p.C)
+        shape = (p.M, self.head) if self.operator is ATTENTION else (p.nnzb, p.R, p.C)
+        return (n, *shape) if self.operator.headed else shape
 
     def sample(self, rng: np.random.Generator, n: int) -> list[Array]:
         """Random inputs."""
@@ -100,6 +106,8 @@ class Sample:
         real = [np.asarray(a, np.float64) for a in inputs]
         if self.operator is ATTENTION:
             return self._attention(real, float(scale))
+        if self.operator is SOFTMAX:
+            return self._softmax(real[0], float(scale))
         a, b = real if self.operator is SDDMM else [v.T for v in real]
         p, n = self.pattern, a.shape[1]
         rows = np.broadcast_to(np.asarray(scale, np.float64), (p.M,))
@@ -109,12 +117,34 @@ class Sample:
         exact = _blocks(p, rows[:, None] * a) @ _blocks(p, b, columns=True).transpose(0, 2, 1)
         return exact, factor * size + tiny
 
+    def _counts(self) -> Array:
+        """bool[M, K]: stored elements that count."""
+        p = self.pattern
+        return (self.mask or Mask(np.zeros(p.nnzb, np.uint32), np.zeros((0, p.R, -(-p.C // 8)), np.uint8))).dense(p)
+
+    def _softmax(self, s: Array, scale: float) -> tuple[Array, Array]:
+        p, u, counts = self.pattern, self.real.unit_roundoff, self._counts()
+        dense = np.full((s.shape[0], p.block_rows, p.R, p.block_cols, p.C), -np.inf)
+        dense[:, p.rows, :, p.indices, :] = scale * s.transpose(1, 0, 2, 3)
+        padded = np.zeros((p.block_rows * p.R, p.block_cols * p.C), bool)
+        padded[: p.M, : p.K] = counts
+        rows = np.where(padded, dense.reshape(s.shape[0], *padded.shape), -np.inf)
+        top = rows.max(axis=2, initial=-np.inf, keepdims=True)
+        w = np.exp(rows - np.where(np.isfinite(top), top, 0))
+        total = w.sum(axis=2, keepdims=True)
+        w = np.divide(w, total, where=total > 0, out=np.zeros(w.shape))
+        off = 2 * u * np.abs(np.where(padded, rows, 0)).max(axis=2, initial=0)
+        w, relative = (
+            a.reshape(s.shape[0], p.block_rows, p.R, p.block_cols, p.C)[:, p.rows, :, p.indices, :].transpose(
+                1, 0, 2, 3
+            )
+            for a in (w, np.broadcast_to((4 * off + bound_factor(padded.sum(axis=1) + 16, u))[:, :, None], w.shape))
+        )
+        return w, relative * w + 64 * self.real.smallest
+
     def _attention(self, inputs: Sequence[Array], scale: float) -> tuple[Array, Array]:
         q, k, v = inputs
-        p, u = self.pattern, self.real.unit_roundoff
-        blocks = np.zeros((p.block_rows, p.block_cols), bool)
-        blocks[p.rows, p.indices] = True
-        counts = self.mask.dense(p) if self.mask else np.kron(blocks, np.ones(p.blocksize, bool))[: p.M, : p.K]
+        u, counts = self.real.unit_roundoff, self._counts()
         s = np.where(counts, scale * (q @ k.transpose(0, 2, 1)), -np.inf)
         off = bound_factor(self.head + 4, u) * abs(scale) * (np.abs(q) @ np.abs(k).transpose(0, 2, 1))
         off = np.where(counts, off + u * np.abs(s, where=counts, out=np.zeros(s.shape)), 0).max(axis=2, initial=0)
@@ -149,7 +179,7 @@ def as_sample(
         raise UnsupportedError(
             f"operator {operator!r} of {dtype.name} writes {real.name}, not {as_dtype(out_dtype).name}"
         )
-    able = () if row is ATTENTION else STEPS
+    able = () if row.headed else STEPS
     for number, step in enumerate(steps):
         if step not in able or step in steps[:number]:
             have = f"takes {', '.join(s.name for s in able)}, each once" if able else "has no epilogue"

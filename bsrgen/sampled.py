@@ -34,7 +34,8 @@ class SampledKernel(Kernel):
 
     sddmm: a is [M, N], b [K, N], the result data[nnzb, R, C], block rows in order, columns ascending, zero in padding.
     linear_grad: the same of a [N, M] and b [N, K].  attention: q is [..., M, D], k and v are [..., K, D], the result
-    [..., M, D]; a query for which no key counts gives zeros.
+    [..., M, D]; a query for which no key counts gives zeros.  softmax: p = k(s), [..., nnzb, R, C] both, zero where an
+    element does not count.
     """
 
     def __init__(self, artifact: Artifact, *, threads: int | None = None, may_be_foreign: bool = False) -> None:
@@ -48,7 +49,8 @@ class SampledKernel(Kernel):
         self._values = _Values({}, "none", {}, None, None, None, self._tramp.ffi.NULL)
         self._operator, self._steps = SAMPLED[m.operator], m.epilogue
         self._token_axis = self._operator.token_axis
-        self._sizes = {"M": m.shape[0], "K": m.shape[1], "D": m.head}
+        (M, K), (R, C) = m.shape, m.blocksize
+        self._sizes = {"M": M, "K": K, "D": m.head, "B": m.nnzb, "R": R, "C": C}
         self._result = (m.nnzb, *m.blocksize)
         try:
             self._bind()
@@ -66,8 +68,9 @@ class SampledKernel(Kernel):
         """The product of `arrays`, in the order of the operator's formula; see the class.
 
         Of products, with the epilogue "scale" the rows are multiplied by scale, one number or [M]; with "accumulate"
-        data = alpha * sums + beta * out (1 and 1), and beta = 0 does not read out.  Of attention scale multiplies the
-        scores (1 / sqrt(D)).  Arrays may have any strides; what is not row-major is copied.  out: written and returned.
+        data = alpha * sums + beta * out (1 and 1), and beta = 0 does not read out.  Of attention and softmax scale
+        multiplies the scores (1 / sqrt(D), 1).  Arrays may have any strides; what is not row-major is copied.  out is
+        written and returned.
         Errors: ArgumentError, ArgumentTypeError before any work starts, OutOfMemoryError.
         """
         if self._foreign:
@@ -115,9 +118,9 @@ class SampledKernel(Kernel):
 
     def _n(self, given: list[Array]) -> tuple[tuple[int, ...], int]:
         """The axes of heads and N, which all arrays share.  ArgumentError."""
-        headed = self._operator is ATTENTION
+        headed = self._operator.headed
         first, letters = given[0], self._operator.inputs[0][1]
-        heads = first.shape[:-2] if headed else ()
+        heads = first.shape[: 1 - len(letters)] if headed else ()
         n = math.prod(heads) if headed else first.shape[letters.index("N")] if first.ndim == 2 else -1
         for (name, letters), a in zip(self._operator.inputs, given, strict=True):
             tail = tuple(n if letter == "N" else self._sizes[letter] for letter in letters)
@@ -130,7 +133,7 @@ class SampledKernel(Kernel):
 
     def _words(self, letters: str, heads: tuple[int, ...], n: int) -> str:
         sizes = {**{letter: str(size) for letter, size in self._sizes.items()}, "N": str(n) if n >= 0 else "N"}
-        if self._operator is ATTENTION:
+        if self._operator.headed:
             sizes["N"] = ", ".join(map(str, heads)) or "..."
         return f"[{', '.join(sizes[letter] for letter in letters)}] ([{', '.join(letters)}])"
 
@@ -139,7 +142,7 @@ class SampledKernel(Kernel):
 
     def _laid_out(self, a: Array) -> tuple[Array, int]:
         """As C walks it, and its leading dimension: of heads one after the other without gaps."""
-        if self._operator is ATTENTION:
+        if self._operator.headed:
             a = np.require(a, requirements=["C", "A"])
             return a, a.shape[-1]
         return strides.rows(a)
@@ -165,7 +168,7 @@ class SampledKernel(Kernel):
     def _operands(self, arrays: list[tuple[Array, int]], scale: Any, numbers: dict[str, Any]) -> Any:
         """The records of a call, and the arrays that they point at."""
         takes = {"scale": ["scale"], "accumulate": ["alpha", "beta"]}
-        able = ["scale"] if self._operator is ATTENTION else [name for step in self._steps for name in takes[step]]
+        able = ["scale"] if self._operator.headed else [name for step in self._steps for name in takes[step]]
         for name in [*numbers, *(["scale"] if scale is not None else [])]:
             if name not in able:
                 raise ArgumentTypeError(
@@ -176,8 +179,8 @@ class SampledKernel(Kernel):
         for name in able:
             if name != "scale":
                 records.append((self._tramp.ffi.NULL, 0, self._number(name, numbers.get(name, 1.0))))
-            elif self._operator is ATTENTION:
-                number = 1 / math.sqrt(self._sizes["D"]) if scale is None else self._number(name, scale)
+            elif self._operator.headed:
+                number = 1 / math.sqrt(self._sizes["D"] or 1) if scale is None else self._number(name, scale)
                 records.append((self._tramp.ffi.NULL, 0, number))
             else:
                 kept.append(self._row_scale(scale))

@@ -67,11 +67,11 @@ def _check(artifact: Artifact, problem: Sample) -> CheckRecord | None:
     except IncompatibleCPUError:
         return None
     rng, shares = np.random.default_rng(0), []
-    ns = (1,) if problem.head or problem.flop(35) > MOST_FLOP else (3, 35)
+    ns = (1,) if problem.operator.headed or problem.flop(35) > MOST_FLOP else (3, 35)
     for n in ns:
         arrays = problem.sample(rng, n)
         numbers: dict[str, Any] = {"beta": 0} if "accumulate" in artifact.manifest.epilogue else {}
-        scale = 0.5 if problem.head or "scale" in artifact.manifest.epilogue else None
+        scale = 0.5 if problem.operator.headed or "scale" in artifact.manifest.epilogue else None
         expected, bound = problem.reference(arrays, 1.0 if scale is None else scale)
         y = kernel(*arrays, threads=1, scale=scale, **numbers)
         shares.append((error_share(y, expected, bound), n))

@@ -124,8 +124,8 @@ def _sampled(kernel: SampledKernel) -> list[Finding]:
     rng, worst, same, threads = np.random.default_rng(), 0.0, True, default_threads(None)
     has = kernel.artifact.manifest.epilogue
     numbers: dict[str, Any] = {"beta": 0.0} if "accumulate" in has else {}
-    numbers |= {"scale": 0.5} if "scale" in has or kernel.problem.head else {}
-    for n in SAMPLED_N[kernel.problem.head > 0]:
+    numbers |= {"scale": 0.5} if "scale" in has or kernel.problem.operator.headed else {}
+    for n in SAMPLED_N[kernel.problem.operator.headed]:
         arrays = kernel.problem.sample(rng, n)
         one = kernel(*arrays, threads=1, **numbers)
         worst = max(worst, error_share(one, *kernel.problem.reference(arrays, numbers.get("scale", 1.0))))

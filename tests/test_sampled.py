@@ -202,6 +202,32 @@ def test_attention_matches_dense_masked_attention(tokens, head, rule, blocksize,
     assert all(finding.ok for finding in verify(tmp_path / "k")[1])
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape", "blocksize", "dtype"),
+    [("uniform", (50, 70), (3, 5), "float64"), ("powerlaw", (33, 40), (1, 1), "float32")],
+)
+def test_softmax_of_stored_elements(kind, shape, blocksize, dtype, rng):
+    kernel = bsrgen.compile(make_weight(kind, shape, blocksize, "float32"), "softmax", dtype=dtype)
+    arrays = kernel.problem.sample(rng, 3)
+    assert_within(kernel(*arrays, scale=0.5), *kernel.problem.reference(arrays, 0.5))
+    assert kernel(arrays[0][:0]).shape == (0, *arrays[0].shape[1:])
+
+
+def test_scores_softmax_and_product_are_attention(rng, tmp_path):
+    rule = causal() & sliding_window(9) | global_(2)
+    softmax = attention.compile_softmax(100, rule, blocksize=(16, 32))
+    q, k, v = (rng.standard_normal((100, 24)).astype(np.float32) for _ in range(3))
+    scores = bsrgen.compile((np.ones((softmax.pattern.nnzb, 16, 32)), softmax.pattern.indices, softmax.pattern.indptr),
+                            "sddmm", shape=(100, 100), epilogue="scale")(q, k, scale=24**-0.5)  # fmt: skip
+    p = softmax(scores)
+    arrays = [scores[None]]
+    assert_within(p[None], *softmax.problem.reference(arrays))
+    spmm = bsrgen.compile((p, softmax.pattern.indices, softmax.pattern.indptr), "spmm", shape=(100, 100))
+    whole = attention.compile(100, 24, rule, blocksize=(16, 32))
+    np.testing.assert_allclose(spmm(v), whole(q, k, v), rtol=1e-4, atol=1e-5)
+    assert all(finding.ok for finding in verify(softmax.save(tmp_path / "k"))[1])
+
+
 def test_large_scores_do_not_overflow():
     kernel = attention.compile(200, 64, causal() & sliding_window(50))
     q = np.full((1, 200, 64), 300, np.float32)

@@ -10,11 +10,11 @@ from bsrgen.backends.c.sampled import SamplePlan
 from bsrgen.backends.c.text import FLOP_PER_PART, ONE, PERMISSION, RUNTIME_FILES, c_string
 from bsrgen.backends.c.tiling import folds
 from bsrgen.emit import Source, Unit, banner, render, runtime_file
-from bsrgen.operators import ATTENTION, LINEAR_GRAD
+from bsrgen.operators import LINEAR_GRAD
 from bsrgen.sample import Sample
 from bsrgen.targets import baseline
 
-_TEMPLATE = {"sddmm": "product", "linear_grad": "product", "attention": "attention"}
+_TEMPLATE = {"sddmm": "product", "linear_grad": "product", "softmax": "softmax", "attention": "attention"}
 _IN_C = {
     "row": ("const {type} *{name}", "[M], one for each row of the pattern"),
     "scalar": ("{type} {name}", "one number"),
@@ -35,15 +35,16 @@ def emit_sampled(plans: tuple[SamplePlan, ...]) -> Source:
     entry = _entry(s, levels, blobs, operands)
     units = [Unit(f"{s.name}.c", baseline(plans[0].target).flags)]
     for plan, level in zip(plans, levels, strict=True):
-        view = _shared(plan, level["name"]) | (_attention(plan) if s.head else _product(plan))
-        text = render(f"sampled/{_TEMPLATE[s.operator.name]}.c.j2", k=view, banner=head)
+        view = _shared(plan, level["name"]) | (_rows(plan) if s.operator.headed else _product(plan))
+        template = "outer" if plan.outer else _TEMPLATE[s.operator.name]
+        text = render(f"sampled/{template}.c.j2", k=view, banner=head)
         files[f"{level['name']}.c"] = text.encode()
         units.append(Unit(f"{level['name']}.c", plan.target.flags))
     manifest = {"name": s.name, "problem": str(s), "pattern": s.pattern.digest}
     entry["manifest_lines"] = [c_string(line) for line in json.dumps(manifest, indent=1).splitlines()]
     files[f"{s.name}.c"] = render("sampled/main.c.j2", a=entry, banner=head).encode()
     files[f"{s.name}.h"] = render("sampled/header.h.j2", a=entry, banner=head).encode()
-    for runtime in (*RUNTIME_FILES, *(("bsrgen_math.h",) if s.head else ())):
+    for runtime in (*RUNTIME_FILES, *(("bsrgen_math.h",) if s.operator.headed else ())):
         files[runtime] = runtime_file(runtime)
     values = (f"{s.name}_values.bin",) * len(plans)
     return Source(s.name, plans, files, tuple(units), entry["prototype"], values, entry)
@@ -83,7 +84,7 @@ def _mask_bytes(plan: SamplePlan) -> int:
 def _operands(s: Sample) -> list[dict[str, str]]:
     """What a C program gives behind the arrays."""
     names = [(o.name, o.kind) for step in s.epilogue for o in step.operands if o.kind != "out"]
-    if s.operator is ATTENTION:
+    if s.operator.headed:
         names = [("scale", "scalar")]
     return [
         {"name": name, "kind": kind, "text": _IN_C[kind][1], "c": _IN_C[kind][0].format(type=s.real.c, name=name)}
@@ -94,7 +95,7 @@ def _operands(s: Sample) -> list[dict[str, str]]:
 def _entry(
     s: Sample, levels: list[dict[str, Any]], blobs: list[dict[str, str]], operands: list[dict[str, str]]
 ) -> dict[str, Any]:
-    p, real = s.pattern, s.real
+    p, real, headed = s.pattern, s.real, s.operator.headed
     inputs = [_input(s, number) for number in range(len(s.operator.inputs))]
     arrays = "".join(f"const {s.dtype.c} *{i['name']}, int64_t ld_{i['name']}, " for i in inputs)
     numbers = "".join(f"{o['c']}, " for o in operands)
@@ -102,9 +103,10 @@ def _entry(
         "name": s.name, "levels": levels, "blobs": blobs, "operands": operands, "inputs": inputs, "head": s.head,
         "prototype": f"int {s.name}(int64_t n, {arrays}{numbers}{real.c} *y, int threads)", "language": "sampled",
         "x_type": s.dtype.c, "y_type": real.c, "x_one": ONE.get(s.dtype.name, "1"), "M": p.M, "K": p.K,
-        "nothing": f"n == 0 || {p.M} == 0" if s.head else f"{p.nnzb} == 0", "formula": s.operator.formula,
-        "result": s.operator.result, "result_size": f"N * {p.M * s.head}" if s.head else p.nnz,
-        "n_is": "heads, of all sequences of a batch" if s.head else "length of the sums",
+        "B": p.nnzb, "R": p.R, "C": p.C, "nothing": f"{'n == 0 || ' * headed}{p.M if s.head else p.nnzb} == 0",
+        "formula": s.operator.formula, "result": s.operator.result,
+        "result_size": f"{'N * ' * headed}{p.M * s.head if s.head else p.nnz}",
+        "n_is": "heads, of all sequences of a batch" if headed else "length of the sums",
         "x86": levels[0]["family"] == "x86_64",
         "flop_per_n": max(s.flop(1), 1), "flop_per_part": FLOP_PER_PART, "permission": PERMISSION,
         "missing_bytes": 1 + sum(len(f) + 1 for f in (*levels[-1]["requires"], PERMISSION)),
@@ -114,7 +116,7 @@ def _entry(
 def _input(s: Sample, number: int) -> dict[str, Any]:
     """One array: where a call has it, and the least leading dimension it may have."""
     name, letters = s.operator.inputs[number]
-    size = {"M": str(s.pattern.M), "K": str(s.pattern.K), "N": "n", "D": str(s.head)}
+    size = {"M": str(s.pattern.M), "K": str(s.pattern.K), "N": "n", "D": str(s.head), "C": str(s.pattern.C)}
     place = (
         ("call->x", "call->ldx") if number == 0 else tuple(f"call->operands[{number - 1}].{f}" for f in ("data", "ld"))
     )
@@ -139,13 +141,15 @@ def _product(plan: SamplePlan) -> dict[str, Any]:
     names = [step.name for step in s.epilogue]
     place = "PLACE(r0, t0 + l / T_ROWS)" if plan.along == "columns" else "PLACE(r0 + l / T_COLS, t0)"
     return {
-        "chunk": plan.chunk, "cols": plan.cols, "row_group": plan.row_group, "along": plan.along, "run": plan.run,
+        "chunk": plan.chunk, "vectors": plan.vectors, "cols": plan.cols or 1,
+        "row_group": plan.row_group, "along": plan.along, "run": plan.run,
         "linear": s.operator is LINEAR_GRAD, "folds": folds(plan.lanes, plan.lanes), "place": place,
         "scale": "scale" in names, "accumulate": 1 + ("scale" in names) if "accumulate" in names else -1,
     }  # fmt: skip
 
 
-def _attention(plan: SamplePlan) -> dict[str, Any]:
+def _rows(plan: SamplePlan) -> dict[str, Any]:
+    """Of attention and softmax."""
     s, p = plan.problem, plan.problem.pattern
     return {
         "head": s.head, "head_vectors": -(-s.head // plan.lanes), "key_vectors": -(-p.C // plan.lanes),
