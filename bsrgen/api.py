@@ -37,7 +37,7 @@ from bsrgen.kernel import Kernel
 from bsrgen.loading import kernel_of
 from bsrgen.manifest import ABI, CheckRecord, parse_manifest
 from bsrgen.operators import as_operator
-from bsrgen.pattern import Weight, as_weight
+from bsrgen.pattern import Pattern, Weight, as_weight
 from bsrgen.problem import Problem, as_problem
 from bsrgen.quantize import quantized, source_of
 from bsrgen.sample import PRODUCTS, as_sample, refuse_values
@@ -83,9 +83,10 @@ def compile(
         rows (what `out` and operands are like), or with the epilogue "swiglu" or "geglu" [gate, up] make one,
         act(X @ gate.T) * (X @ up.T).
     operator: "linear", Y[N, M] = X[N, K] @ W.T, or "spmm", Y[M, N] = W @ X[K, N]; all row-major, N free at each call.
-        Of W's pattern alone, for k(a, b) (see SampledKernel): "sddmm", data[nnzb, R, C] = A[M, N] @ B[K, N].T at the
-        stored blocks, the gradient of spmm's weight, and "linear_grad", that of linear's, A[N, M].T @ B[N, K].  dtype
-        is that of A and B, the result has that of the sums; epilogues "scale", "accumulate"; backend "c", no tuning.
+        Of a pattern, W's or a Pattern, for k(a, b) (see SampledKernel): "sddmm", data[nnzb, R, C] = A[M, N] @ B[K, N].T
+        at the stored blocks, the gradient of spmm's weight; "linear_grad", that of linear's, A[N, M].T @ B[N, K]; and
+        "softmax" of such data by rows.  dtype is that of the arrays, the result has that of the sums; epilogues of
+        products "scale" and "accumulate"; backend "c", no tuning.
     transposed: the product with W.T, where W is given, and later updated, as it is: Y[N, K] = X[N, M] @ W, or of
         "spmm" Y[K, N] = W.T @ X[M, N].  All else, the kernel's shape and pattern, scales and operands, is that of W.T.
         Of a list of weights, X holds what is multiplied with each, side by side, and the result is their sum.
@@ -136,7 +137,8 @@ def compile(
     default_threads(threads)
     if operator in PRODUCTS:
         refuse_values(operator, backend, operands, transposed=transposed, quantize_x=quantize_x, x_dtype=x_dtype)
-        pattern = as_weight(W, blocksize=blocksize, shape=shape, dtype=None).pattern
+        given = isinstance(W, Pattern)
+        pattern = W if given else as_weight(W, blocksize=blocksize, shape=shape, dtype=None).pattern
         sample = as_sample(operator, pattern, dtype, out_dtype, epilogue, n)
         _prepare_calls()
         return compile_sample(sample, chosen.targets(target), _own_digest(), threads)

@@ -141,7 +141,7 @@ def compile_softmax(
     """The kernel of the softmax alone, over elements that `rule` allows: p = k(s, scale=...), [..., nnzb, R, C] both.
 
     Arguments, numerics and errors are those of `compile`; p is zero where an element does not count.  The stored
-    blocks are k.pattern: `bsrgen.compile(..., operator="sddmm")` of it gives scores in that order.
+    blocks are k.pattern: `bsrgen.compile(k.pattern, "sddmm")` gives scores in that order.
     """
     pattern, mask = _blocks(tokens, rule, blocksize)
     return _kernel(as_sample(SOFTMAX.name, pattern, dtype, mask=mask), target, threads)

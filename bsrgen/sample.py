@@ -17,6 +17,7 @@ from bsrgen.pattern import Pattern
 
 Array = NDArray[Any]
 EXP_FLOP = 20  # what an exponential counts as
+STRIP = 256  # queries of attention that the reference takes together
 PRODUCTS = (SDDMM.name, LINEAR_GRAD.name, SOFTMAX.name)  # what `compile` makes of a pattern alone
 STEPS = (SCALE, ACCUMULATE)  # epilogues that make sense of sums that are a weight's gradient, each once
 
@@ -31,11 +32,21 @@ class Mask:
 
     def dense(self, p: Pattern) -> Array:
         """bool[M, K]: the elements that count."""
+        return self.strip(p, 0, p.block_rows)
+
+    def strip(self, p: Pattern, i0: int, i1: int) -> Array:
+        """The same of block rows [i0, i1)."""
+        here = slice(p.indptr[i0], p.indptr[i1])
         whole = np.ones((1, p.R, p.C), bool)
         cut = np.unpackbits(self.bits, axis=2, bitorder="little")[:, :, : p.C].astype(bool)
-        out = np.zeros((p.block_rows, p.R, p.block_cols, p.C), bool)
-        out[p.rows, :, p.indices, :] = np.concatenate((whole, cut))[self.kinds]
-        return out.reshape(p.block_rows * p.R, p.block_cols * p.C)[: p.M, : p.K]
+        out = np.zeros((i1 - i0, p.R, p.block_cols, p.C), bool)
+        out[p.rows[here] - i0, :, p.indices[here], :] = np.concatenate((whole, cut))[self.kinds[here]]
+        return out.reshape((i1 - i0) * p.R, p.block_cols * p.C)[: p.M - i0 * p.R, : p.K]
+
+
+def no_mask(p: Pattern) -> Mask:
+    """All of every stored block counts."""
+    return Mask(np.zeros(p.nnzb, np.uint32), np.zeros((0, p.R, -(-p.C // 8)), np.uint8))
 
 
 @dataclass(frozen=True)
@@ -117,13 +128,9 @@ class Sample:
         exact = _blocks(p, rows[:, None] * a) @ _blocks(p, b, columns=True).transpose(0, 2, 1)
         return exact, factor * size + tiny
 
-    def _counts(self) -> Array:
-        """bool[M, K]: stored elements that count."""
-        p = self.pattern
-        return (self.mask or Mask(np.zeros(p.nnzb, np.uint32), np.zeros((0, p.R, -(-p.C // 8)), np.uint8))).dense(p)
-
     def _softmax(self, s: Array, scale: float) -> tuple[Array, Array]:
-        p, u, counts = self.pattern, self.real.unit_roundoff, self._counts()
+        p, u = self.pattern, self.real.unit_roundoff
+        counts = (self.mask or no_mask(p)).dense(p)
         dense = np.full((s.shape[0], p.block_rows, p.R, p.block_cols, p.C), -np.inf)
         dense[:, p.rows, :, p.indices, :] = scale * s.transpose(1, 0, 2, 3)
         padded = np.zeros((p.block_rows * p.R, p.block_cols * p.C), bool)
@@ -143,17 +150,29 @@ class Sample:
         return w, relative * w + 64 * self.real.smallest
 
     def _attention(self, inputs: Sequence[Array], scale: float) -> tuple[Array, Array]:
+        """Strip by strip of a few block rows, and of keys that they see."""
         q, k, v = inputs
-        u, counts = self.real.unit_roundoff, self._counts()
-        s = np.where(counts, scale * (q @ k.transpose(0, 2, 1)), -np.inf)
-        off = bound_factor(self.head + 4, u) * abs(scale) * (np.abs(q) @ np.abs(k).transpose(0, 2, 1))
-        off = np.where(counts, off + u * np.abs(s, where=counts, out=np.zeros(s.shape)), 0).max(axis=2, initial=0)
-        top = np.max(s, axis=2, initial=-np.inf, keepdims=True)
-        w = np.exp(s - np.where(np.isfinite(top), top, 0))
-        total = w.sum(axis=2, keepdims=True)
-        w = np.divide(w, total, where=total > 0, out=np.zeros(w.shape))
-        relative = (np.expm1(4 * off) + bound_factor(counts.sum(axis=1) + 16, u))[:, :, None]
-        return w @ v, relative * (w @ np.abs(v)) + 64 * self.real.smallest
+        p, u, mask = self.pattern, self.real.unit_roundoff, self.mask or no_mask(self.pattern)
+        y = np.zeros(q.shape)
+        bound = np.full(q.shape, 64 * self.real.smallest)
+        step = max(STRIP // p.R, 1)
+        for i in range(0, p.block_rows, step):
+            stop = min(i + step, p.block_rows)
+            seen = p.indices[p.indptr[i] : p.indptr[stop]]
+            keys = slice(int(seen.min(initial=p.block_cols)) * p.C, (int(seen.max(initial=-1)) + 1) * p.C)
+            rows = slice(i * p.R, stop * p.R)
+            counts = mask.strip(p, i, stop)[:, keys]
+            size = np.abs(q[:, rows]) @ np.abs(k[:, keys]).transpose(0, 2, 1) * abs(scale)
+            s = np.where(counts, scale * (q[:, rows] @ k[:, keys].transpose(0, 2, 1)), -np.inf)
+            off = np.where(counts, (bound_factor(self.head + 4, u) + u) * size, 0).max(axis=2, initial=0)
+            top = np.max(s, axis=2, initial=-np.inf, keepdims=True)
+            w = np.exp(s - np.where(np.isfinite(top), top, 0))
+            total = w.sum(axis=2, keepdims=True)
+            w = np.divide(w, total, where=total > 0, out=np.zeros(w.shape))
+            y[:, rows] = w @ v[:, keys]
+            relative = (np.expm1(4 * off) + bound_factor(counts.sum(axis=1) + 16, u))[:, :, None]
+            bound[:, rows] += relative * (w @ np.abs(v[:, keys]))
+        return y, bound
 
 
 def _blocks(p: Pattern, a: Array, columns: bool = False) -> Array:
@@ -190,7 +209,7 @@ def as_sample(
         raise ArgumentError(f"operator 'attention' needs the size of a head: use bsrgen.attention.compile, not {head}")
     if math.prod(pattern.blocksize) > 1 << 24:
         raise UnsupportedError(f"blocks of {pattern.R}x{pattern.C}: sampled products take up to 2^24 elements a block")
-    return Sample(row, pattern, dtype, steps, n, head, mask)
+    return Sample(row, pattern, dtype, steps, n or (1 if row.headed else None), head, mask)
 
 
 def refuse_values(operator: str, backend: str, operands: Mapping[str, Any], **options: Any) -> None:

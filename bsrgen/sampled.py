@@ -228,15 +228,15 @@ class SampledKernel(Kernel):
         return self @ x
 
     @functools.cached_property
-    def mask(self) -> Mask | None:
-        """Which elements of cut blocks count, of attention."""
-        if MASK_FILE not in self.artifact.manifest.files:
-            return None
-        arrays = self.artifact.arrays(MASK_FILE)
-        return Mask(arrays["kinds"], arrays["bits"])
-
-    @functools.cached_property
     def problem(self) -> Sample:  # type: ignore[override]
         """What is computed."""
-        m = self.artifact.manifest
-        return Sample(self._operator, self.pattern, m.types[0], m.steps, None, m.head, self.mask)
+        return sample_of(self.artifact)
+
+
+def sample_of(artifact: Artifact) -> Sample:
+    """What an artifact of a pattern alone computes.  ArtifactCorruptError where its pattern or its mask is not one."""
+    m, mask = artifact.manifest, None
+    if MASK_FILE in m.files:
+        arrays = artifact.arrays(MASK_FILE)
+        mask = Mask(arrays["kinds"], arrays["bits"])
+    return Sample(SAMPLED[m.operator], artifact.pattern(), m.types[0], m.steps, None, m.head, mask)

@@ -14,17 +14,21 @@ from bsrgen import build, package
 from bsrgen.artifact import Artifact, write_manifest
 from bsrgen.backends.c.sampled import plan_sample
 from bsrgen.backends.c.sampled_text import emit_sampled
+from bsrgen.cost import dense_flop_per_cycle
 from bsrgen.errors import BuildError, IncompatibleCPUError
 from bsrgen.exam import error_share
 from bsrgen.integrity import MANIFEST
-from bsrgen.manifest import MASK_FILE, CheckRecord, parse_manifest
+from bsrgen.manifest import MASK_FILE, CheckRecord, CostRecord, Manifest, parse_manifest
 from bsrgen.pattern import Weight
+from bsrgen.plan import Plan
 from bsrgen.sample import Sample
 from bsrgen.sampled import SampledKernel
 from bsrgen.store import Store
 from bsrgen.targets import Target, native
+from bsrgen.tune import PLANNED_N
+from bsrgen.verdict import Verdict
 
-MOST_FLOP = 1 << 28  # of the check: of larger ones a part of N is not worth waiting for
+MOST_FLOP = 1 << 26  # of the check: of larger ones a part of N is not worth waiting for
 
 
 def compile_sample(problem: Sample, targets: tuple[Target, ...], generator: str, threads: int | None) -> SampledKernel:
@@ -52,10 +56,20 @@ def _make(problem: Sample, targets: tuple[Target, ...], compiler: build.Compiler
     p = problem.pattern
     nothing = Weight(p, np.zeros((p.nnzb, *p.blocksize), np.int8))
     manifest = package.describe(source, nothing, compiler, (), folder, {})
-    manifest = msgspec.structs.replace(manifest, head=problem.head)
+    cost, verdict = _against_dense(manifest, source.plans[0])
+    manifest = msgspec.structs.replace(manifest, head=problem.head, cost=cost, verdict=verdict)
     check = _check(write_manifest(folder, manifest), problem)
     if check is not None:
         write_manifest(folder, msgspec.structs.replace(manifest, check=check))
+
+
+def _against_dense(manifest: Manifest, plan: Plan) -> tuple[CostRecord, Verdict]:
+    """What the model expects of all elements at the rate of dense products, and what follows."""
+    s, cost, p = plan.problem, manifest.cost, plan.problem.pattern
+    flop = s.flop(cost.n) * p.M * p.K / max(p.nnz, 1)
+    dense = flop / dense_flop_per_cycle(s, plan.target, PLANNED_N) / (plan.target.ghz * 1e9) + plan.target.call_s
+    verdict = Verdict(cost.n, p.density, "sparse", cost.seconds, None, cost.seconds, None, dense, None)
+    return msgspec.structs.replace(cost, dense_seconds=dense), verdict
 
 
 def _check(artifact: Artifact, problem: Sample) -> CheckRecord | None:
@@ -67,7 +81,7 @@ def _check(artifact: Artifact, problem: Sample) -> CheckRecord | None:
     except IncompatibleCPUError:
         return None
     rng, shares = np.random.default_rng(0), []
-    ns = (1,) if problem.operator.headed or problem.flop(35) > MOST_FLOP else (3, 35)
+    ns = (1,) if problem.operator.headed else (3,) if problem.flop(35) > MOST_FLOP else (3, 35)
     for n in ns:
         arrays = problem.sample(rng, n)
         numbers: dict[str, Any] = {"beta": 0} if "accumulate" in artifact.manifest.epilogue else {}
