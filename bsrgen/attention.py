@@ -120,7 +120,7 @@ def compile(
     sees no key gives zeros.  Numerics are fixed: scores and their largest of all keys of a query, e^(score - largest)
     within 1 ulp (runtime/bsrgen_math.h), sums in float32 (float64 for float64), results in that type.
     rule: causal(), sliding_window(w), global_(n), their & and |, or bool[queries, keys].  Only blocks of which an
-    element counts are computed, elements that do not count are masked.
+    element counts are computed, elements that do not count are masked; Inf or NaN in the values of such keys may show.
     blocksize: queries x keys, keys in multiples of 16.  dtype: float32, float64, bfloat16 or float16, of Q, K and V.
     Errors: ArgumentError, ArgumentTypeError, UnsupportedError, BuildError, StoreError.
     """

@@ -104,7 +104,7 @@ def _entry(
         "prototype": f"int {s.name}(int64_t n, {arrays}{numbers}{real.c} *y, int threads)", "language": "sampled",
         "x_type": s.dtype.c, "y_type": real.c, "x_one": ONE.get(s.dtype.name, "1"), "M": p.M, "K": p.K,
         "B": p.nnzb, "R": p.R, "C": p.C, "nothing": f"{'n == 0 || ' * headed}{p.M if s.head else p.nnzb} == 0",
-        "formula": s.operator.formula, "result": s.operator.result,
+        "needs": "!=" if headed else "<", "formula": s.operator.formula, "result": s.operator.result,
         "result_size": f"{'N * ' * headed}{p.M * s.head if s.head else p.nnz}",
         "n_is": "heads, of all sequences of a batch" if headed else "length of the sums",
         "x86": levels[0]["family"] == "x86_64",
