@@ -170,7 +170,7 @@ class Bound:
     arrays: dict[str, Any]
     weight_scale: str
     parts: tuple[int, ...]
-    transposed: bool
+    transposed: bool = False
 
 
 def _backend(name: str, mode: str) -> Backend:
