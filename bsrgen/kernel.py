@@ -77,6 +77,8 @@ class Kernel:
         self._threads = self._call.threads
         self._numbers = {o.name: i for i, o in enumerate(self._call.operands) if o.kind in ("scalar", "token")}
         self._token_axis = OPERATORS[m.operator].token_axis
+        if m.transposed:
+            _ = self.pattern  # `update` needs it, whatever becomes of the folder
         self._rows, self._features = m.rows, m.shape[1]
         self._x_bytes, self._y_bytes = self._features * self._x_dtype.itemsize, self._rows * self._out_dtype.itemsize
         self._plain = False
@@ -247,14 +249,13 @@ class Kernel:
             raise self._foreign
         m, values = self.artifact.manifest, self._values
         weight = self._weight(W)
-        own, order = self._given
-        same = weight.pattern.digest == own.digest
-        data = weight.data if same else _filled(own, weight) if _is_dense(W) else None
+        same = weight.pattern.digest == (self._turned[0].digest if m.transposed else m.pattern)
+        data = weight.data if same else _filled(self._given, weight) if _is_dense(W) else None
         if data is None:
-            where = own.difference(weight.pattern)
+            where = self._given.difference(weight.pattern)
             raise PatternMismatchError(f"{self.name}: update needs the kernel's pattern: {where}; compile a new kernel")
-        if order is not None:
-            (turned := np.empty((own.nnzb, *m.blocksize), data.dtype))[order] = data.transpose(0, 2, 1)
+        if m.transposed:
+            (turned := np.empty((m.nnzb, *m.blocksize), data.dtype))[self._turned[1]] = data.transpose(0, 2, 1)
             data = turned
         bound, how = values.bound, values.weight_scale
         if data.dtype != self._dtype:
@@ -264,14 +265,18 @@ class Kernel:
         self._values = self._with(bound, how, data)
 
     @functools.cached_property
-    def _given(self) -> tuple[Pattern, Array | None]:
-        """The pattern of W as `compile` was given it, and where that is transposed, the kernel's block that each of its
-        blocks is."""
-        return self.pattern.transpose() if self.transposed else (self.pattern, None)
+    def _turned(self) -> tuple[Pattern, Array]:
+        """Of a kernel of W.T: the pattern of W as it is given, and the kernel's block that each of its blocks is."""
+        return self.pattern.transpose()
+
+    @property
+    def _given(self) -> Pattern:
+        """The pattern of W as `compile` was given it."""
+        return self._turned[0] if self.transposed else self.pattern
 
     def _weight(self, W: Any) -> Weight:
         """W in the blocks it is given in and in the kernel's type, or where that is int8 and W is not, as it came."""
-        m, blocksize = self.artifact.manifest, self._given[0].blocksize
+        m, (_, blocksize) = self.artifact.manifest, self._sizes_given
         if are_several(W):
             weights = [source_of(part, m.types[0], blocksize=blocksize) for part in W]
             parts = parts_of(weights, pair_of(m.steps) is not None)
@@ -284,11 +289,17 @@ class Kernel:
 
     def _shape_for(self, W: Any) -> tuple[int, int] | None:
         """The kernel's shape for what has none of its own: a triple, and BSR whose last blocks stick out of it."""
-        p, shape = self._given[0], getattr(W, "shape", None)
+        sizes, blocksize = self._sizes_given
         if isinstance(W, tuple):
-            return p.shape
-        padded = (p.block_rows * p.R, p.block_cols * p.C)
-        return p.shape if getattr(W, "format", None) == "bsr" and shape == padded else None
+            return sizes
+        padded = tuple(-(-size // block) * block for size, block in zip(sizes, blocksize, strict=True))
+        return sizes if getattr(W, "format", None) == "bsr" and getattr(W, "shape", None) == padded else None
+
+    @property
+    def _sizes_given(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shape and block shape of W as it is given."""
+        m = self.artifact.manifest
+        return (m.shape[::-1], m.blocksize[::-1]) if m.transposed else (m.shape, m.blocksize)
 
     def packed(self, data: Array, level: int) -> Array:
         """The bytes of values [nnzb, R, C] as ISA level `level` of the library keeps them, 64-byte aligned."""
