@@ -1,11 +1,13 @@
-"""python -m benchmarks GRID... | gpu | accuracy | fit FILE... | report FILE...   (--help after each)."""
+"""python -m benchmarks GRID... | gpu | sampled | accuracy | fit FILE... | report FILE...   (--help after each)."""
 
 import sys
 
-from benchmarks import accuracy, fit, report, run
+from benchmarks import accuracy, fit, report, run, sampled
 from benchmarks.gpu import take
 
-VERBS = {"gpu": take.main, "accuracy": accuracy.main, "fit": fit.main, "report": report.main}
+VERBS = {
+    "gpu": take.main, "sampled": sampled.main, "accuracy": accuracy.main, "fit": fit.main, "report": report.main,
+}  # fmt: skip
 
 if __name__ == "__main__":
     verb = VERBS.get(sys.argv[1]) if len(sys.argv) > 1 else None

@@ -20,6 +20,7 @@ from bsrgen.errors import (
 )
 
 if TYPE_CHECKING:
+    from bsrgen import attention
     from bsrgen.advice import advise
     from bsrgen.api import compile
     from bsrgen.kernel import Kernel
@@ -42,6 +43,10 @@ def __getattr__(name: str) -> object:
         from bsrgen.advice import advise
 
         return advise
+    if name == "attention":
+        from importlib import import_module
+
+        return import_module("bsrgen.attention")
     if name == "load":
         from bsrgen.loading import load
 
@@ -71,6 +76,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "advise",
+    "attention",
     "compile",
     "load",
 ]

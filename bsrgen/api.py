@@ -31,9 +31,11 @@ from bsrgen.kernel import Kernel
 from bsrgen.loading import kernel_of
 from bsrgen.manifest import ABI, CheckRecord, parse_manifest
 from bsrgen.operators import as_operator
-from bsrgen.pattern import Weight
+from bsrgen.pattern import Pattern, Weight, as_weight
 from bsrgen.problem import Problem, as_problem
 from bsrgen.quantize import quantized, source_of
+from bsrgen.sample import PRODUCTS, as_sample, refuse_values
+from bsrgen.sampling import compile_sample
 from bsrgen.stack import are_several, parts_of, stacked
 from bsrgen.store import Store
 from bsrgen.targets import Target, native
@@ -60,6 +62,7 @@ def compile(
     tune: Literal["off", "model", "measure"] = "model",
     strict: bool = False,
     *,
+    transposed: bool = False,
     x_dtype: DTypeLike | None = None,
     quantize_x: bool = False,
     shape: tuple[int, int] | None = None,
@@ -76,6 +79,13 @@ def compile(
         rows (what `out` and operands are like), or with the epilogue "swiglu" or "geglu" [gate, up] make one,
         act(X @ gate.T) * (X @ up.T).
     operator: "linear", Y[N, M] = X[N, K] @ W.T, or "spmm", Y[M, N] = W @ X[K, N]; all row-major, N free at each call.
+        Of a pattern, W's or a Pattern, for k(a, b) (see SampledKernel): "sddmm", data[nnzb, R, C] = A[M, N] @ B[K, N].T
+        at the stored blocks, the gradient of spmm's weight; "linear_grad", that of linear's, A[N, M].T @ B[N, K]; and
+        "softmax" of such data by rows.  dtype is that of the arrays, the result has that of the sums; epilogues of
+        products "scale" and "accumulate"; backend "c", no tuning.
+    transposed: the product with W.T, where W is given, and later updated, as it is: Y[N, K] = X[N, M] @ W, or of
+        "spmm" Y[K, N] = W.T @ X[M, N].  All else, the kernel's shape and pattern, scales and operands, is that of W.T.
+        Of a list of weights, X holds what is multiplied with each, side by side, and the result is their sum.
     dtype, x_dtype, out_dtype: types of W as it is stored, of X and of Y, names or numpy dtypes (ml_dtypes.bfloat16):
         W                 X                   Y, the default first
         float32, float64  as W                as W            sums of the same type
@@ -123,6 +133,13 @@ def compile(
     if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
         raise ArgumentError(f"n={n!r}: a number of tokens from 1 up, or None")
     default_threads(threads)
+    if operator in PRODUCTS:
+        refuse_values(operator, backend, operands, transposed=transposed, quantize_x=quantize_x, x_dtype=x_dtype)
+        given = isinstance(W, Pattern)
+        pattern = W if given else as_weight(W, blocksize=blocksize, shape=shape, dtype=None).pattern
+        sample = as_sample(operator, pattern, dtype, out_dtype, epilogue, n)
+        _prepare_calls()
+        return compile_sample(sample, chosen.targets(target), _own_digest(), threads)
     as_operator(operator)
     paired = pair_of(as_epilogues(epilogue)) is not None
     targets = chosen.targets(target)
@@ -130,24 +147,29 @@ def compile(
     weights = [source_of(part, w, blocksize=blocksize, shape=shape) for part in (W if are_several(W) else [W])]
     parts = parts_of(weights, paired)
     weight = stacked(weights) if len(weights) > 1 else weights[0]
+    if transposed and paired:
+        raise UnsupportedError("transposed=True with swiglu or geglu: a gate has no product with its transpose")
+    weight, parts = (weight.T, ()) if transposed else (weight, parts)
     problem = as_problem(operator, weight.pattern, w, x, y, epilogue, None if n is None else int(n), bool(quantize_x))
     bound, how = bind(problem, operands), "none"
     if w is INT8:
         how = "given" if "w_scale" in bound else "none" if weight.data.dtype == w.numpy else "max"
         weight, bound["w_scale"] = quantized(weight, bound.get("w_scale"))
     artifact = _artifact(
-        chosen, problem, weight, targets, tuning, Bound(bound, how, parts if are_several(W) and not paired else ())
-    )
+        chosen, problem, weight, targets, tuning,
+        Bound(bound, how, parts if are_several(W) and not paired else (), bool(transposed)),
+    )  # fmt: skip
     return kernel_of(artifact, threads=threads, may_be_foreign=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Operands bound to an artifact, where its weight_scale is from, and the parts of its Y."""
+    """Operands bound to an artifact, where its weight_scale is from, the parts of its Y, and how W comes."""
 
     arrays: dict[str, Any]
     weight_scale: str
     parts: tuple[int, ...]
+    transposed: bool = False
 
 
 def _backend(name: str, mode: str) -> Backend:
@@ -210,6 +232,7 @@ def _key(
         },
         "weight_scale": bound.weight_scale,
         "parts": bound.parts,
+        "transposed": bound.transposed,
         "targets": [asdict(target) for target in targets],
         "tune": [tune, *(_where(target) for target in targets if tune.startswith("measure"))],
         "strict": strict,
@@ -265,8 +288,9 @@ def _make(
     if manifest.device == "cuda" and track_of(targets[0]) is None:
         notes = (*notes, UNCHECKED, *([NOT_RACED] if tuning.mode == "measure" else []))
     manifest = msgspec.structs.replace(
-        manifest, verdict=verdict, strict=tuning.strict, weight_scale=bound.weight_scale, parts=bound.parts, notes=notes
-    )
+        manifest, verdict=verdict, strict=tuning.strict, weight_scale=bound.weight_scale, parts=bound.parts,
+        transposed=bound.transposed, notes=notes,
+    )  # fmt: skip
     check = _check(write_manifest(folder, manifest), exam)
     if check is not None:
         write_manifest(folder, msgspec.structs.replace(manifest, check=check))

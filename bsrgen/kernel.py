@@ -77,6 +77,8 @@ class Kernel:
         self._threads = self._call.threads
         self._numbers = {o.name: i for i, o in enumerate(self._call.operands) if o.kind in ("scalar", "token")}
         self._token_axis = OPERATORS[m.operator].token_axis
+        if m.transposed:
+            _ = self.pattern  # `update` needs it, whatever becomes of the folder
         self._rows, self._features = m.rows, m.shape[1]
         self._x_bytes, self._y_bytes = self._features * self._x_dtype.itemsize, self._rows * self._out_dtype.itemsize
         self._plain = False
@@ -128,8 +130,12 @@ class Kernel:
         if target not in names:
             raise ArtifactError(f"{self.artifact}: the library runs {target!r}, the manifest knows {', '.join(names)}")
         self._level = names.index(target)
-        self._function = path.function(library, f"{m.name}_call")
-        self._pack = path.function(library, f"{m.name}_pack")
+        self._find(library)
+
+    def _find(self, library: Any) -> None:
+        """The functions that calls and new values need."""
+        self._function = self._tramp.function(library, f"{self.name}_call")
+        self._pack = self._tramp.function(library, f"{self.name}_pack")
 
     # ── the call ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -235,6 +241,7 @@ class Kernel:
 
         Takes what `compile` takes; in a dense W, blocks outside the pattern must be zero.  PatternMismatchError says
         where another pattern differs.  After an error nothing has changed; calls that run meanwhile keep old values.
+        With transposed=True, W still is what `compile` was given: its values move to their places in W.T.
         An int8 kernel quantises floating W with the w_scale that `compile` was given, or else with new ones, which take
         the place of the old; integers are taken as they are, and the scales stay.
         """
@@ -242,11 +249,14 @@ class Kernel:
             raise self._foreign
         m, values = self.artifact.manifest, self._values
         weight = self._weight(W)
-        same = weight.pattern.digest == m.pattern
-        data = weight.data if same else self._filled(weight) if _is_dense(W) else None
+        same = weight.pattern.digest == (self._turned[0].digest if m.transposed else m.pattern)
+        data = weight.data if same else _filled(self._given, weight) if _is_dense(W) else None
         if data is None:
-            where = self.pattern.difference(weight.pattern)
+            where = self._given.difference(weight.pattern)
             raise PatternMismatchError(f"{self.name}: update needs the kernel's pattern: {where}; compile a new kernel")
+        if m.transposed:
+            (turned := np.empty((m.nnzb, *m.blocksize), data.dtype))[self._turned[1]] = data.transpose(0, 2, 1)
+            data = turned
         bound, how = values.bound, values.weight_scale
         if data.dtype != self._dtype:
             given = bound["w_scale"] if how == "given" else None
@@ -254,38 +264,42 @@ class Kernel:
             data, bound, how = weight.data, bound | {"w_scale": scale}, "given" if how == "given" else "max"
         self._values = self._with(bound, how, data)
 
+    @functools.cached_property
+    def _turned(self) -> tuple[Pattern, Array]:
+        """Of a kernel of W.T: the pattern of W as it is given, and the kernel's block that each of its blocks is."""
+        return self.pattern.transpose()
+
+    @property
+    def _given(self) -> Pattern:
+        """The pattern of W as `compile` was given it."""
+        return self._turned[0] if self.transposed else self.pattern
+
     def _weight(self, W: Any) -> Weight:
-        """W in the kernel's blocks and type, or where that is int8 and W is not, as it came."""
-        m = self.artifact.manifest
+        """W in the blocks it is given in and in the kernel's type, or where that is int8 and W is not, as it came."""
+        m, (_, blocksize) = self.artifact.manifest, self._sizes_given
         if are_several(W):
-            weights = [source_of(part, m.types[0], blocksize=m.blocksize) for part in W]
+            weights = [source_of(part, m.types[0], blocksize=blocksize) for part in W]
             parts = parts_of(weights, pair_of(m.steps) is not None)
-            if parts != (m.parts or (m.rows,)):
+            if not m.transposed and parts != (m.parts or (m.rows,)):
                 raise PatternMismatchError(
                     f"{self.name}: weights of {parts} rows, the kernel's have {m.parts or m.rows}"
                 )
             return stacked(weights)
-        return source_of(W, m.types[0], blocksize=m.blocksize, shape=self._shape_for(W))
+        return source_of(W, m.types[0], blocksize=blocksize, shape=self._shape_for(W))
 
     def _shape_for(self, W: Any) -> tuple[int, int] | None:
         """The kernel's shape for what has none of its own: a triple, and BSR whose last blocks stick out of it."""
+        sizes, blocksize = self._sizes_given
         if isinstance(W, tuple):
-            return self.shape
-        p, shape = self.artifact.manifest, getattr(W, "shape", None)
-        padded = tuple(-(-size // block) * block for size, block in zip(p.shape, p.blocksize, strict=True))
-        return self.shape if getattr(W, "format", None) == "bsr" and shape == padded else None
+            return sizes
+        padded = tuple(-(-size // block) * block for size, block in zip(sizes, blocksize, strict=True))
+        return sizes if getattr(W, "format", None) == "bsr" and getattr(W, "shape", None) == padded else None
 
-    def _filled(self, weight: Weight) -> Array | None:
-        """Values of a dense W whose blocks lie within the pattern: stored blocks that are zero now hold zeros."""
-        ours, theirs = self.pattern, weight.pattern
-        if ours.shape != theirs.shape:
-            return None
-        mine, other = (p.rows * p.block_cols + p.indices for p in (ours, theirs))
-        if not np.isin(other, mine).all():
-            return None
-        data = np.zeros((ours.nnzb, *ours.blocksize), weight.data.dtype)
-        data[np.searchsorted(mine, other)] = weight.data
-        return data
+    @property
+    def _sizes_given(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shape and block shape of W as it is given."""
+        m = self.artifact.manifest
+        return (m.shape[::-1], m.blocksize[::-1]) if m.transposed else (m.shape, m.blocksize)
 
     def packed(self, data: Array, level: int) -> Array:
         """The bytes of values [nnzb, R, C] as ISA level `level` of the library keeps them, 64-byte aligned."""
@@ -340,6 +354,11 @@ class Kernel:
     def shape(self) -> tuple[int, int]:
         """(M, K) of the weight."""
         return self.artifact.manifest.shape
+
+    @property
+    def transposed(self) -> bool:
+        """Whether W comes as the transpose of what is multiplied; shape and pattern are those of W.T then."""
+        return self.artifact.manifest.transposed
 
     @property
     def dtype(self) -> "np.dtype[Any]":
@@ -413,6 +432,19 @@ class Kernel:
 
     def __repr__(self) -> str:
         return f"<bsrgen.Kernel {self.name} on {self.plan.target}, {self._threads} threads>"
+
+
+def _filled(ours: Pattern, weight: Weight) -> Array | None:
+    """Values of a dense W whose blocks lie within the pattern `ours`: stored blocks that are zero now hold zeros."""
+    theirs = weight.pattern
+    if ours.shape != theirs.shape:
+        return None
+    mine, other = (p.rows * p.block_cols + p.indices for p in (ours, theirs))
+    if not np.isin(other, mine).all():
+        return None
+    data = np.zeros((ours.nnzb, *ours.blocksize), weight.data.dtype)
+    data[np.searchsorted(mine, other)] = weight.data
+    return data
 
 
 def _is_dense(W: Any) -> bool:

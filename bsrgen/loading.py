@@ -6,6 +6,8 @@ from pathlib import Path
 from bsrgen.artifact import Artifact, read_artifact
 from bsrgen.device import DeviceKernel
 from bsrgen.kernel import Kernel
+from bsrgen.operators import SAMPLED
+from bsrgen.sampled import SampledKernel
 
 
 def load(folder: str | os.PathLike[str], *, threads: int | None = None, expect_sha256: str | None = None) -> Kernel:
@@ -18,6 +20,7 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None, expect_s
 
 
 def kernel_of(artifact: Artifact, *, threads: int | None = None, may_be_foreign: bool = False) -> Kernel:
-    """The kernel of an artifact, for the CPU or for GPUs; see Kernel."""
-    kind = DeviceKernel if artifact.manifest.device == "cuda" else Kernel
+    """The kernel of an artifact, for the CPU or for GPUs, with values or of a pattern alone; see Kernel."""
+    m = artifact.manifest
+    kind = DeviceKernel if m.device == "cuda" else SampledKernel if m.operator in SAMPLED else Kernel
     return kind(artifact, threads=threads, may_be_foreign=may_be_foreign)

@@ -15,6 +15,7 @@ from bsrgen.operators import NAME, kernel_name
 from bsrgen.verdict import Verdict
 
 PATTERN_FILE = "pattern.npz"  # indptr, indices
+MASK_FILE = "mask.npz"  # of attention: which elements of cut blocks count
 OPERANDS_FILE = "operands.npz"  # operands bound when the kernel was compiled
 TIME_UP = "the time was up"  # begins a TuningRecord's note
 SCHEMA = 4
@@ -115,7 +116,7 @@ class Manifest(_Record, frozen=True):
     abi: int
     bsrgen: str
     name: str
-    operator: Literal["linear", "spmm"]
+    operator: Literal["linear", "spmm", "sddmm", "linear_grad", "softmax", "attention"]
     shape: tuple[int, int]
     blocksize: tuple[int, int]
     nnzb: int
@@ -141,6 +142,8 @@ class Manifest(_Record, frozen=True):
     tuning: tuple[TuningRecord, ...]  # for each level the fastest first, then those that were not measured
     notes: tuple[str, ...]
     files: dict[str, str]
+    head: int = 0  # elements of a head's vectors, of attention
+    transposed: bool = False  # W comes as the transpose of what is multiplied, when it is updated
 
     def __post_init__(self) -> None:
         names = [self.library, *(level.values.file for level in self.levels)]

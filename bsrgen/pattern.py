@@ -129,6 +129,15 @@ class Pattern:
             object.__setattr__(self, "_digest", text.hexdigest())
         return self._digest
 
+    def transpose(self) -> tuple["Pattern", Array]:
+        """The pattern of the transposed matrix, K x M in blocks of C x R, and which stored block of this one each of
+        its blocks is, itself transposed: int64[nnzb]."""
+        order: Array = np.argsort(self.indices, kind="stable")
+        indptr = np.zeros(self.block_cols + 1, np.int64)
+        np.cumsum(np.bincount(self.indices, minlength=self.block_cols), out=indptr[1:])
+        rows = self.rows[order].astype(np.int32)
+        return Pattern(self.shape[::-1], self.blocksize[::-1], indptr, rows), order
+
     def in_words(self, columns: int) -> "Pattern":
         """The same blocks, `columns` neighbouring columns taken as one; C is a multiple of them."""
         words = object.__new__(Pattern)  # nothing to check again
@@ -200,6 +209,12 @@ class Weight:
         little = self.data if np.little_endian else self.data.byteswap()
         text.update(little.tobytes())
         return text.hexdigest()
+
+    @property
+    def T(self) -> "Weight":  # noqa: N802
+        """The transposed matrix (K, M), in blocks of C x R."""
+        pattern, order = self.pattern.transpose()
+        return Weight(pattern, self.data[order].transpose(0, 2, 1), self.notes)
 
     def tobsr(self) -> Any:
         """A scipy bsr_array of the padded shape (block_rows * R, block_cols * C); half types become float32."""

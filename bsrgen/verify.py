@@ -16,10 +16,12 @@ from bsrgen.loading import load
 from bsrgen.manifest import LevelRecord
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
+from bsrgen.sampled import SampledKernel
 from bsrgen.tracks import HostCalls, gpu_of
 
 Array = NDArray[Any]
 CHECK_N = (1, 3, 35, 128)  # one, fewer than a vector, a rest, several tiles
+SAMPLED_N = ((1, 35, 300), (1, 2))  # of products at a pattern; heads of attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ def verify(folder: str | Path, *, expect_sha256: str | None = None) -> tuple[Ker
     findings.append(Finding("cpu", True, f"runs {kernel.plan.target}; the library holds {_names(m.levels)}"))
     problem = kernel.problem  # raises where pattern.npz is not the manifest's pattern
     findings.append(Finding("pattern", True, str(problem.pattern)))
+    if isinstance(kernel, SampledKernel):
+        return kernel, [*findings, *_sampled(kernel)]
     weights = [recover(kernel, number) for number in range(len(m.levels))]
     same = [weight.digest == m.weight and holds(kernel, i, weight) for i, weight in enumerate(weights)]
     values = f"{kernel.nnz} values in {len(same)} level{'s' * (len(same) > 1)}"
@@ -125,6 +129,23 @@ def _judged(worst: float, where: str = "") -> Finding:
     ns = ", ".join(map(str, CHECK_N))
     said = f"largest error {100 * worst:.2g} % of the float64 bound at n = {ns}"
     return Finding("results", worst <= 1, f"{said}; on {where}" if where else said)
+
+
+def _sampled(kernel: SampledKernel) -> list[Finding]:
+    """The same of a kernel without values."""
+    rng, worst, same, threads = np.random.default_rng(), 0.0, True, default_threads(None)
+    has = kernel.artifact.manifest.epilogue
+    numbers: dict[str, Any] = {"beta": 0.0} if "accumulate" in has else {}
+    numbers |= {"scale": 0.5} if "scale" in has or kernel.problem.operator.headed else {}
+    for n in SAMPLED_N[kernel.problem.operator.headed]:
+        arrays = kernel.problem.sample(rng, n)
+        one = kernel(*arrays, threads=1, **numbers)
+        worst = max(worst, error_share(one, *kernel.problem.reference(arrays, numbers.get("scale", 1.0))))
+        same &= kernel(*arrays, threads=threads, **numbers).tobytes() == one.tobytes()
+    return [
+        Finding("results", worst <= 1, f"largest error {100 * worst:.2g} % of the float64 bound"),
+        Finding("threads", same, f"1 and {threads} threads give {'equal' if same else 'different'} bits"),
+    ]
 
 
 def _names(levels: tuple[LevelRecord, ...]) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bsrgen.pattern import Pattern, Weight
     from bsrgen.plan import Plan
     from bsrgen.problem import Problem
+    from bsrgen.sample import Sample
     from bsrgen.verdict import Advice, Verdict
 
 SHAPES = 16  # most rows of the table of block shapes
@@ -119,11 +120,14 @@ def _sha256(artifact: "Artifact") -> str:
     return (artifact.folder / MANIFEST_DIGEST).read_text().split()[0]
 
 
-def _problem(artifact: "Artifact") -> "Problem":
-    from bsrgen.operators import as_operator
+def _problem(artifact: "Artifact") -> "Problem | Sample":
+    from bsrgen.operators import SAMPLED, as_operator
     from bsrgen.problem import Problem
+    from bsrgen.sampled import sample_of
 
     m, (w, x, y) = artifact.manifest, artifact.manifest.types
+    if m.operator in SAMPLED:
+        return sample_of(artifact)
     return Problem(as_operator(m.operator), artifact.pattern(), w, m.steps, None, x, y)
 
 

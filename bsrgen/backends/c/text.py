@@ -16,10 +16,17 @@ from bsrgen.targets import baseline
 
 FLOP_PER_PART = 2_000_000  # least share of a thread, 10 us or more: a cold pool takes 13 us to wake (Zen 5 VM)
 
-_PERMISSION = "amx-permission"  # what may be missing beside features: the system's to use the matrix unit
+PERMISSION = "amx-permission"  # what may be missing beside features: the system's to use the matrix unit
 _AMX = ("bsrgen_amx.h", "bsrgen_panel.h")
-_RUNTIME = ("bsrgen.h", "bsrgen_simd.h", "bsrgen_types.h", "bsrgen_product.h", "bsrgen_scratch.h", "bsrgen_parallel.h")
-_ONE = {"bfloat16": "0x3f80", "float16": "0x3c00"}  # 1.0 as its bits
+RUNTIME_FILES = (
+    "bsrgen.h",
+    "bsrgen_simd.h",
+    "bsrgen_types.h",
+    "bsrgen_product.h",
+    "bsrgen_scratch.h",
+    "bsrgen_parallel.h",
+)
+ONE = {"bfloat16": "0x3f80", "float16": "0x3c00"}  # 1.0 as its bits
 _KIND_TEXT = {
     "row": "[M], one for each output feature",
     "token": "[N], one for each token, with ld_{name} = 1; or one number for all with 0",
@@ -45,13 +52,13 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
             files[f"{part.name}.c"] = text.encode()
             units.append(Unit(f"{part.name}.c", plan.target.flags))
     manifest = {"name": name, "problem": str(problem), "pattern": problem.pattern.digest}
-    artifact["manifest_lines"] = [_c_string(line) for line in json.dumps(manifest, indent=1).splitlines()]
+    artifact["manifest_lines"] = [c_string(line) for line in json.dumps(manifest, indent=1).splitlines()]
     files[f"{name}.c"] = render("c/main.c.j2", a=artifact, banner=head).encode()
     files[f"{name}.h"] = render("c/header.h.j2", a=artifact, banner=head).encode()
     math = ("bsrgen_math.h",) if _needs_math(problem) else ()
     tiles = _AMX if any(plan.matrix for plan in plans) else ()
     expand = ("bsrgen_expand.h",) if any(plan.bits for plan in plans) else ()
-    for runtime in (*_RUNTIME, *tiles, *expand, *math):
+    for runtime in (*RUNTIME_FILES, *tiles, *expand, *math):
         files[runtime] = runtime_file(runtime)
     values = tuple(f"{level['data']}.bin" for level in levels)
     return Source(name, plans, files, tuple(units), artifact["prototype"], values, artifact)
@@ -96,13 +103,13 @@ def _artifact(
     )
     return {
         "name": problem.name, "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c, "levels": levels, "blobs": blobs,
-        "x_one": _ONE.get(x.name, "1"), "y_bits": "'s bits" if y.name in _ONE else "", "packings": packings,
+        "x_one": ONE.get(x.name, "1"), "y_bits": "'s bits" if y.name in ONE else "", "packings": packings,
         "operands": operands, "prototype": prototype, "linear": problem.operator.token_axis == 0,
         "x86": levels[0]["family"] == "x86_64", "M": p.M, "rows": problem.rows, "K": p.K, "R": p.R,
         "C": p.C, "nnzb": p.nnzb,
         "flop_per_token": max(2 * max(plan.pattern.nnz for plan in plans), 1), "flop_per_part": FLOP_PER_PART,
         "language": "c",
-        "missing_bytes": 1 + sum(len(f) + 1 for f in (*levels[-1]["requires"], _PERMISSION)), "permission": _PERMISSION,
+        "missing_bytes": 1 + sum(len(f) + 1 for f in (*levels[-1]["requires"], PERMISSION)), "permission": PERMISSION,
         "formula": problem.operator.formula, "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
         "epilogue_formula": epilogue_formula(problem),
     }  # fmt: skip
@@ -166,7 +173,7 @@ def _arithmetic(plan: CPlan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _c_string(text: str) -> str:
+def c_string(text: str) -> str:
     return json.dumps(text + "\n")
 
 

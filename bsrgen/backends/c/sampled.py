@@ -1,0 +1,177 @@
+"""Products at a block pattern on the CPU: the plan, and what it costs."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bsrgen.backends.c.products import FMA, Product, products
+from bsrgen.operators import ATTENTION, SDDMM, SOFTMAX
+from bsrgen.plan import Counts, Plan
+from bsrgen.sample import Sample
+from bsrgen.targets import Target
+
+Array = NDArray[Any]
+CHUNK_BYTES = 1024  # most of a panel row: what the sums are folded for, and how few rows stay in L1
+OUTER_CHUNK = 128  # tokens: of the block row of A and two vectors of columns of B, what L1 holds
+HELD = 8  # vectors of A that stay in registers where a block has one row
+FOLD = 3.0  # vector operations for each vector of sums that is folded, put in its place or added to what was there
+EXP = 20.0  # the same for each vector of weights
+
+
+@dataclass(frozen=True)
+class SamplePlan(Plan):
+    """Lanes along columns, rows broadcast, where blocks are whole vectors of columns.  Else, and for pairs of bfloat16,
+    lanes along N; a register tile of rows x columns, as many as lanes, is folded into one vector in the end.
+    Attention: lanes along keys, then along the elements of a head.
+    """
+
+    problem: Sample  # type: ignore[assignment]
+
+    def __str__(self) -> str:
+        if self.problem.operator is SOFTMAX:
+            return f"{self.target.name}: row by row, lanes along its stored elements"
+        if self.problem.head:
+            return f"{self.target.name}: {self.rows} queries x {self.vectors} vectors of keys, scores of a row in L1"
+        if self.outer:
+            return f"{self.target.name}: lanes along columns, {self.rows} rows x {self.vectors} vectors"
+        how = "" if self.product is FMA else f", {self.product.name} dot products"
+        return f"{self.target.name}: lanes along N, {self.rows} rows x {self.cols} columns, chunks of {self.chunk}{how}"
+
+    dense = zero_filled = False
+
+    @property
+    def product(self) -> Product:
+        """How units are multiplied: pairs of bfloat16 only where they lie side by side in both arrays."""
+        return products(self.problem, self.target)[0] if self.problem.operator is SDDMM else FMA  # type: ignore[arg-type]
+
+    @property
+    def lanes(self) -> int:
+        """Sums in one vector."""
+        return self.target.lanes(self.problem.real.bytes)
+
+    @property
+    def outer(self) -> int:
+        """Rows of the register tile with lanes along columns; 0 where the block is too narrow or too low for one."""
+        s, p = self.problem, self.problem.pattern
+        most = (self.target.registers * 3 // 4) // self.vectors
+        if s.operator.headed or self.product is not FMA or p.C % (self.vectors * self.lanes):
+            return 0
+        best = max(rows for rows in range(1, most + 1) if p.R % rows == 0)
+        return best if 2 * best * self.vectors >= self.target.registers // 2 else 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the register tile: folded, a square one as far as the block goes."""
+        if self.problem.head:
+            return 8 if self.target.registers > 16 else 4
+        if self.outer:
+            return self.outer
+        fits = 1 << (self.lanes.bit_length() - 1) // 2
+        return min(fits, 1 << (self.problem.pattern.R.bit_length() - 1))
+
+    @property
+    def cols(self) -> int:
+        """Columns of the register tile, of one block or of neighbours in a block row."""
+        return self.lanes // self.rows
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of the register tile with lanes along columns or keys."""
+        whole = self.problem.pattern.C // self.lanes
+        return 2 if self.problem.operator.headed or whole % 2 == 0 else 3 if whole % 3 == 0 else 1
+
+    @property
+    def chunk(self) -> int:
+        """Units of N that are packed and summed at a time: a block row of A stays in L1."""
+        if self.outer:
+            return OUTER_CHUNK
+        if self.rows == 1:
+            return HELD * self.lanes
+        room = 3 * self.target.l1_bytes // 4 // self.problem.pattern.R
+        unit = self.lanes * self.problem.real.bytes
+        return max(min(room, CHUNK_BYTES) // unit, 4) * self.lanes
+
+    @property
+    def row_group(self) -> int:
+        """Block rows of A that are packed together: whole vectors of rows."""
+        return -(-64 // self.problem.pattern.R)
+
+    @property
+    def row_scores(self) -> int:
+        """Scores of a query that are kept: for the keys of its block row, rows not in the same set of L1."""
+        p = self.problem.pattern
+        width = self.padded(p.C) if self.problem.head else p.C
+        return int(p.row_counts.max(initial=0)) * width + self.lanes
+
+    def padded(self, count: int) -> int:
+        """`count` in whole vectors."""
+        return -(-count // self.lanes) * self.lanes
+
+    @property
+    def along(self) -> str:
+        """What a folded tile goes along: rows, their columns side by side, or columns where that is how data lies."""
+        p = self.problem.pattern
+        return "columns" if p.C == 1 and p.R % self.rows == 0 and self.rows > 1 else "rows"
+
+    @property
+    def run(self) -> int:
+        """Results of a whole tile that lie side by side in data."""
+        p = self.problem.pattern
+        if self.along == "columns":
+            return self.rows
+        return self.cols if p.R == 1 or p.C % self.cols == 0 else 1
+
+    @cached_property
+    def work(self) -> Array:
+        """Running cost of the block rows, for the partition over threads."""
+        p = self.problem.pattern
+        return np.concatenate(([0], np.cumsum(p.row_counts * p.C + 16))).astype(np.uint64)
+
+    @property
+    def registers(self) -> int:
+        """Vector registers of the micro-kernel."""
+        if self.problem.head or self.outer:
+            return self.rows * self.vectors + self.vectors + 1
+        return self.lanes + (HELD if self.rows == 1 else min(self.rows, self.cols)) + 1
+
+    def counts(self, n: int) -> Counts:
+        """Countable cost of one call: of n summed, or of n heads."""
+        s, p, t = self.problem, self.problem.pattern, self.target
+        if s.operator is ATTENTION:
+            keys = p.nnzb * self.padded(p.C) * -(-p.R // self.rows) * self.rows // self.lanes
+            inner = s.head + self.padded(s.head) * p.C / self.padded(p.C)
+            fma, other = n * keys * inner, n * (keys * EXP + 2 * p.K * s.head / self.lanes)
+            loads = fma * (self.rows + self.vectors) / (self.rows * self.vectors)
+        elif s.operator is SOFTMAX:
+            fma, loads, other = 0, 0, n * p.nnz / self.lanes * EXP
+        elif self.outer:
+            fma = p.nnz * n / self.lanes
+            loads = fma * (self.rows + self.vectors) / (self.rows * self.vectors)
+            other = p.nnz / self.lanes * -(-n // self.chunk) * 2 + (p.K + p.M) * n / self.lanes * 4
+        else:
+            columns = -(-p.row_counts * p.C // self.cols).sum()
+            tiles, per = columns * -(-p.R // self.rows), self.chunk * self.product.group
+            vectors = -(-n // (self.product.group * self.lanes))
+            fma = tiles * vectors * self.lanes
+            other = tiles * max(-(-n // per), 1) * FOLD * self.lanes
+            other += (p.K + p.M) * vectors * (2 if s.operator is SDDMM else 6)
+            loads = fma * (self.rows + self.cols) / self.lanes
+        cycles = max(fma / self.product.per_cycle(t), loads / t.loads_per_cycle) + other / t.fma_per_cycle
+        table_bytes = 4 * (p.nnzb + p.block_rows + 1)
+        count = int(np.prod(s.result_shape(n)))
+        arrays = sum(int(np.prod(s.shape(letters, n))) for _, letters in s.operator.inputs)
+        return Counts(
+            flop=round(2 * fma * self.lanes * self.product.group), effective_flop=s.flop(n), vector_fma=round(fma),
+            vector_loads=round(loads), l1_bytes=round(loads * t.vector_bytes), l2_bytes=round(arrays * s.real.bytes),
+            memory_bytes=arrays * s.dtype.bytes + count * s.real.bytes + table_bytes, registers=self.registers,
+            code_bytes=round(7 * self.lanes * (HELD if self.rows == 1 else 2)), table_bytes=table_bytes, value_bytes=0,
+            cycles=float(cycles),
+        )  # fmt: skip
+
+
+def plan_sample(problem: Sample, target: Target) -> SamplePlan:
+    """The plan for a target: there is one."""
+    return SamplePlan(problem, target)
