@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bsrgen.artifact import Artifact, read_artifact
 from bsrgen.device import DeviceKernel
+from bsrgen.dynamic import DynamicKernel
 from bsrgen.kernel import Kernel
 
 
@@ -18,6 +19,7 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None, expect_s
 
 
 def kernel_of(artifact: Artifact, *, threads: int | None = None, may_be_foreign: bool = False) -> Kernel:
-    """The kernel of an artifact, for the CPU or for GPUs; see Kernel."""
-    kind = DeviceKernel if artifact.manifest.device == "cuda" else Kernel
+    """The kernel of an artifact, for the CPU or for GPUs, its weight inside or to come with the call; see Kernel."""
+    m = artifact.manifest
+    kind = DeviceKernel if m.device == "cuda" else DynamicKernel if m.mode == "dynamic" else Kernel
     return kind(artifact, threads=threads, may_be_foreign=may_be_foreign)

@@ -32,6 +32,7 @@ FLOORS = """
     backends.mlir.candidates  backends.mlir.text
     backends.mlir.plan  backends.c
     backends.c.candidates  backends.c.text
+    backends.c.dynamic
     backends.c.matrix_candidates  backends.c.tiling  backends.c.levels
     backends.c.covers
     build  tune  backends.c.plan  backends.mlir.lower
@@ -41,12 +42,13 @@ FLOORS = """
     backends.c.products  backends.c.tiles
     emit  cost  backends.c.count
     verify
-    loading  tracks
-    device
+    tracks
+    loading
+    device  dynamic
     exam
     kernel  plan  files  picture
     artifact  arguments
-    problem  occupancy  cover  quantize  stack
+    problem  occupancy  cover  quantize  stack  even
     pattern
     canonical  manifest  trampoline
     store  llvm  gpus  gpu_clock
@@ -60,7 +62,8 @@ ROOMS = ("cli", "bench")  # their own files may import each other, but not in a 
 
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
-    "loading", "device", "device_arrays", "kernel", "arguments", "strides", "problem", "quantize", "stack",
+    "loading", "device", "device_arrays", "dynamic", "even", "kernel", "arguments", "strides", "problem",
+    "quantize", "stack",
     "pattern", "canonical", "foreign", "artifact", "manifest",
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
