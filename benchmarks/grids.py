@@ -36,6 +36,7 @@ class Grid:
     over: str
     points: Callable[[], Iterator[Point]]
     mlir: bool = False  # whether the MLIR backend and MLIR's own sparsifier are contenders
+    dynamic: bool = False  # whether the dynamic kernel and its preparation are, and no sparse library
 
     def thinned(self, every: int = 1) -> Iterator[Point]:
         """Every `every`-th point, spread over the whole grid: those that a shuffle with a fixed seed puts first."""
@@ -71,6 +72,17 @@ def _popsparse() -> Iterator[Point]:
     squares = [(size, size) for size in (1024, 2048, 4096)]
     densities = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
     return _crossed(["spmm"], squares, blocks("1x1 4x4 8x8 16x16"), densities, (64, 256, 1024))
+
+
+def _dynamic() -> Iterator[Point]:
+    densities, squares = [1 / 4, 1 / 8, 1 / 16, 1 / 32], [(size, size) for size in (1024, 2048, 4096)]
+    yield from _crossed(["linear"], squares, blocks("1x1 4x4 8x8 16x16"), densities, [128])
+    few, ends = [(1024, 1024), (4096, 4096)], [densities[0], densities[-1]]
+    for dtype in ("bfloat16", "int8"):
+        yield from _crossed(["linear"], few, blocks("1x1 4x4 8x8 16x16"), ends, [128], dtype=dtype)
+    yield from _crossed(["spmm"], few[:1], blocks("1x1 4x4 8x8 16x16 32x1 1x16"), ends, [128])
+    yield from _crossed(["linear"], few[:1], blocks("32x1 1x16 3x5"), ends, [128])
+    yield from _crossed(["linear"], few[:1], blocks("1x1 4x4 16x16 32x1"), ends, [1, 8])
 
 
 def _wavernn() -> Iterator[Point]:
@@ -175,6 +187,14 @@ GRIDS = {
             _bert,
         ),
         Grid("popsparse", "Square matrices, float32", "Li et al., PopSparse, arXiv:2303.16999", "density", _popsparse),
+        Grid(
+            "dynamic",
+            "Static and dynamic kernels, and preparing a weight",
+            "Li et al., PopSparse, arXiv:2303.16999, and more types and blocks",
+            "density",
+            _dynamic,
+            dynamic=True,
+        ),
         Grid(
             "wavernn",
             "Batch 1: GRU and fully connected layers of WaveRNN and LPCNet",

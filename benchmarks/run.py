@@ -26,6 +26,7 @@ from bsrgen.bench import sparsifier
 from bsrgen.bench.case import Case
 from bsrgen.bench.ceilings import Ceiling, Ceilings
 from bsrgen.bench.clock import Timing, at_their_best, measure, peer_threads
+from bsrgen.bench.dynamic import dynamic_peers
 from bsrgen.bench.peer import Peer
 from bsrgen.bench.peer import Run as Prepared
 from bsrgen.bench.peers import PEERS, kernel_run, prepare
@@ -60,16 +61,18 @@ def figure(grid: str, point: Point, settings: Settings, ceilings: Ceilings) -> F
     )
     own = Peer(OURS, OURS, "bsrgen", lambda _: None, lambda c: kernel_run(kernel, c), tuple(DTYPES))
     in_c = Peer(IN_C, OURS, "bsrgen", lambda _: None, lambda c: c_run(kernel, c), tuple(DTYPES.keys() - {"int8"}))
-    more = backends(settings.tune) if GRIDS[grid].mlir else ()
-    runs, absent = prepare(case, (own, in_c, *more, *(peer for peer in PEERS if peer.kind != "bsrgen")))
+    row = GRIDS[grid]
+    more = backends(settings.tune) if row.mlir else dynamic_peers(settings.tune) if row.dynamic else ()
+    others = [peer for peer in PEERS if peer.kind == "dense" or (peer.kind == "sparse" and not row.dynamic)]
+    runs, absent = prepare(case, (own, in_c, *more, *others))
     kinds = {name: (KINDS | {peer.name: peer.kind for peer in more}).get(name, "bsrgen") for name in runs}
     runs, slow = without_slow(runs, kinds)
     peak = ceilings.fma(as_dtype(point.dtype).short)
-    level, read = holding(ceilings, kernel.plan.values.bytes)
+    level, read = holding(ceilings, kernel.plan.value_bytes)
     calls = {name: run.call for name, run in runs.items()} | {PEAK: peak.call, READ: read.call}
     cpus, settle_s = (None, 0.0) if point.threads == 1 else ((), SETTLE_S)
     times = measure(calls, rounds=settings.rounds, seconds=LIMIT_S, cpus=cpus, settle_s=settle_s)
-    bytes_ = kernel.plan.values.bytes
+    bytes_ = kernel.plan.value_bytes
     return Figure(
         grid=grid, point=point, nnz=case.weight.pattern.nnz, weight_bytes=bytes_,
         moved_bytes=case.moved_bytes, plan=str(kernel.plan),

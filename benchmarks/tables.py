@@ -44,9 +44,10 @@ SIDE = 0.2  # density of the table that sets the operators side by side
 
 def line(f: Figure) -> str:
     """One figure while a grid is taken."""
-    dense, sparse = f.best("dense"), f.best("sparse")
     own = f"{f.ours.min_s * 1e6:.1f} us, {f.rate(f.ours) * 1e-9:.1f} GFLOP/s, {f.peak.share_rounds:.0%} of peak"
-    peers = f"{dense.over:.2f}x {dense.name}, {sparse.over:.2f}x {sparse.name}"
+    found = [c for c in f.contenders if c.kind in ("dynamic", "prepare")]
+    found += [f.best(kind) for kind in ("dense", "sparse") if any(c.kind == kind for c in f.contenders)]
+    peers = ", ".join(f"{c.over:.2f}x {c.name}" for c in found)
     return f"{f.point}: {own}, {f.read.share_rounds:.0%} of {f.read.name}; {peers}"
 
 
@@ -87,6 +88,8 @@ def tables(run: Run, grid: Grid) -> list[Table]:
     """README's, all peers', and one for each operator, type and, along blocks, density."""
     if any(c.kind == "mlir" for f in run.figures for c in f.contenders):
         return backends(run.figures)
+    if any(c.kind == "dynamic" for f in run.figures for c in f.contenders):
+        return dynamics(run.figures)
     keys = ("operator", "dtype", "density") if grid.over == "block" else ("operator", "dtype")
     grouped: dict[tuple[object, ...], list[Figure]] = {}
     for f in run.figures:
@@ -145,6 +148,29 @@ def backends(figures: Sequence[Figure]) -> list[Table]:
         heading = f"{operator} {p.dtype}, {p.shape[0]} x {p.shape[1]}, density {p.density:.3g}, N = {p.n}"
         made.append(Table(heading, head, tuple(rows)))
     return made
+
+
+def dynamics(figures: Sequence[Figure]) -> list[Table]:
+    """The static kernel, the dynamic call on the same pattern, and preparing it; one an operator, type and N."""
+    grouped: dict[str, list[Figure]] = {}
+    for f in figures:
+        grouped.setdefault(f"{f.point.operator} {f.point.dtype}, N = {f.point.n}", []).append(f)
+    head = ("M x K", "block", "density", "static us", "dynamic us", "dynamic / static", "prepare us", "prepare / dense",
+            "dense us", "dense / dynamic", "best dense")  # fmt: skip
+    return [Table(heading, head, tuple(_dynamic_row(f) for f in members)) for heading, members in grouped.items()]
+
+
+def _dynamic_row(f: Figure) -> tuple[str, ...]:
+    """Ratios to the static kernel: the larger of that of the best samples and the median within a round."""
+    call, prepare = (next(c for c in f.contenders if c.kind == kind) for kind in ("dynamic", "prepare"))
+    dense = min((c for c in f.contenders if c.kind == "dense"), key=lambda c: c.min_s)
+    ratio = max(call.min_s / f.ours.min_s, call.over_rounds)
+    times = (f.ours.min_s, call.min_s, prepare.min_s, dense.min_s)
+    static, dynamic, made, full = (f"{seconds * 1e6:.1f}" for seconds in times)
+    return (
+        POINT["shape"][1](f), f.block, f"{f.point.density:.3g}", static, dynamic, f"{ratio:.2f}", made,
+        f"{prepare.min_s / dense.min_s:.2f}", full, f"{dense.min_s / call.min_s:.2f}x", dense.name,
+    )  # fmt: skip
 
 
 def break_evens(figures: Sequence[Figure]) -> list[Table]:

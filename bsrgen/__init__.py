@@ -9,6 +9,7 @@ from bsrgen.errors import (
     ArtifactError,
     BsrgenError,
     BuildError,
+    CapacityError,
     CompilerNotFoundError,
     DeviceError,
     IncompatibleCPUError,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from bsrgen import attention
     from bsrgen.advice import advise
     from bsrgen.api import compile
+    from bsrgen.dynamic import DynamicKernel, PreparedWeight
     from bsrgen.kernel import Kernel
     from bsrgen.loading import load
 
@@ -55,6 +57,10 @@ def __getattr__(name: str) -> object:
         from bsrgen.kernel import Kernel
 
         return Kernel
+    if name in ("DynamicKernel", "PreparedWeight"):
+        from bsrgen import dynamic
+
+        return getattr(dynamic, name)
     raise AttributeError(f"module 'bsrgen' has no attribute {name!r}")
 
 
@@ -65,13 +71,16 @@ __all__ = [
     "ArtifactError",
     "BsrgenError",
     "BuildError",
+    "CapacityError",
     "CompilerNotFoundError",
     "DeviceError",
+    "DynamicKernel",
     "IncompatibleCPUError",
     "Kernel",
     "OutOfMemoryError",
     "PatternError",
     "PatternMismatchError",
+    "PreparedWeight",
     "StoreError",
     "UnsupportedError",
     "__version__",

@@ -11,14 +11,15 @@ from bsrgen.backends import BACKENDS, Backend
 from bsrgen.cost import DENSE_SHARE, Cost, estimate, peak_flop_per_cycle
 from bsrgen.dtypes import as_types
 from bsrgen.errors import ArgumentError, UnsupportedError
-from bsrgen.occupancy import EvenPattern, Occupancy, occupancies
+from bsrgen.even import EvenPattern
+from bsrgen.occupancy import Occupancy, occupancies
 from bsrgen.pattern import Weight
 from bsrgen.plan import Plan
 from bsrgen.problem import Problem, as_problem
 from bsrgen.quantize import source_of
 from bsrgen.targets import Target, as_targets
 from bsrgen.tune import PLANNED_N, rank
-from bsrgen.verdict import WORTH, Advice, Verdict
+from bsrgen.verdict import WORTH, Advice, Coming, Verdict
 
 SLACK = 2.0  # block shapes that must be slower than the given one by more are not looked at
 SHAPES = 32  # most other block shapes whose plans are ranked for a table
@@ -26,6 +27,8 @@ FEW = 8  # and for the verdict of each compile
 KEPT = 5  # alternatives in a verdict
 TOP = 8  # plans that compete for the break-even density
 STEPS = 14  # halvings of the density's interval
+# Cycles of preparing a weight for a dynamic kernel: for a block, for a block row; bytes of W that a cycle moves.
+PREPARE_BLOCK, PREPARE_ROW, PREPARE_BYTES = 6.0, 20.0, 4.0
 
 
 def advise(
@@ -123,11 +126,27 @@ def judge(
     sparse = next((c.seconds for c, p in ranked if not p.dense), mine.seconds) if plan.dense else mine.seconds
     dense = min([mine.dense_seconds, *(c.seconds for c, p in ranked if p.dense)])
     even = break_even(backend, problem, target, sparse_s or sparse, dense_s or dense)
-    others = [a for a in block_shapes(backend, problem, weight, target, only_faster=True) if not a.given]
+    coming, others = None, []
+    if problem.pattern.known:
+        others = [a for a in block_shapes(backend, problem, weight, target, only_faster=True) if not a.given]
+    else:
+        coming = _coming(backend, plan)
     return Verdict(
         n, problem.pattern.density, "dense" if plan.dense else "sparse", mine.seconds,
         dense_s if plan.dense else sparse_s, sparse, sparse_s, dense, dense_s, even, tuple(others[:KEPT]), target.where,
+        coming,
     )  # fmt: skip
+
+
+def _coming(backend: Backend, plan: Plan) -> Coming:
+    """What it costs that `plan` does not know the pattern."""
+    problem, target, p = plan.problem, plan.target, plan.problem.pattern
+    even = replace(problem, pattern=EvenPattern(p.shape, p.blocksize, p.nnzb))
+    ranked = rank([*backend.candidates(even, target, reblock=False)], problem.n)
+    static_s = min(estimate(plan, problem.n or PLANNED_N).seconds, *(cost.seconds for cost, _ in ranked[:1]))
+    element_bytes = problem.dtype.bytes
+    cycles = PREPARE_BLOCK * p.nnzb + PREPARE_ROW * p.block_rows + 2 * p.nnz * element_bytes / PREPARE_BYTES
+    return Coming(static_s, cycles / (target.ghz * 1e9) + target.call_s)
 
 
 def break_even(backend: Backend, problem: Problem, target: Target, sparse_s: float, dense_s: float) -> float | None:

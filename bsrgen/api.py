@@ -20,11 +20,12 @@ from bsrgen import __version__, advice, build, package
 from bsrgen._paths import RUNTIME, TEMPLATES
 from bsrgen.arguments import bind, default_threads
 from bsrgen.artifact import Artifact, write_manifest
-from bsrgen.backends import BACKENDS, Backend
+from bsrgen.backends import Backend, backend_of
 from bsrgen.choose import Tuning, as_tuning, choose
 from bsrgen.dtypes import DTYPES, INT8, as_types
 from bsrgen.epilogues import as_epilogues, pair_of
 from bsrgen.errors import ArgumentError, ArgumentTypeError, BuildError, IncompatibleCPUError, UnsupportedError
+from bsrgen.even import empty, planned, sample_of
 from bsrgen.exam import Exam, affordable
 from bsrgen.integrity import MANIFEST
 from bsrgen.kernel import Kernel
@@ -66,6 +67,7 @@ def compile(
     x_dtype: DTypeLike | None = None,
     quantize_x: bool = False,
     shape: tuple[int, int] | None = None,
+    max_blocks: int | None = None,
     tune_seconds: float | None = None,
     executor: Executor | None = None,
     progress: Callable[[float], object] | None = None,
@@ -105,6 +107,9 @@ def compile(
     epilogue: steps applied to the (scaled) sums in this order, rows of bsrgen.epilogues; their operands come with the
         call, or here by name (bias=b): converted like W, to float32 for reduced types, they become defaults of the
         kernel and of its artifact.
+    mode: "static", the pattern is in the kernel, or "dynamic": calls bring the weight, y = k(x, weight), see
+        DynamicKernel.  W then gives shape, block shape and the most blocks that one may have, unless max_blocks says
+        more; None stands for an empty W, with shape=, blocksize= and max_blocks=.  Only by backend "c".
     backend: "c", which "auto" stands for; "mlir", which needs the extra of that name (UnsupportedError without it); or
         "cuda", which needs nvcc, from the extra or elsewhere (CompilerNotFoundError): such kernels take device arrays.
         "mlir" makes them too, for targets of "cuda", with both extras.
@@ -125,7 +130,7 @@ def compile(
     Errors: ArgumentError (scales that are not positive and finite), ArgumentTypeError, PatternError (W that float16 or
     int8 cannot hold), UnsupportedError (types that do not go together), BuildError, StoreError.
     """
-    chosen = _backend(backend, mode)
+    chosen = backend_of(backend, mode)
     if dtype is None:
         raise ArgumentTypeError(f"dtype=None: one of {', '.join(DTYPES)}")
     w, x, y = as_types(dtype, x_dtype, out_dtype)
@@ -134,7 +139,10 @@ def compile(
         raise ArgumentError(f"n={n!r}: a number of tokens from 1 up, or None")
     default_threads(threads)
     if operator in PRODUCTS:
-        refuse_values(operator, backend, operands, transposed=transposed, quantize_x=quantize_x, x_dtype=x_dtype)
+        refuse_values(
+            operator, backend, operands, transposed=transposed, quantize_x=quantize_x, x_dtype=x_dtype, strict=strict,
+            tune=tune if tune == "measure" else "", mode=mode if mode != "static" else "",
+        )  # fmt: skip
         given = isinstance(W, Pattern)
         pattern = W if given else as_weight(W, blocksize=blocksize, shape=shape, dtype=None).pattern
         sample = as_sample(operator, pattern, dtype, out_dtype, epilogue, n)
@@ -144,15 +152,26 @@ def compile(
     paired = pair_of(as_epilogues(epilogue)) is not None
     targets = chosen.targets(target)
     chosen.tools(targets)  # UnsupportedError where something is not installed
+    if max_blocks is not None and mode != "dynamic":
+        raise ArgumentError(f"max_blocks={max_blocks!r} with mode={mode!r}: only mode='dynamic' has a plan for more")
+    W = empty(shape, blocksize) if W is None else W
     weights = [source_of(part, w, blocksize=blocksize, shape=shape) for part in (W if are_several(W) else [W])]
     parts = parts_of(weights, paired)
     weight = stacked(weights) if len(weights) > 1 else weights[0]
     if transposed and paired:
         raise UnsupportedError("transposed=True with swiglu or geglu: a gate has no product with its transpose")
+    if transposed and mode != "static":
+        raise UnsupportedError(
+            f"transposed=True with mode={mode!r}: give the transposed weight, scipy's W.T, with the call"
+        )
     weight, parts = (weight.T, ()) if transposed else (weight, parts)
+    if mode == "dynamic":
+        weight = planned(weight, max_blocks, w.numpy)
     problem = as_problem(operator, weight.pattern, w, x, y, epilogue, None if n is None else int(n), bool(quantize_x))
     bound, how = bind(problem, operands), "none"
-    if w is INT8:
+    if w is INT8 and not weight.pattern.known:
+        how = "given" if "w_scale" in bound else "none"
+    elif w is INT8:
         how = "given" if "w_scale" in bound else "none" if weight.data.dtype == w.numpy else "max"
         weight, bound["w_scale"] = quantized(weight, bound.get("w_scale"))
     artifact = _artifact(
@@ -170,14 +189,6 @@ class Bound:
     weight_scale: str
     parts: tuple[int, ...]
     transposed: bool = False
-
-
-def _backend(name: str, mode: str) -> Backend:
-    if mode != "static":
-        raise UnsupportedError(f"mode={mode!r}: 'static' is what this version has")
-    if name != "auto" and (not isinstance(name, str) or name not in BACKENDS):
-        raise UnsupportedError(f"backend={name!r}: 'auto' or one of {', '.join(BACKENDS)}")
-    return BACKENDS["c" if name == "auto" else name]
 
 
 def _artifact(
@@ -266,7 +277,7 @@ def _make(
     compiler: build.Compiler, bound: Bound, folder: Path,
 ) -> None:  # fmt: skip
     """Build, check and describe one artifact in `folder`."""
-    exam = Exam(problem, weight, tuple(dict.fromkeys(affordable(problem, n) for n in CHECK_N)))
+    exam = Exam(problem, sample_of(weight), tuple(dict.fromkeys(affordable(problem, n) for n in CHECK_N)))
     choices, tuning = [], tuning.begun()
     for number, target in enumerate(targets):
         step = replace(tuning, progress=functools.partial(_part, tuning.progress, number, len(targets)))
@@ -308,7 +319,7 @@ def _check(artifact: Artifact, exam: Exam) -> CheckRecord | None:
         return None
     try:
         with track.entered():
-            share, n = exam.worst(track.load(artifact))
+            share, n = exam.worst(track.load(artifact, exam.weight))
     except IncompatibleCPUError:
         return None
     if share > 1:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsrgen.errors import ArgumentError, ArtifactCorruptError, ArtifactError, PatternError
+from bsrgen.even import PlannedPattern
 from bsrgen.integrity import MANIFEST, MANIFEST_DIGEST, typed, verify_folder
 from bsrgen.manifest import PATTERN_FILE, Manifest, parse_manifest
 from bsrgen.pattern import Pattern
@@ -62,8 +63,14 @@ class Artifact:
             raise ArtifactCorruptError(f"{self.folder / file}: not an .npz file of arrays: {e}") from e
 
     def pattern(self) -> Pattern:
-        """Which blocks are stored; it must be the pattern of the manifest."""
-        m, arrays = self.manifest, self.arrays(PATTERN_FILE)
+        """Which blocks are stored, or how many may be; it must be the pattern of the manifest."""
+        m = self.manifest
+        if m.mode == "dynamic":
+            pattern: Pattern = PlannedPattern(m.shape, m.blocksize, m.nnzb)
+            if pattern.digest != m.pattern:
+                raise ArtifactCorruptError(f"{self}: not planned for as many blocks as the manifest says")
+            return pattern
+        arrays = self.arrays(PATTERN_FILE)
         try:
             pattern = Pattern(m.shape, m.blocksize, **arrays)
         except (TypeError, PatternError) as e:
@@ -97,7 +104,8 @@ def _check_values(artifact: Artifact) -> None:
     """The values of every level lie in the library where the manifest says."""
     size = artifact.library.stat().st_size
     for level in artifact.manifest.levels:
-        values = level.values
+        if (values := level.values) is None:
+            continue
         inside = 0 <= values.offset <= size - values.bytes and values.bytes >= 0
         if values.file.endswith(".so") or not inside or (artifact.folder / values.file).stat().st_size != values.bytes:
             raise ArtifactError(f"{artifact}: the manifest's values of {level.target} are not in {values.file}")

@@ -229,7 +229,7 @@ class _Race:
             if self.notes[number]:
                 continue
             try:
-                kernel = self.track.load(read_artifact(folder))
+                kernel = self.track.load(read_artifact(folder), self.exam.weight)
                 share, n = self.exam.worst(kernel)
                 if share > 1:
                     raise BuildError(f"differs from float64 by {share:.3g} times its bound at n = {n}")

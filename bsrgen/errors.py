@@ -13,6 +13,10 @@ class PatternMismatchError(PatternError):
     """New values came with another pattern than the kernel was built for."""
 
 
+class CapacityError(PatternError):
+    """A weight has more blocks than the kernel that takes it with the call was planned for."""
+
+
 class ArgumentError(BsrgenError, ValueError):
     """An argument has a value that cannot be used."""
 

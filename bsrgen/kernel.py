@@ -4,6 +4,7 @@ import functools
 import io
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,8 @@ class Kernel:
     Everything it was made of can be looked at: pattern, problem, plan, cost, source, artifact, verdict.
     """
 
+    _packs = "pack"  # the entry point that makes packed values
+
     def __init__(self, artifact: Artifact, *, threads: int | None = None, may_be_foreign: bool = False) -> None:
         """`may_be_foreign`: where this machine cannot run the artifact, calls raise IncompatibleCPUError, not this."""
         m = artifact.manifest
@@ -89,11 +92,13 @@ class Kernel:
                 raise
             self._foreign = e
         else:
-            self._plain = self._values.records is not None and not m.parts
+            self._plain = not m.parts
 
     def _with(self, bound: dict[str, Any], weight_scale: str, data: Array | None) -> _Values:
+        return self._bundle(bound, weight_scale, data, None if data is None else self.packed(data, self._level))
+
+    def _bundle(self, bound: dict[str, Any], weight_scale: str, data: Array | None, packed: Array | None) -> _Values:
         ffi = self._tramp.ffi
-        packed = None if data is None else self.packed(data, self._level)
         settled = self._call.settled(bound)
         complete = len(settled) == len(self._call.operands) and not self._call.reads_out
         records = self._records(list(settled.values())) if complete else None
@@ -135,7 +140,7 @@ class Kernel:
     def _find(self, library: Any) -> None:
         """The functions that calls and new values need."""
         self._function = self._tramp.function(library, f"{self.name}_call")
-        self._pack = self._tramp.function(library, f"{self.name}_pack")
+        self._pack = self._tramp.function(library, f"{self.name}_{self._packs}")
 
     # ── the call ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -154,9 +159,15 @@ class Kernel:
         Of several weights that share X, the result is a tuple of views of one array, which `out` may give; bias and
         scale have the values of all weights, one after the other.
         """
+        return self._run(self._values, x, out, threads, operands)
+
+    def _run(self, values: _Values, x: Any, out: Array | None, threads: int | None, operands: dict[str, Any]) -> Any:
+        """A call with these values: the short way for what C takes as it lies, else the careful one."""
         if self._plain and threads is None and type(x) is np.ndarray and x.dtype is self._x_dtype:
-            axis, shape, values = self._token_axis, x.shape, self._values
-            records, _kept = self._with_numbers(values, operands) if operands else (values.records, None)
+            axis, shape = self._token_axis, x.shape
+            records, _kept = values.records, None
+            if operands and records is not None:
+                records, _kept = self._with_numbers(values, operands)
             if records is not None and len(shape) == 2 and shape[1 - axis] == self._features:
                 n = shape[axis]
                 full = (self._rows, n) if axis else (n, self._rows)
@@ -168,7 +179,7 @@ class Kernel:
                     try:
                         here, there = view(x), view(path.bytes, out, True)
                     except (ValueError, BufferError):  # not contiguous, or not writable
-                        return self._general(x, out, threads, operands)
+                        return self._general(values, x, out, threads, operands)
                     status = path.call(
                         self._function, n, here, shape[1], n * self._x_bytes, there, full[1], n * self._y_bytes,
                         values.pointer, records, self._threads,
@@ -177,7 +188,7 @@ class Kernel:
                         return out
                     if status != OVERLAP:
                         self._raise(status)
-        return self._general(x, out, threads, operands)
+        return self._general(values, x, out, threads, operands)
 
     def _with_numbers(self, values: _Values, operands: dict[str, Any]) -> tuple[Any, Any]:
         """The operands of a call that gives numbers only, for C, and what they point at; None for the careful path."""
@@ -195,11 +206,12 @@ class Kernel:
                 records[index].data, records[index].ld = numbers[-1], 0
         return records, numbers
 
-    def _general(self, x: Any, out: Array | None, threads: int | None, operands: dict[str, Any]) -> Any:
+    def _general(
+        self, values: _Values, x: Any, out: Array | None, threads: int | None, operands: dict[str, Any]
+    ) -> Any:
         ffi = self._tramp.ffi
         if self._foreign:
             raise self._foreign
-        values = self._values  # kept alive while C reads it
         call = self._call.prepare(x, out, threads, operands, values.settled)
         status = self._tramp.call(
             self._function, call.n, ffi.cast("void *", call.x.ctypes.data), call.ldx, 0,
@@ -216,6 +228,10 @@ class Kernel:
         if status == _NO_MEMORY:
             raise OutOfMemoryError(f"{self.name}: no memory for the packed activations")
         raise ArtifactError(f"{self.name}: the library refused the call (status {status})")
+
+    def ready(self, weight: Weight) -> Callable[..., Any]:
+        """Calls of this kernel for `weight`, which a static kernel has in it."""
+        return self
 
     def __matmul__(self, x: Any) -> Any:
         """k @ x for spmm without operands: the same as k(x)."""
@@ -304,10 +320,7 @@ class Kernel:
     def packed(self, data: Array, level: int) -> Array:
         """The bytes of values [nnzb, R, C] as ISA level `level` of the library keeps them, 64-byte aligned."""
         ffi = self._tramp.ffi
-        count = self._packed(ffi.NULL, ffi.NULL, level)
-        room = np.empty(count + 64, np.uint8)
-        start = -room.ctypes.data % 64
-        packed = room[start : start + count]
+        packed = aligned(self._packed(ffi.NULL, ffi.NULL, level))
         self._packed(ffi.from_buffer(data.view(np.uint8)), ffi.from_buffer(packed), level)
         return packed
 
@@ -330,8 +343,10 @@ class Kernel:
             library = bytearray(self.artifact.read(m.library))
             for number, level in enumerate(m.levels):
                 packed = self.packed(values.data, number).tobytes()
-                changed[level.values.file] = packed
-                library[level.values.offset : level.values.offset + len(packed)] = packed
+                record = level.values
+                assert record is not None, "no update without values"
+                changed[record.file] = packed
+                library[record.offset : record.offset + len(packed)] = packed
             changed[m.library] = bytes(library)
             if "w_scale" in values.bound:
                 np.savez(file := io.BytesIO(), **values.bound)
@@ -445,6 +460,13 @@ def _filled(ours: Pattern, weight: Weight) -> Array | None:
     data = np.zeros((ours.nnzb, *ours.blocksize), weight.data.dtype)
     data[np.searchsorted(mine, other)] = weight.data
     return data
+
+
+def aligned(count: int) -> Array:
+    """So many bytes on 64-byte lines, contents undefined."""
+    room = np.empty(count + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + count]
 
 
 def _is_dense(W: Any) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bsrgen.artifact import Artifact, read_artifact
 from bsrgen.device import DeviceKernel
+from bsrgen.dynamic import DynamicKernel
 from bsrgen.kernel import Kernel
 from bsrgen.operators import SAMPLED
 from bsrgen.sampled import SampledKernel
@@ -20,7 +21,8 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None, expect_s
 
 
 def kernel_of(artifact: Artifact, *, threads: int | None = None, may_be_foreign: bool = False) -> Kernel:
-    """The kernel of an artifact, for the CPU or for GPUs, with values or of a pattern alone; see Kernel."""
+    """The kernel of an artifact: for the CPU or for GPUs, of a weight, of weights to come or of a pattern; see Kernel."""
     m = artifact.manifest
-    kind = DeviceKernel if m.device == "cuda" else SampledKernel if m.operator in SAMPLED else Kernel
+    device, sampled = m.device == "cuda", m.operator in SAMPLED
+    kind = DeviceKernel if device else SampledKernel if sampled else DynamicKernel if m.mode == "dynamic" else Kernel
     return kind(artifact, threads=threads, may_be_foreign=may_be_foreign)

@@ -18,7 +18,7 @@ PATTERN_FILE = "pattern.npz"  # indptr, indices
 MASK_FILE = "mask.npz"  # of attention: which elements of cut blocks count
 OPERANDS_FILE = "operands.npz"  # operands bound when the kernel was compiled
 TIME_UP = "the time was up"  # begins a TuningRecord's note
-SCHEMA = 4
+SCHEMA = 5
 ABI = 1  # BSRGEN_ABI in runtime/bsrgen.h
 
 
@@ -58,13 +58,18 @@ class LevelRecord(_Record, frozen=True):
     requires: tuple[str, ...]
     plan: str
     knobs: dict[str, Any]
-    values: ValuesRecord
+    values: ValuesRecord | None  # None: they come with the call
     counts: dict[str, int | float]  # what its plan does in a call as in CostRecord: the fields of plan.Counts
     predicted_seconds: float  # of that call; measured where this level was tuned
     measured_seconds: float | None = None
 
     def __str__(self) -> str:
         return self.plan
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of the packed values; of a pattern that comes with the call, the most."""
+        return int(self.counts["value_bytes"]) if self.values is None else self.values.bytes
 
 
 class CostRecord(_Record, frozen=True):
@@ -137,6 +142,7 @@ class Manifest(_Record, frozen=True):
     flags: tuple[str, ...]
     cost: CostRecord
     verdict: Verdict
+    mode: Literal["static", "dynamic"]  # dynamic: the weight comes with the call, and nnzb is the most that it may have
     strict: bool  # an absent block contributes nothing, even where X holds Inf or NaN
     check: CheckRecord | None
     tuning: tuple[TuningRecord, ...]  # for each level the fastest first, then those that were not measured
@@ -146,10 +152,12 @@ class Manifest(_Record, frozen=True):
     transposed: bool = False  # W comes as the transpose of what is multiplied, when it is updated
 
     def __post_init__(self) -> None:
-        names = [self.library, *(level.values.file for level in self.levels)]
+        names = [self.library, *(level.values.file for level in self.levels if level.values)]
+        if any((level.values is None) != (self.mode == "dynamic") for level in self.levels):
+            raise ValueError("a library holds values, or its kernel takes them with the call")
         if self.schema != SCHEMA or self.abi != ABI:
             raise ValueError(f"schema {self.schema}, ABI {self.abi}: this bsrgen reads schema {SCHEMA}, ABI {ABI}")
-        names += [PATTERN_FILE, *([OPERANDS_FILE] if self.bound else [])]
+        names += [PATTERN_FILE] * (self.mode == "static") + [OPERANDS_FILE] * bool(self.bound)
         if not self.levels or not set(names) <= set(self.files):
             raise ValueError("a level or a file it needs is not listed")
         user, quantizes = [name for name in self.epilogue if name in CHOICES], QUANTIZED_X.name in self.epilogue

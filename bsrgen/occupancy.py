@@ -1,10 +1,9 @@
-"""Occupancy: how many blocks of another shape the nonzeros of a matrix need; patterns known by their count alone."""
+"""Occupancy: how many blocks of another shape the nonzeros of a matrix need."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from bsrgen.foreign import Array, Pair
 from bsrgen.pattern import Pattern, Weight
@@ -13,40 +12,6 @@ SIDE = 64  # longest side of a coarser block, where the given one is not longer
 FACTORS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # coarser sides are these multiples of the given one
 _WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 BITMAP_CELLS = 1 << 28  # largest grid that is kept as one byte per block; beyond it, only the stored ones are listed
-
-
-class EvenPattern(Pattern):
-    """`nnzb` blocks spread evenly, the arrays made when somebody asks: counting a plan needs none of them."""
-
-    __slots__ = ("_nnzb",)
-    _nnzb: int
-
-    def __init__(self, shape: Pair, blocksize: Pair, nnzb: int) -> None:
-        for name, value in (("shape", shape), ("blocksize", blocksize), ("_nnzb", nnzb), ("_digest", "")):
-            object.__setattr__(self, name, value)
-
-    @property
-    def nnzb(self) -> int:
-        """Stored blocks."""
-        return self._nnzb
-
-    def in_words(self, columns: int) -> "EvenPattern":
-        """As Pattern has it."""
-        return EvenPattern((self.M, -(-self.K // columns)), (self.R, self.C // columns), self._nnzb)
-
-    @property
-    def indptr(self) -> npt.NDArray[np.int64]:
-        """int64[block_rows + 1]."""
-        return np.arange(self.block_rows + 1) * self._nnzb // max(self.block_rows, 1)
-
-    @property
-    def indices(self) -> npt.NDArray[np.int32]:
-        """int32[nnzb]."""
-        indptr = self.indptr
-        counts = np.diff(indptr)
-        at = np.arange(self._nnzb) - np.repeat(indptr[:-1], counts)
-        columns = at * self.block_cols // np.repeat(np.maximum(counts, 1), counts)
-        return np.asarray(columns, np.int32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

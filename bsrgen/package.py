@@ -39,7 +39,8 @@ def describe(
 ) -> Manifest:
     """Write the companions of the built library into `folder` and return the manifest, its digests still empty."""
     problem, p = source.plans[0].problem, weight.pattern
-    np.savez(folder / PATTERN_FILE, indptr=p.indptr, indices=p.indices)
+    if p.known:
+        np.savez(folder / PATTERN_FILE, indptr=p.indptr, indices=p.indices)
     if bound:
         np.savez(folder / OPERANDS_FILE, **bound)  # type: ignore[arg-type]
     for template, name in (("package.pc.j2", f"{source.name}.pc"), ("package.cmake.j2", f"{source.name}Config.cmake")):
@@ -50,7 +51,7 @@ def describe(
     places = _places(source, library, compiler)
     levels = tuple(
         LevelRecord(
-            plan.target.name, plan.target.requires, str(plan), plan.knobs(), places[file],
+            plan.target.name, plan.target.requires, str(plan), plan.knobs(), places.get(file),
             asdict(plan.counts(cost.n)), estimate(plan, cost.n).seconds, _measured(tuning, plan.target.name, cost.n),
         )
         for plan, file in zip(source.plans, source.values, strict=True)
@@ -67,7 +68,8 @@ def describe(
         prototype=source.prototype, compiler="; ".join(filter(None, (compiler.identity, source.tools))),
         flags=COMPILE_FLAGS,
         cost=CostRecord(cost.n, cost.flop, cost.bytes, cost.seconds, cost.dense_seconds, measured_s, measured_dense_s),
-        verdict=_verdict(source.plans[0], cost, measured_s), strict=False, check=None,
+        verdict=_verdict(source.plans[0], cost, measured_s), mode="static" if p.known else "dynamic",
+        strict=False, check=None,
         tuning=tuning, notes=weight.notes, bound=tuple(sorted(bound)),
         files={path.name: "" for path in folder.iterdir()},
     )  # fmt: skip

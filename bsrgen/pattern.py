@@ -120,6 +120,16 @@ class Pattern:
         return expand(self.indptr)
 
     @property
+    def longest_row(self) -> int:
+        """Most stored blocks of one block row."""
+        return int(self.row_counts.max(initial=0))
+
+    @property
+    def known(self) -> bool:
+        """Whether the pattern is known when the kernel is generated (else: even.PlannedPattern)."""
+        return True
+
+    @property
     def digest(self) -> str:
         """sha256 (hex) of shape, blocksize, indptr and indices; the same on every machine."""
         if not self._digest:

@@ -152,7 +152,7 @@ class Problem:
 
     def _sums(self, weight: Weight, x: Array) -> tuple[Array, Array]:
         """The product and its bound."""
-        p, W = self.pattern, _sliced_csr(weight)
+        p, W = weight.pattern, _sliced_csr(weight)
         y = self.operator.product(W, x)
         if self.accumulator is INT32:  # exact, and rounded once when it becomes a real number
             return y, self.real.unit_roundoff * np.abs(y)
@@ -221,7 +221,7 @@ def as_problem(
         raise UnsupportedError(
             f"{problem}: 'accumulate' adds to real numbers, and out is int8; use out_dtype='float32'"
         )
-    most = int(pattern.row_counts.max(initial=0)) * pattern.C
+    most = pattern.longest_row * pattern.C
     if problem.accumulator is INT32 and most * 127 * 128 > INT32.largest:
         raise UnsupportedError(
             f"{problem}: a row of {most} stored entries may overflow int32 sums; use x_dtype='float32', or split W"

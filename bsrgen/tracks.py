@@ -15,7 +15,8 @@ from bsrgen.artifact import Artifact
 from bsrgen.device import DeviceKernel
 from bsrgen.errors import DeviceError
 from bsrgen.gpus import GpuTarget, runs_on
-from bsrgen.kernel import Kernel
+from bsrgen.loading import kernel_of
+from bsrgen.pattern import Weight
 from bsrgen.targets import Target, native
 from bsrgen.trampoline import trampoline
 
@@ -33,8 +34,8 @@ class Track(Protocol):
     def entered(self) -> AbstractContextManager[None]:
         """Everything below happens within."""
 
-    def load(self, artifact: Artifact) -> Contender:
-        """A kernel that takes and gives numpy arrays."""
+    def load(self, artifact: Artifact, weight: Weight) -> Contender:
+        """A kernel that takes and gives numpy arrays, for `weight`, which a static one has in it."""
 
     def measure(
         self, contenders: Mapping[str, Contender], x: Array, out: Array, given: Mapping[str, Any], **how: Any
@@ -55,9 +56,9 @@ class CpuTrack:
         """Nothing to do."""
         return nullcontext()
 
-    def load(self, artifact: Artifact) -> Contender:
+    def load(self, artifact: Artifact, weight: Weight) -> Contender:
         """The kernel, of one thread."""
-        return Kernel(artifact, threads=1)
+        return kernel_of(artifact, threads=1).ready(weight)
 
     def measure(
         self, contenders: Mapping[str, Contender], x: Array, out: Array, given: Mapping[str, Any], **how: Any
@@ -108,7 +109,7 @@ class GpuTrack:
         """Make it the current one."""
         return driver.on(self.gpu.number)
 
-    def load(self, artifact: Artifact) -> Contender:
+    def load(self, artifact: Artifact, weight: Weight) -> Contender:
         """The kernel behind copies to the GPU and back."""
         return HostCalls(DeviceKernel(artifact))
 

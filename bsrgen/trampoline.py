@@ -27,6 +27,7 @@ OVERLAP = 4  # returned by the trampoline alone: y overlaps x
 
 STRUCTS = """
 struct bsrgen_operand { const void *data; int64_t ld; double scalar; };
+struct bsrgen_weight { int64_t blocks; const void *data; const int32_t *indices; const int64_t *indptr; };
 struct bsrgen_call {
     int64_t n; const void *x; int64_t ldx; void *y; int64_t ldy; const void *values;
     const struct bsrgen_operand *operands; void *parallel; int32_t threads;
@@ -34,6 +35,7 @@ struct bsrgen_call {
 """
 DECLARATIONS = """
 struct bsrgen_operand { const void *data; int64_t ld; double scalar; };
+struct bsrgen_weight { int64_t blocks; const void *data; const int32_t *indices; const int64_t *indptr; };
 int bsrgen_trampoline(void *function, int64_t n, const void *x, int64_t ldx, size_t x_bytes, void *y, int64_t ldy,
                       size_t y_bytes, const void *values, const struct bsrgen_operand *operands, int threads);
 int64_t bsrgen_pack(void *function, const void *data, void *packed, int level);

@@ -41,6 +41,18 @@ class Advice(_Record, frozen=True):
         )
 
 
+class Coming(_Record, frozen=True):
+    """What it costs that the pattern comes with the call, predicted: a static kernel's time for as many blocks, evenly
+    spread, by the best plan that knows them, and the time to prepare one new weight."""
+
+    static_seconds: float
+    prepare_seconds: float
+
+    def __post_init__(self) -> None:
+        if not (self.static_seconds > 0 and self.prepare_seconds > 0):
+            raise ValueError("times are positive")
+
+
 class Verdict(_Record, frozen=True):
     """Sparse or dense for one matrix and n tokens, on one core or one GPU.  str() is one sentence.
 
@@ -61,6 +73,7 @@ class Verdict(_Record, frozen=True):
     break_even: float | None = None  # density at which both take as long: same shape, block shape, types and n
     alternatives: tuple[Advice, ...] = ()  # the best other block shapes of the same nonzeros, fastest first
     where: str = "one core"  # what the times are of
+    dynamic: Coming | None = None  # of a kernel whose weight comes with the call; density: the planned maximum
 
     def __post_init__(self) -> None:
         times = (
@@ -121,6 +134,10 @@ class Verdict(_Record, frozen=True):
         text = f"{self.choice}: {both} at n = {self.n} on {self.where}, {self.speedup:.2g}x"
         if self.break_even is not None:
             text += f"; break-even near density {self.break_even:.2g}"
+        if self.dynamic is not None:
+            ratio = self.seconds / self.dynamic.static_seconds
+            new = f"{short_time(self.dynamic.prepare_seconds)} to prepare a new weight (predicted)"
+            return f"{text}; dynamic takes {ratio:.2f}x a static kernel's time, and {new}"
         return text if self.alternative is None else f"{text}; {self.advice}"
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from bsrgen.arguments import default_threads
 from bsrgen.device import DeviceKernel
 from bsrgen.errors import ArtifactCorruptError
+from bsrgen.even import PlannedPattern, PlannedWeight, sample_of
 from bsrgen.exam import Exam, error_share
 from bsrgen.kernel import Kernel
 from bsrgen.loading import load
@@ -48,6 +49,9 @@ def verify(folder: str | Path, *, expect_sha256: str | None = None) -> tuple[Ker
     findings.append(Finding("pattern", True, str(problem.pattern)))
     if isinstance(kernel, SampledKernel):
         return kernel, [*findings, *_sampled(kernel)]
+    if isinstance(planned := kernel.pattern, PlannedPattern):
+        findings.append(Finding("values", True, "none: they come with the call"))
+        return kernel, [*findings, *_results(kernel, problem, sample_of(PlannedWeight(planned, kernel.dtype)))]
     weights = [recover(kernel, number) for number in range(len(m.levels))]
     same = [weight.digest == m.weight and holds(kernel, i, weight) for i, weight in enumerate(weights)]
     values = f"{kernel.nnz} values in {len(same)} level{'s' * (len(same) > 1)}"
@@ -103,6 +107,7 @@ def holds(kernel: Kernel, level: int, weight: Weight) -> bool:
 def _stored(kernel: Kernel, level: int) -> Array:
     """The bytes that a level of the library holds."""
     record = kernel.artifact.manifest.levels[level].values
+    assert record is not None, "a dynamic kernel holds no values"
     stored = np.fromfile(kernel.artifact.library, np.uint8, record.bytes, offset=record.offset)
     empty = np.zeros((kernel.pattern.nnzb, *kernel.pattern.blocksize), kernel.dtype)
     if stored.size != kernel.packed(empty, level).size:
@@ -112,12 +117,13 @@ def _stored(kernel: Kernel, level: int) -> Array:
 
 def _results(kernel: Kernel, problem: Problem, weight: Weight) -> list[Finding]:
     rng, worst, same, threads = np.random.default_rng(), 0.0, True, default_threads(None)
+    run = kernel.ready(weight)
     for n in CHECK_N:
         x, given = problem.sample(rng, n)
         old = problem.sample_out(rng, n)
-        kernel(x, out=(one := old.copy()), threads=1, **given)
+        run(x, out=(one := old.copy()), threads=1, **given)
         worst = max(worst, error_share(one, *problem.reference(weight, x, given, old)))
-        kernel(x, out=(other := old.copy()), threads=threads, **given)
+        run(x, out=(other := old.copy()), threads=threads, **given)
         same &= other.tobytes() == one.tobytes()
     return [
         _judged(worst),

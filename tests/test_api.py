@@ -160,7 +160,7 @@ ARGUMENTS = {
     "out_dtype": ["float64", "float16", "int8", "nonsense"],
     "w_scale": [np.ones(36)],
     "epilogue": ["nonsense", "", ("bias", "nonsense"), ("bias", None), 5, [["bias"]], b"bias", None],
-    "mode": ["dynamic", "pit", "nonsense", None, 3, ["static"]],
+    "mode": ["pit", "nonsense", None, 3, ["static"]],
     "backend": ["rocm", "nonsense", None, 3, ["c"]],
     "target": ["nonsense", "", (), 5, None, ("native", 5), ("x86-64", "aarch64"), "power9le", [["native"]]],
     "n": [0, -1, 1.5, True, "3", [1]],

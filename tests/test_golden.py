@@ -21,6 +21,7 @@ from bsrgen.cover import cover
 from bsrgen.dtypes import DTYPES
 from bsrgen.emit import Source
 from bsrgen.epilogues import as_epilogues
+from bsrgen.even import PlannedPattern
 from bsrgen.operators import OPERATORS
 from bsrgen.pattern import Weight, as_weight
 from bsrgen.problem import Problem
@@ -55,6 +56,7 @@ class Golden:
     levels: tuple[Level, ...]
     epilogue: tuple[str, ...] = ()
     entry: bool = False  # keep the entry points and the companions too, not only the kernels
+    dynamic: bool = False  # the weight comes with the call, of as many blocks as `weight` has
 
     def __str__(self) -> str:
         return self.name
@@ -73,7 +75,9 @@ class Golden:
     def problem(self) -> Problem:
         """What is computed."""
         row, steps = OPERATORS[self.operator], as_epilogues(self.epilogue)
-        return Problem(row, self.weight.pattern, DTYPES[self.dtype], steps)
+        p = self.weight.pattern
+        pattern = PlannedPattern(p.shape, p.blocksize, p.nnzb) if self.dynamic else p
+        return Problem(row, pattern, DTYPES[self.dtype], steps)
 
     @cached_property
     def plans(self) -> tuple[CPlan, ...]:
@@ -147,6 +151,11 @@ GOLDEN = (
             Level("x86-64", weight=WeightTile(row_lanes=4, k_lanes=1, vectors=1, tokens=4)),
         ),
         entry=True,
+    ),
+    Golden(
+        "dynamic", "tables and values out of a prepared weight, and how that is made", "linear", "float32", (24, 20),
+        (4, 2), (Level("x86-64-v3", TokenTile(4, 2, k_panel=8), WeightTile(4, 2, 1, tokens=3), small_n=4),),
+        entry=True, dynamic=True,
     ),
     Golden(
         "matrix_direct", "tiles of the matrix unit, X as it lies, and what runs where the system refuses it", "linear",

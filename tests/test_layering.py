@@ -34,6 +34,7 @@ FLOORS = """
     backends.mlir.plan  backends.c
     backends.c.sampled_text
     backends.c.candidates  backends.c.text
+    backends.c.dynamic
     backends.c.matrix_candidates  backends.c.tiling  backends.c.levels
     backends.c.covers
     build  tune  backends.c.plan  backends.mlir.lower  backends.c.sampled
@@ -44,11 +45,11 @@ FLOORS = """
     emit  cost  backends.c.count
     verify
     loading  tracks
-    device  sampled
+    device  sampled  dynamic
     exam
     kernel  plan  files  picture
     artifact  arguments
-    problem  sample  occupancy  cover  quantize  stack
+    problem  sample  occupancy  cover  quantize  stack  even
     pattern
     canonical  manifest  trampoline
     store  llvm  gpus  gpu_clock
@@ -62,8 +63,8 @@ ROOMS = ("cli", "bench")  # their own files may import each other, but not in a 
 
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
-    "loading", "device", "device_arrays", "kernel", "sample", "sampled", "arguments", "strides", "problem", "quantize",
-    "stack", "pattern", "canonical", "foreign", "artifact", "manifest",
+    "loading", "device", "device_arrays", "dynamic", "even", "kernel", "sample", "sampled", "arguments", "strides",
+    "problem", "quantize", "stack", "pattern", "canonical", "foreign", "artifact", "manifest",
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {

@@ -32,8 +32,8 @@ from bsrgen.backends.c.tiles import MatrixTile
 from bsrgen.build import COMPILE_FLAGS
 from bsrgen.cover import cover
 from bsrgen.errors import IncompatibleCPUError
+from bsrgen.even import EvenPattern
 from bsrgen.kernel import Kernel
-from bsrgen.occupancy import EvenPattern
 from bsrgen.pattern import Pattern, Weight, random_weight
 from bsrgen.problem import Problem
 from bsrgen.targets import TARGETS, native

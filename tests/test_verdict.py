@@ -19,7 +19,7 @@ from bsrgen.artifact import read_artifact
 from bsrgen.backends import BACKENDS, Backend
 from bsrgen.backends.c.plan import CPlan
 from bsrgen.choose import as_tuning, choose
-from bsrgen.occupancy import EvenPattern
+from bsrgen.even import EvenPattern
 from bsrgen.pattern import Pattern, random_weight
 from bsrgen.targets import TARGETS
 from bsrgen.verdict import WORTH, Advice, Verdict, short_time

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from bsrgen import nvcc, tracks
 from bsrgen.backends import c, cuda, mlir
 from bsrgen.emit import Source
+from bsrgen.errors import UnsupportedError
 from bsrgen.gpus import as_gpus
 from bsrgen.pattern import Weight
 from bsrgen.plan import Plan
@@ -35,13 +36,28 @@ class Backend:
     lacks: str = "use smaller blocks"  # what to do where there is no plan
     targets: Callable[[Any], tuple[Target, ...]] = as_targets  # of compile's target=, best first
     trial: Callable[[Source, tracks.Track], Source] = lambda source, track: source  # as a race builds it
+    modes: tuple[str, ...] = ("static",)
 
 
 BACKENDS = {
     row.name: row
     for row in (
-        Backend("c", c.candidates, c.emit),
+        Backend("c", c.candidates, c.emit, modes=("static", "dynamic")),
         Backend("mlir", mlir.candidates, mlir.emit, mlir.tools, mlir.LACKS, mlir.targets),
         Backend("cuda", cuda.candidates, cuda.emit, lambda targets: nvcc.identity(), cuda.LACKS, as_gpus, cuda.trial),
     )
 }
+
+
+def backend_of(name: str, mode: str) -> Backend:
+    """The backend of that name, "auto" for the first, if it has that mode; UnsupportedError says what there is."""
+    modes = tuple(dict.fromkeys(mode for row in BACKENDS.values() for mode in row.modes))
+    if mode not in modes:
+        raise UnsupportedError(f"mode={mode!r}: one of {', '.join(modes)}")
+    if name != "auto" and (not isinstance(name, str) or name not in BACKENDS):
+        raise UnsupportedError(f"backend={name!r}: 'auto' or one of {', '.join(BACKENDS)}")
+    backend = BACKENDS["c" if name == "auto" else name]
+    if mode not in backend.modes:
+        able = ", ".join(row.name for row in BACKENDS.values() if mode in row.modes)
+        raise UnsupportedError(f"mode={mode!r} with backend={name!r}: it is of {able}")
+    return backend

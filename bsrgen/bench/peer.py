@@ -13,7 +13,7 @@ from bsrgen.bench.case import Case
 
 Array = NDArray[Any]
 FULL = ("float32", "float64")
-Kind = Literal["bsrgen", "dense", "sparse", "mlir", "stock"]  # the last two only where backends are compared
+Kind = Literal["bsrgen", "dense", "sparse", "mlir", "stock", "dynamic", "prepare"]  # the last four where asked
 
 
 @dataclass(frozen=True, slots=True)

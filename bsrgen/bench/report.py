@@ -14,6 +14,7 @@ from bsrgen.backends import BACKENDS
 from bsrgen.bench.case import Case, case_of
 from bsrgen.bench.ceilings import Ceiling, Ceilings
 from bsrgen.bench.clock import Timing, measure
+from bsrgen.bench.dynamic import dynamic_peers
 from bsrgen.bench.peer import Kind, Run
 from bsrgen.bench.peers import PEERS, check, kernel_run, prepare
 from bsrgen.errors import BuildError
@@ -40,6 +41,7 @@ class Request:
     threads: int = 1
     rounds: int = 30
     dtype: str | None = None  # of W and X; None: the weight's own
+    mode: Literal["static", "dynamic"] = "static"  # dynamic: also a kernel that takes W with the call
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,25 +99,26 @@ def compare(
     """
     case = case_of(weight, request.operator, n, request.threads, request.dtype)
     kernel = _compiled(case, request, ())
-    runs, absent = prepare(case, PEERS[1:])
+    more = dynamic_peers(request.tune) if request.mode == "dynamic" else ()
+    runs, absent = prepare(case, (*more, *PEERS[1:]))
     own = {PEERS[0].name: kernel_run(kernel, case)}
     share = _own_error(own[PEERS[0].name], *case.reference())
     if request.epilogue:
         own[f"bsrgen + {', '.join(request.epilogue)}"] = _fused(case, request)
     peak = ceilings.fma(case.problem.dtype.short)
-    read = ceilings.read(max(kernel.plan.values.bytes, 1))
+    read = ceilings.read(max(kernel.plan.value_bytes, 1))
     calls = {name: run.call for name, run in (own | runs).items()} | {PEAK: peak.call, READ: read.call}
     cpus, settle_s = (None, 0.0) if request.threads == 1 else ((), SETTLE_S)
     times = measure(calls, rounds=request.rounds, seconds=LIMIT_S, cpus=cpus, settle_s=settle_s, progress=progress)
     mine = times[PEERS[0].name]
-    kinds = {peer.name: peer.kind for peer in PEERS}
+    kinds = {peer.name: peer.kind for peer in (*PEERS, *more)}
     rows = [Row(name, kinds.get(name, "bsrgen"), times[name], _gain(mine, times[name])) for name in own | runs]
     return Comparison(
         problem=case.problem, kernel=kernel, rows=tuple(sorted(rows, key=lambda row: row.timing.min_s)),
         absent=absent, peak=peak, peak_flop_per_s=peak.rate(times[PEAK]),
         peak_share=peak.share(times[PEAK], mine, case.nonzero_flop) / request.threads,
         read_bytes_per_s=read.rate(times[READ]),
-        read_share=read.share(times[READ], mine, kernel.plan.values.bytes) / request.threads,
+        read_share=read.share(times[READ], mine, kernel.plan.value_bytes) / request.threads,
         error_share=share, threads=request.threads, break_even=_break_even(kernel, case.problem, request, rows),
     )  # fmt: skip
 
@@ -182,6 +185,19 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     ns = ",".join(str(c.n) for c in comparisons)
     even = ", ".join("?" if c.break_even is None else f"{c.break_even:.2g}" for c in comparisons)
     return f"{who}: bsrgen {dense}x the best dense, {sparse}x the best sparse, break-even at density {even} (n={ns})"
+
+
+def dynamic_verdict(comparisons: Sequence[Comparison]) -> str:
+    """One line: the dynamic call over the static one, the preparation over one dense product, for each n."""
+    calls, prepares = [], []
+    for c in comparisons:
+        of = {row.kind: row.timing.min_s for row in reversed(c.rows)}  # the fastest of each kind
+        static_s = next(row.timing.min_s for row in c.rows if row.name == PEERS[0].name)
+        calls.append(f"{of['dynamic'] / static_s:.2f}")
+        prepares.append(f"{of['prepare'] / of['dense']:.2f}")
+    ns = ",".join(str(c.n) for c in comparisons)
+    made = f"preparing a weight {', '.join(prepares)}x a dense product's"
+    return f"{', '.join(calls)}x the static kernel's time, {made} (n={ns})"
 
 
 def block_shapes(comparisons: Sequence[Comparison]) -> str:

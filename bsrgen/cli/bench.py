@@ -31,6 +31,13 @@ FEW = 8  # tokens up to which reading the weight is the limit
 @click.option("--n", "ns", callback=numbers, default="1,32,128", show_default=True, help="Tokens, a table for each.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="For bsrgen and all peers.")
 @click.option("--rounds", type=click.IntRange(3), default=30, show_default=True, help="Samples of each contender.")
+@click.option(
+    "--mode",
+    type=click.Choice(["static", "dynamic"]),
+    default="static",
+    show_default=True,
+    help="dynamic: also a kernel that takes the weight with the call, and preparing one.",
+)
 @tune_option
 @verb
 def bench(
@@ -43,7 +50,8 @@ def bench(
     run.  Rates count stored elements only, for dense products too; speed-up is that of bsrgen over each.  With
     --epilogue, bsrgen is timed with it as well; the libraries compute the product alone.  The last line is the verdict,
     with the density up to which sparse would win; the one before it names the block shape of the same nonzeros that
-    would be faster by the model (bsrgen inspect has the table).
+    would be faster by the model (bsrgen inspect has the table).  With --mode dynamic one more line says what it costs
+    that a pattern comes with the call, and to prepare one.
     """
     from bsrgen.bench.clock import at_their_best, peer_threads
 
@@ -69,6 +77,8 @@ def bench(
         show_json({"weight": str(weight_file), "machine": _machine(), **report.document(comparisons)})
         return
     _notes(comparisons)
+    if request.mode == "dynamic":
+        click.echo(f"dynamic: {report.dynamic_verdict(comparisons)}")
     click.echo(f"block shapes: {report.block_shapes(comparisons)}")
     click.echo(f"verdict: {report.verdict(comparisons)}")
 
@@ -106,7 +116,7 @@ def _table(c: "Comparison") -> None:
     table.add_row(f"peak ({c.peak.row})", "", "", f"{c.peak_flop_per_s / 1e9:.1f}", "", style="dim")
     shares = [f"{100 * c.peak_share:.0f} % of peak"]
     if c.n <= FEW:
-        rate, held = f"{c.read_bytes_per_s / 1e9:.0f} GB/s", size(c.kernel.plan.values.bytes)
+        rate, held = f"{c.read_bytes_per_s / 1e9:.0f} GB/s", size(c.kernel.plan.value_bytes)
         shares.append(f"{100 * c.read_share:.0f} % of this core's {rate} ({held} of weight)")
     out = console()
     out.print()

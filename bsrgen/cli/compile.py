@@ -15,6 +15,14 @@ from bsrgen.cli.common import problem_options, read, show_json, tune_option, typ
 @type_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the artifact; replaced if it is one.")
 @click.option("--n", type=click.IntRange(1), help="Tokens to plan for; the kernel takes any number.")
+@click.option(
+    "--mode",
+    type=click.Choice(["static", "dynamic"]),
+    default="static",
+    show_default=True,
+    help="dynamic: calls bring any weight of this shape, block shape and type.",
+)
+@click.option("--max-blocks", type=click.IntRange(0), help="dynamic: the most blocks of one, if more than WEIGHT has.")
 @click.option("--strict", is_flag=True, help="Absent blocks contribute nothing even where x holds Inf or NaN.")
 @click.option(
     "--backend",

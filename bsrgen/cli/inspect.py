@@ -230,7 +230,7 @@ def _shape_table(shapes: tuple["Advice", ...], n: int | None) -> None:
 
 def pattern_document(pattern: "Pattern") -> dict[str, Any]:
     """Facts of a pattern as plain data."""
-    counts = pattern.row_counts
+    counts = pattern.row_counts if pattern.known else pattern.row_counts[:0]  # nobody knows yet
     per_row = (
         {"min": int(counts.min()), "mean": float(counts.mean()), "max": int(counts.max())} if counts.size else None
     )

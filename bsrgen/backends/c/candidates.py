@@ -24,8 +24,12 @@ CHUNK = 16  # tiles of tokens that take W out of L2 in turn, where W is larger t
 def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Iterator[CPlan]:
     """Legal plans, a good guess first; without `reblock` only those over the problem's own blocks.
 
-    Empty only where offsets inside one block outgrow a C int.
+    Empty only where offsets inside one block outgrow a C int.  A pattern that comes with the call is walked in its own
+    blocks, by vectors.
     """
+    if not problem.pattern.known:
+        yield from _tables(problem, target, None)
+        return
     matrix = list(matrix_plans(problem, target, reblock=reblock))
     filled = problem.pattern.R >= 8  # enough rows of a tile for a good guess
     yield from matrix if filled else ()

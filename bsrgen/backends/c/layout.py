@@ -46,7 +46,8 @@ class Layout(Plan):
     @property
     def dense(self) -> bool:
         """Whether the whole matrix is multiplied, zeros included."""
-        return 0 < self.pattern.nnzb == self.pattern.block_rows * self.pattern.block_cols
+        p = self.pattern
+        return self.problem.pattern.known and 0 < p.nnzb == p.block_rows * p.block_cols
 
     @property
     def zero_filled(self) -> bool:
@@ -224,8 +225,21 @@ class Layout(Plan):
 
     @property
     def value_bytes(self) -> int:
-        """Bytes of the packed values."""
-        return self.packing.count * self.packing.block_values * self.w_bytes + 4 * self.corrections
+        """Bytes of the packed values; of a pattern that comes with the call, the most."""
+        count = self.packing.count if self.problem.pattern.known else self.most_units
+        return count * self.packing.block_values * self.w_bytes + 4 * self.corrections
+
+    @property
+    def most_segments(self) -> int:
+        """(panel, block row) pairs that any pattern of so many blocks may have."""
+        p = self.pattern
+        return p.block_rows if self.panels == 1 else min(p.block_rows * self.panels, p.nnzb)
+
+    @property
+    def most_units(self) -> int:
+        """Packed blocks, or units of gathered columns, that any pattern of so many blocks may have."""
+        p, group = self.pattern, self.product.group
+        return (p.nnzb + (group - 1) * min(self.most_segments, p.nnzb)) // group if self.gather else p.nnzb
 
     @cached_property
     def work(self) -> Array:

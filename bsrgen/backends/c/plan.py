@@ -117,7 +117,8 @@ class CPlan(Layout):
         """Whether the pattern may be printed as code: one group of rows, one panel, within the budget."""
         tile_rows = self.tokens.rows if self.tokens else self.pattern.R
         single = (
-            not self.gather
+            self.problem.pattern.known
+            and not self.gather
             and self.bits is None
             and len(self.groups) == 1
             and tile_rows == self.pattern.R

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from bsrgen.backends.c import dynamic
 from bsrgen.backends.c.levels import level_of, offset_type
 from bsrgen.backends.c.matrix_text import matrix_view
 from bsrgen.backends.c.plan import CPlan
@@ -42,7 +43,8 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
     files: dict[str, bytes] = {}
     blobs: list[dict[str, str]] = []
     packings: list[dict[str, Any]] = []
-    levels = [level_of(plan, weight, files, blobs, packings) for plan in plans]
+    known = problem.pattern.known
+    levels = [level_of(plan, weight, files, blobs, packings) if known else dynamic.level_of(plan) for plan in plans]
     artifact = _artifact(plans, levels, blobs, packings)
     head = banner(problem, plans)
     units = [Unit(f"{name}.c", baseline(plans[0].target).flags)]  # runs before the check of the CPU
@@ -51,6 +53,10 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
             text = render("c/kernel.c.j2", k=_kernel(part, level), banner=head)
             files[f"{part.name}.c"] = text.encode()
             units.append(Unit(f"{part.name}.c", plan.target.flags))
+        if not known:
+            view = dynamic.prepare_view(plan, level["name"])
+            files[f"{level['name']}_prepare.c"] = render("c/prepare.c.j2", d=view, banner=head).encode()
+            units.append(Unit(f"{level['name']}_prepare.c", plan.target.flags))
     manifest = {"name": name, "problem": str(problem), "pattern": problem.pattern.digest}
     artifact["manifest_lines"] = [c_string(line) for line in json.dumps(manifest, indent=1).splitlines()]
     files[f"{name}.c"] = render("c/main.c.j2", a=artifact, banner=head).encode()
@@ -58,9 +64,10 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
     math = ("bsrgen_math.h",) if _needs_math(problem) else ()
     tiles = _AMX if any(plan.matrix for plan in plans) else ()
     expand = ("bsrgen_expand.h",) if any(plan.bits for plan in plans) else ()
-    for runtime in (*RUNTIME_FILES, *tiles, *expand, *math):
+    prepare = () if known else ("bsrgen_prepare.h",)
+    for runtime in (*RUNTIME_FILES, *tiles, *expand, *math, *prepare):
         files[runtime] = runtime_file(runtime)
-    values = tuple(f"{level['data']}.bin" for level in levels)
+    values = tuple(f"{level['data']}.bin" if known else "" for level in levels)
     return Source(name, plans, files, tuple(units), artifact["prototype"], values, artifact)
 
 
@@ -97,18 +104,20 @@ def _artifact(
     problem = plans[0].problem
     p, x, y = problem.pattern, problem.x_dtype, problem.out_dtype
     operands = operands_in_c(problem, _KIND_TEXT)
+    values = "values" if p.known else "prepared"
     prototype = (
         f"int {problem.name}(int64_t n, const {x.c} *x, int64_t ldx, {y.c} *y, int64_t ldy, "
-        f"{arguments_in_c(operands)}const void *values, int threads)"
+        f"{arguments_in_c(operands)}const void *{values}, int threads)"
     )
     return {
         "name": problem.name, "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c, "levels": levels, "blobs": blobs,
-        "x_one": ONE.get(x.name, "1"), "y_bits": "'s bits" if y.name in ONE else "", "packings": packings,
+        "x_one": ONE.get(x.name, "1"), "w_one": ONE.get(problem.dtype.name, "1"),
+        "y_bits": "'s bits" if y.name in ONE else "", "packings": packings,
         "operands": operands, "prototype": prototype, "linear": problem.operator.token_axis == 0,
         "x86": levels[0]["family"] == "x86_64", "M": p.M, "rows": problem.rows, "K": p.K, "R": p.R,
         "C": p.C, "nnzb": p.nnzb,
         "flop_per_token": max(2 * max(plan.pattern.nnz for plan in plans), 1), "flop_per_part": FLOP_PER_PART,
-        "language": "c",
+        "language": "c", "dynamic": not p.known, "values_name": values,
         "missing_bytes": 1 + sum(len(f) + 1 for f in (*levels[-1]["requires"], PERMISSION)), "permission": PERMISSION,
         "formula": problem.operator.formula, "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
         "epilogue_formula": epilogue_formula(problem),
@@ -183,6 +192,7 @@ def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
     linear = problem.operator.token_axis == 0
     shared = {
         "name": part.name, "tables": level["tables"], **_arithmetic(plan), "lanes": part.lanes,
+        "dynamic": None if problem.pattern.known else dynamic.ahead(plan),
         "quantize": _quantized_units(part), "pair": _pair(part), "M": p.M, "K": problem.pattern.K, "R": p.R, "C": p.C,
         "block_rows": p.block_rows, "panels": plan.panels, "offset_type": offset_type(plan), "linear": linear,
         "math": _needs_math(problem), "epilogue": _steps(problem), "finish_rows": part.weight is not None or linear,
@@ -216,7 +226,7 @@ def _vectors(part: _Part, linear: bool) -> dict[str, Any]:
     rows = code(plan) if plan.encoding == "code" and (tokens or not plan.tokens) else ()
     return {
         "matrix": None, "lowered": plan.lowered, "K_cells": p.K,
-        "panel_starts": plan.packing.panel_starts if plan.panels > 1 else (),
+        "panel_starts": plan.packing.panel_starts if plan.panels > 1 and plan.problem.pattern.known else (),
         "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
         "block_values": plan.packing.block_values, "k_lanes": k_lanes, "bits": _bits(part),
         "weight": weight, "tokens": tokens, "direct": direct,

@@ -99,6 +99,7 @@ struct region {
     const struct level *level;
     const struct kernel *kernel;
     const void *values;
+    const uint64_t *work; /* running cost of the block rows */
     int64_t units;
     int status;
 };
@@ -106,10 +107,10 @@ struct region {
 struct point { int64_t unit, row; }; /* work before it: all units before `unit` and, of that one, the rows before `row` */
 
 /* The block row before which the work is nearest to `want`. */
-static int64_t row_at(const struct level *level, double want)
+static int64_t row_at(const struct region *r, double want)
 {
-    const uint64_t *work = level->work;
-    int64_t low = 0, high = level->block_rows;
+    const uint64_t *work = r->work;
+    int64_t low = 0, high = r->level->block_rows;
     while (low < high) {
         const int64_t mid = (low + high) / 2;
         if ((double)work[mid] + (double)work[mid + 1] >= 2 * want) high = mid;
@@ -121,20 +122,21 @@ static int64_t row_at(const struct level *level, double want)
 /* Where part p of `parts` begins. */
 static struct point point_of(const struct region *r, int p, int parts)
 {
-    const struct level *level = r->level;
-    const double rows = (double)level->work[level->block_rows], at = (double)r->units * p / parts;
+    const uint64_t *work = r->work;
+    const int64_t block_rows = r->level->block_rows;
+    const double rows = (double)work[block_rows], at = (double)r->units * p / parts;
     struct point point = {(int64_t)at, 0};
     if (r->kernel->by_rows) { /* the row that the work before `at` ends in, and the unit in that row */
         const double want = rows * p / parts;
-        int64_t i = row_at(level, want);
-        if (i > 0 && (double)level->work[i] > want) i--;
-        if (i >= level->block_rows) return (struct point){0, level->block_rows};
-        const double width = (double)(level->work[i + 1] - level->work[i]);
-        return (struct point){(int64_t)((double)r->units * (want - (double)level->work[i]) / width + 0.5), i};
+        int64_t i = row_at(r, want);
+        if (i > 0 && (double)work[i] > want) i--;
+        if (i >= block_rows) return (struct point){0, block_rows};
+        const double width = (double)(work[i + 1] - work[i]);
+        return (struct point){(int64_t)((double)r->units * (want - (double)work[i]) / width + 0.5), i};
     }
     const double rest = at - (double)point.unit, share = (double)r->units / parts, little = share < 0.4 ? share / 10 : 0.04;
     if (rest > 1 - little) point.unit++; /* too little to prepare a unit for */
-    else if (rest > little) point.row = row_at(level, rest * rows);
+    else if (rest > little) point.row = row_at(r, rest * rows);
     return point;
 }
 
@@ -181,6 +183,7 @@ int spmm_f32_12x16_b4x1_6d89d2d2_call(const struct bsrgen_call *call)
     if (!level) return BSRGEN_NO_ISA;
     struct region r = {.call = call, .level = level, .kernel = n < level->few_n ? &level->few : &level->many};
     r.values = call->values ? call->values : level->values;
+    r.work = level->work;
     r.units = r.kernel->units(n);
     /* A thread must have some microseconds of work: 64 FLOP a token, 2000000 a part. */
     const double worth = (double)n * 64.0 / 2000000.0;
