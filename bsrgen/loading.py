@@ -21,7 +21,7 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None, expect_s
 
 
 def kernel_of(artifact: Artifact, *, threads: int | None = None, may_be_foreign: bool = False) -> Kernel:
-    """The kernel of an artifact: for the CPU or for GPUs, of a weight, of weights to come or of a pattern; see Kernel."""
+    """The kernel of an artifact: for CPU or GPU, of a weight, of weights to come or of a pattern; see Kernel."""
     m = artifact.manifest
     device, sampled = m.device == "cuda", m.operator in SAMPLED
     kind = DeviceKernel if device else SampledKernel if sampled else DynamicKernel if m.mode == "dynamic" else Kernel

@@ -44,7 +44,8 @@ FLOORS = """
     backends.c.products  backends.c.tiles
     emit  cost  backends.c.count
     verify
-    loading  tracks
+    tracks
+    loading
     device  sampled  dynamic
     exam
     kernel  plan  files  picture

@@ -101,7 +101,7 @@ def _entry(
     numbers = "".join(f"{o['c']}, " for o in operands)
     return {
         "name": s.name, "levels": levels, "blobs": blobs, "operands": operands, "inputs": inputs, "head": s.head,
-        "prototype": f"int {s.name}(int64_t n, {arrays}{numbers}{real.c} *y, int threads)", "language": "sampled",
+        "prototype": f"int {s.name}(int64_t n, {arrays}{numbers}{real.c} *y, int threads)", "language": "sampled", "dynamic": False,
         "x_type": s.dtype.c, "y_type": real.c, "x_one": ONE.get(s.dtype.name, "1"), "M": p.M, "K": p.K,
         "B": p.nnzb, "R": p.R, "C": p.C, "nothing": f"{'n == 0 || ' * headed}{p.M if s.head else p.nnzb} == 0",
         "needs": "!=" if headed else "<", "formula": s.operator.formula, "result": s.operator.result,
