@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -32,18 +31,19 @@ from bsrgen.loading import kernel_of
 from bsrgen.manifest import ABI, CheckRecord, parse_manifest
 from bsrgen.operators import as_operator
 from bsrgen.pattern import Pattern, Weight, as_weight
+from bsrgen.pit import as_pit
+from bsrgen.pit_weight import weight_of
 from bsrgen.problem import Problem, as_problem
-from bsrgen.quantize import quantized, source_of
+from bsrgen.quantize import quantized
 from bsrgen.sample import PRODUCTS, as_sample, refuse_values
 from bsrgen.sampling import compile_sample
-from bsrgen.stack import are_several, parts_of, stacked
 from bsrgen.store import Store
 from bsrgen.targets import Target, native
 from bsrgen.tracks import CpuTrack, Track, gpu_of, track_of
-from bsrgen.trampoline import trampoline
 
 UNCHECKED = "not checked by execution: no GPU that was there runs it"
 NOT_RACED = "tune='measure' without a GPU that runs it: the model chose"
+MODES = {"static": tuple(BACKENDS), "pit": ("c",)}  # and the backends that have them
 CHECK_N = (3, 35)  # tokens of the check: fewer than a vector, and two vectors with a rest
 
 
@@ -63,6 +63,8 @@ def compile(
     strict: bool = False,
     *,
     transposed: bool = False,
+    axis: str | None = None,
+    mask_block: tuple[int, int] | None = None,
     x_dtype: DTypeLike | None = None,
     quantize_x: bool = False,
     shape: tuple[int, int] | None = None,
@@ -108,6 +110,12 @@ def compile(
     backend: "c", which "auto" stands for; "mlir", which needs the extra of that name (UnsupportedError without it); or
         "cuda", which needs nvcc, from the extra or elsewhere (CompilerNotFoundError): such kernels take device arrays.
         "mlir" makes them too, for targets of "cuda", with both extras.
+    mode: "static", or "pit": a dense operand is sparse in each call in another way, along `axis`, and W is taken as
+        dense where it has no blocks of its own (no blocksize is needed).  The result is a PitKernel:
+        "tokens"    k(x, live=): only live rows of X are computed
+        "features"  k(x): only columns of W are read that x is not zero in; always takes W as dense
+        "experts"   W a list or [E, M, K]; k(x, routing=): each token is multiplied with its expert's weight alone
+        "outputs"   k(x, mask=): only blocks of Y, mask_block=(tokens, features), are computed
     target: "native", an ISA level or microarchitecture, or several for one library that picks at run time.  Where the
         lowest one's plan uses the matrix unit (AMX), x86-64-v4-bf16 is added: the system may refuse that unit.  Of
         "cuda", one or several of sm_75, sm_80, sm_86, sm_89, sm_90; "native" is that of the first GPU here.
@@ -134,31 +142,31 @@ def compile(
         raise ArgumentError(f"n={n!r}: a number of tokens from 1 up, or None")
     default_threads(threads)
     if operator in PRODUCTS:
+        if mode != "static":
+            raise UnsupportedError(f"mode={mode!r} with operator {operator!r}: use 'linear'")
         refuse_values(operator, backend, operands, transposed=transposed, quantize_x=quantize_x, x_dtype=x_dtype)
         given = isinstance(W, Pattern)
         pattern = W if given else as_weight(W, blocksize=blocksize, shape=shape, dtype=None).pattern
         sample = as_sample(operator, pattern, dtype, out_dtype, epilogue, n)
-        _prepare_calls()
+        build.prepare_calls()
         return compile_sample(sample, chosen.targets(target), _own_digest(), threads)
-    as_operator(operator)
+    along = as_pit(mode, axis, mask_block, as_operator(operator))
     paired = pair_of(as_epilogues(epilogue)) is not None
     targets = chosen.targets(target)
     chosen.tools(targets)  # UnsupportedError where something is not installed
-    weights = [source_of(part, w, blocksize=blocksize, shape=shape) for part in (W if are_several(W) else [W])]
-    parts = parts_of(weights, paired)
-    weight = stacked(weights) if len(weights) > 1 else weights[0]
-    if transposed and paired:
-        raise UnsupportedError("transposed=True with swiglu or geglu: a gate has no product with its transpose")
+    weight, parts, pit = weight_of(W, w, along, blocksize, shape, mask_block, paired)
+    if transposed and (paired or along):
+        raise UnsupportedError("transposed=True with swiglu, geglu or mode='pit': such a product has no transpose")
     weight, parts = (weight.T, ()) if transposed else (weight, parts)
-    problem = as_problem(operator, weight.pattern, w, x, y, epilogue, None if n is None else int(n), bool(quantize_x))
+    problem = as_problem(
+        operator, weight.pattern, w, x, y, epilogue, None if n is None else int(n), bool(quantize_x), pit
+    )
     bound, how = bind(problem, operands), "none"
     if w is INT8:
         how = "given" if "w_scale" in bound else "none" if weight.data.dtype == w.numpy else "max"
         weight, bound["w_scale"] = quantized(weight, bound.get("w_scale"))
-    artifact = _artifact(
-        chosen, problem, weight, targets, tuning,
-        Bound(bound, how, parts if are_several(W) and not paired else (), bool(transposed)),
-    )  # fmt: skip
+    shared = Bound(bound, how, parts, bool(transposed))
+    artifact = _artifact(chosen, problem, weight, targets, tuning, shared)
     return kernel_of(artifact, threads=threads, may_be_foreign=True)
 
 
@@ -173,11 +181,14 @@ class Bound:
 
 
 def _backend(name: str, mode: str) -> Backend:
-    if mode != "static":
-        raise UnsupportedError(f"mode={mode!r}: 'static' is what this version has")
+    if not isinstance(mode, str) or mode not in MODES:
+        raise UnsupportedError(f"mode={mode!r}: one of {', '.join(MODES)}")
     if name != "auto" and (not isinstance(name, str) or name not in BACKENDS):
         raise UnsupportedError(f"backend={name!r}: 'auto' or one of {', '.join(BACKENDS)}")
-    return BACKENDS["c" if name == "auto" else name]
+    backend = BACKENDS["c" if name == "auto" else name]
+    if backend.name not in MODES[mode]:
+        raise UnsupportedError(f"mode={mode!r} with backend={name!r}: {', '.join(MODES[mode])} has it")
+    return backend
 
 
 def _artifact(
@@ -189,7 +200,7 @@ def _artifact(
     keys = [_key(backend, problem, weight, targets, tune, tuning.strict, compiler, bound) for tune in tuning.keys]
     store = Store.default()
     found = [store.get(key) for key in keys]
-    _prepare_calls()
+    build.prepare_calls()
     for folder in filter(None, found):
         with suppress(FileNotFoundError):  # evicted by another process since it was checked: build it again
             return _parsed(folder)
@@ -206,15 +217,6 @@ def _parsed(folder: Path) -> Artifact:
     return Artifact(folder, parse_manifest((folder / MANIFEST).read_bytes(), folder))
 
 
-@functools.cache  # trying once in a process is enough
-def _prepare_calls() -> None:
-    """The extension for fast calls, built once; without Python.h calls take cffi's ABI mode."""
-    if trampoline().mode != "api" and os.environ.get("BSRGEN_DISABLE_JIT") != "1":
-        with suppress(BuildError):
-            build.build_trampoline()
-            trampoline.cache_clear()
-
-
 def _key(
     backend: Backend, problem: Problem, weight: Weight, targets: tuple[Target, ...], tune: str, strict: bool,
     compiler: build.Compiler, bound: Bound,
@@ -225,6 +227,7 @@ def _key(
         "backend": [backend.name, backend.tools(targets)],
         "problem": [problem.operator.name, [step.name for step in problem.epilogue], problem.n],
         "types": [row.name for row in (problem.dtype, problem.x_dtype, problem.out_dtype)],
+        "pit": str(problem.pit) if problem.pit else "",
         "weight": weight.digest,
         "notes": weight.notes,
         "bound": {

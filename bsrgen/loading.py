@@ -7,6 +7,7 @@ from bsrgen.artifact import Artifact, read_artifact
 from bsrgen.device import DeviceKernel
 from bsrgen.kernel import Kernel
 from bsrgen.operators import SAMPLED
+from bsrgen.pit_kernel import PitKernel
 from bsrgen.sampled import SampledKernel
 
 
@@ -22,5 +23,7 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None, expect_s
 def kernel_of(artifact: Artifact, *, threads: int | None = None, may_be_foreign: bool = False) -> Kernel:
     """The kernel of an artifact, for the CPU or for GPUs, with values or of a pattern alone; see Kernel."""
     m = artifact.manifest
-    kind = DeviceKernel if m.device == "cuda" else SampledKernel if m.operator in SAMPLED else Kernel
+    if m.device == "cuda":
+        return DeviceKernel(artifact, threads=threads, may_be_foreign=may_be_foreign)
+    kind = SampledKernel if m.operator in SAMPLED else PitKernel if m.pit else Kernel
     return kind(artifact, threads=threads, may_be_foreign=may_be_foreign)

@@ -21,7 +21,7 @@ FLOORS = """
     attention
     api
     choose  sampling
-    advice  package
+    advice  package  pit_weight
     backends
     backends.mlir
     backends.mlir.gpu_candidates  backends.mlir.gpu_text
@@ -34,7 +34,7 @@ FLOORS = """
     backends.mlir.plan  backends.c
     backends.c.sampled_text
     backends.c.candidates  backends.c.text
-    backends.c.matrix_candidates  backends.c.tiling  backends.c.levels
+    backends.c.matrix_candidates  backends.c.tiling  backends.c.levels  backends.c.features
     backends.c.covers
     build  tune  backends.c.plan  backends.mlir.lower  backends.c.sampled
     backends.c.layout  backends.c.count_matrix  backends.c.matrix_text
@@ -44,14 +44,16 @@ FLOORS = """
     emit  cost  backends.c.count
     verify
     loading  tracks
-    device  sampled
+    device  sampled  pit_kernel
     exam
     kernel  plan  files  picture
     artifact  arguments
+    selection
     problem  sample  occupancy  cover  quantize  stack
     pattern
     canonical  manifest  trampoline
     store  llvm  gpus  gpu_clock
+    pit
     operators  epilogues  targets  foreign  integrity
     calibration  strides  bindings  device_arrays  nvcc  nvrtc  driver  backends.mlir.formula
     dtypes  _paths  clock  verdict
@@ -63,7 +65,7 @@ ROOMS = ("cli", "bench")  # their own files may import each other, but not in a 
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
     "loading", "device", "device_arrays", "kernel", "sample", "sampled", "arguments", "strides", "problem", "quantize",
-    "stack", "pattern", "canonical", "foreign", "artifact", "manifest",
+    "pit_kernel", "selection", "pit", "stack", "pattern", "canonical", "foreign", "artifact", "manifest",
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {

@@ -100,7 +100,7 @@ def _entry(
     arrays = "".join(f"const {s.dtype.c} *{i['name']}, int64_t ld_{i['name']}, " for i in inputs)
     numbers = "".join(f"{o['c']}, " for o in operands)
     return {
-        "name": s.name, "levels": levels, "blobs": blobs, "operands": operands, "inputs": inputs, "head": s.head,
+        "name": s.name, "pit": None, "levels": levels, "blobs": blobs, "operands": operands, "inputs": inputs, "head": s.head,
         "prototype": f"int {s.name}(int64_t n, {arrays}{numbers}{real.c} *y, int threads)", "language": "sampled",
         "x_type": s.dtype.c, "y_type": real.c, "x_one": ONE.get(s.dtype.name, "1"), "M": p.M, "K": p.K,
         "B": p.nnzb, "R": p.R, "C": p.C, "nothing": f"{'n == 0 || ' * headed}{p.M if s.head else p.nnzb} == 0",
