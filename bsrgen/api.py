@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -25,23 +24,23 @@ from bsrgen.choose import Tuning, as_tuning, choose
 from bsrgen.dtypes import DTYPES, INT8, as_types
 from bsrgen.epilogues import as_epilogues, pair_of
 from bsrgen.errors import ArgumentError, ArgumentTypeError, BuildError, IncompatibleCPUError, UnsupportedError
-from bsrgen.even import empty, planned, sample_of
+from bsrgen.even import sample_of
 from bsrgen.exam import Exam, affordable
+from bsrgen.given import Given
 from bsrgen.integrity import MANIFEST
 from bsrgen.kernel import Kernel
 from bsrgen.loading import kernel_of
 from bsrgen.manifest import ABI, CheckRecord, parse_manifest
 from bsrgen.operators import as_operator
-from bsrgen.pattern import Pattern, Weight, as_weight
+from bsrgen.pattern import Weight
+from bsrgen.pit import as_pit
 from bsrgen.problem import Problem, as_problem
-from bsrgen.quantize import quantized, source_of
+from bsrgen.quantize import quantized
 from bsrgen.sample import PRODUCTS, as_sample, refuse_values
 from bsrgen.sampling import compile_sample
-from bsrgen.stack import are_several, parts_of, stacked
 from bsrgen.store import Store
 from bsrgen.targets import Target, native
 from bsrgen.tracks import CpuTrack, Track, gpu_of, track_of
-from bsrgen.trampoline import trampoline
 
 UNCHECKED = "not checked by execution: no GPU that was there runs it"
 NOT_RACED = "tune='measure' without a GPU that runs it: the model chose"
@@ -64,6 +63,8 @@ def compile(
     strict: bool = False,
     *,
     transposed: bool = False,
+    axis: str | None = None,
+    mask_block: tuple[int, int] | None = None,
     x_dtype: DTypeLike | None = None,
     quantize_x: bool = False,
     shape: tuple[int, int] | None = None,
@@ -107,9 +108,16 @@ def compile(
     epilogue: steps applied to the (scaled) sums in this order, rows of bsrgen.epilogues; their operands come with the
         call, or here by name (bias=b): converted like W, to float32 for reduced types, they become defaults of the
         kernel and of its artifact.
-    mode: "static", the pattern is in the kernel, or "dynamic": calls bring the weight, y = k(x, weight), see
-        DynamicKernel.  W then gives shape, block shape and the most blocks that one may have, unless max_blocks says
-        more; None stands for an empty W, with shape=, blocksize= and max_blocks=.  Only by backend "c".
+    mode: "static", the pattern is in the kernel; or, by backend "c" alone,
+        "dynamic": calls bring the weight, y = k(x, weight), see DynamicKernel.  W then gives shape, block shape and the
+        most blocks that one may have, unless max_blocks says more; None stands for an empty W, with shape= and
+        blocksize=.
+        "pit": a dense operand is sparse in each call in another way, along `axis`, and W is taken as dense where it has
+        no blocks of its own (no blocksize is needed).  The result is a PitKernel:
+        axis="tokens"    k(x, live=): only live rows of X are computed
+        axis="features"  k(x): only columns of W are read that x is not zero in; always takes W as dense
+        axis="experts"   W a list or [E, M, K]; k(x, routing=): each token meets its expert's weight alone
+        axis="outputs"   k(x, mask=): only blocks of Y, mask_block=(tokens, features), are computed
     backend: "c", which "auto" stands for; "mlir", which needs the extra of that name (UnsupportedError without it); or
         "cuda", which needs nvcc, from the extra or elsewhere (CompilerNotFoundError): such kernels take device arrays.
         "mlir" makes them too, for targets of "cuda", with both extras.
@@ -138,46 +146,32 @@ def compile(
     if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
         raise ArgumentError(f"n={n!r}: a number of tokens from 1 up, or None")
     default_threads(threads)
-    if operator in PRODUCTS:
+    sampled = operator in PRODUCTS
+    along = None if sampled else as_pit(mode, axis, mask_block, as_operator(operator))
+    given = Given(W, blocksize, shape, mode, max_blocks, along, mask_block, bool(transposed))
+    if sampled:
         refuse_values(
             operator, backend, operands, transposed=transposed, quantize_x=quantize_x, x_dtype=x_dtype, strict=strict,
             tune=tune if tune == "measure" else "", mode=mode if mode != "static" else "",
         )  # fmt: skip
-        given = isinstance(W, Pattern)
-        pattern = W if given else as_weight(W, blocksize=blocksize, shape=shape, dtype=None).pattern
-        sample = as_sample(operator, pattern, dtype, out_dtype, epilogue, n)
-        _prepare_calls()
+        sample = as_sample(operator, given.pattern(), dtype, out_dtype, epilogue, n)
+        build.prepare_calls()
         return compile_sample(sample, chosen.targets(target), _own_digest(), threads)
-    as_operator(operator)
     paired = pair_of(as_epilogues(epilogue)) is not None
     targets = chosen.targets(target)
     chosen.tools(targets)  # UnsupportedError where something is not installed
-    if max_blocks is not None and mode != "dynamic":
-        raise ArgumentError(f"max_blocks={max_blocks!r} with mode={mode!r}: only mode='dynamic' has a plan for more")
-    W = empty(shape, blocksize) if W is None else W
-    weights = [source_of(part, w, blocksize=blocksize, shape=shape) for part in (W if are_several(W) else [W])]
-    parts = parts_of(weights, paired)
-    weight = stacked(weights) if len(weights) > 1 else weights[0]
-    if transposed and paired:
-        raise UnsupportedError("transposed=True with swiglu or geglu: a gate has no product with its transpose")
-    if transposed and mode != "static":
-        raise UnsupportedError(
-            f"transposed=True with mode={mode!r}: give the transposed weight, scipy's W.T, with the call"
-        )
-    weight, parts = (weight.T, ()) if transposed else (weight, parts)
-    if mode == "dynamic":
-        weight = planned(weight, max_blocks, w.numpy)
-    problem = as_problem(operator, weight.pattern, w, x, y, epilogue, None if n is None else int(n), bool(quantize_x))
+    weight, parts, pit = given.weight(w, paired)
+    problem = as_problem(
+        operator, weight.pattern, w, x, y, epilogue, None if n is None else int(n), bool(quantize_x), pit
+    )
     bound, how = bind(problem, operands), "none"
-    if w is INT8 and not weight.pattern.known:
-        how = "given" if "w_scale" in bound else "none"
-    elif w is INT8:
-        how = "given" if "w_scale" in bound else "none" if weight.data.dtype == w.numpy else "max"
-        weight, bound["w_scale"] = quantized(weight, bound.get("w_scale"))
-    artifact = _artifact(
-        chosen, problem, weight, targets, tuning,
-        Bound(bound, how, parts if are_several(W) and not paired else (), bool(transposed)),
-    )  # fmt: skip
+    if w is INT8:
+        known = weight.pattern.known
+        how = "given" if "w_scale" in bound else "none" if not known or weight.data.dtype == w.numpy else "max"
+        if known:
+            weight, bound["w_scale"] = quantized(weight, bound.get("w_scale"))
+    what = Bound(bound, how, parts, given.transposed)
+    artifact = _artifact(chosen, problem, weight, targets, tuning, what)
     return kernel_of(artifact, threads=threads, may_be_foreign=True)
 
 
@@ -200,7 +194,7 @@ def _artifact(
     keys = [_key(backend, problem, weight, targets, tune, tuning.strict, compiler, bound) for tune in tuning.keys]
     store = Store.default()
     found = [store.get(key) for key in keys]
-    _prepare_calls()
+    build.prepare_calls()
     for folder in filter(None, found):
         with suppress(FileNotFoundError):  # evicted by another process since it was checked: build it again
             return _parsed(folder)
@@ -217,15 +211,6 @@ def _parsed(folder: Path) -> Artifact:
     return Artifact(folder, parse_manifest((folder / MANIFEST).read_bytes(), folder))
 
 
-@functools.cache  # trying once in a process is enough
-def _prepare_calls() -> None:
-    """The extension for fast calls, built once; without Python.h calls take cffi's ABI mode."""
-    if trampoline().mode != "api" and os.environ.get("BSRGEN_DISABLE_JIT") != "1":
-        with suppress(BuildError):
-            build.build_trampoline()
-            trampoline.cache_clear()
-
-
 def _key(
     backend: Backend, problem: Problem, weight: Weight, targets: tuple[Target, ...], tune: str, strict: bool,
     compiler: build.Compiler, bound: Bound,
@@ -236,6 +221,7 @@ def _key(
         "backend": [backend.name, backend.tools(targets)],
         "problem": [problem.operator.name, [step.name for step in problem.epilogue], problem.n],
         "types": [row.name for row in (problem.dtype, problem.x_dtype, problem.out_dtype)],
+        "pit": str(problem.pit) if problem.pit else "",
         "weight": weight.digest,
         "notes": weight.notes,
         "bound": {

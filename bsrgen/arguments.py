@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from bsrgen import strides
 from bsrgen.dtypes import DTYPES, DType
-from bsrgen.epilogues import W_SCALE, Operand, operand_dtype, operands_of
+from bsrgen.epilogues import SELECTING, W_SCALE, Operand, operand_dtype
 from bsrgen.errors import ArgumentError, ArgumentTypeError
 from bsrgen.foreign import host, view
 from bsrgen.machine import parallel_cores
 from bsrgen.manifest import Manifest
 from bsrgen.operators import OPERATORS
 from bsrgen.problem import Problem
+from bsrgen.selection import selected
 
 Array = NDArray[Any]
 COperand = tuple[Array | None, int, float]  # struct bsrgen_operand: data, ld, scalar
@@ -56,9 +57,10 @@ class Call:
         w, x, y = manifest.types
         self.x_dtype, self.out_dtype = x.numpy, y.numpy
         self.real, self.halves = DTYPES[w.real], w.real != w.name
-        self.operands = operands_of(manifest.steps)
+        self.operands, self.pit = manifest.given, manifest.as_pit
         self.dtypes = {operand.name: operand_dtype(operand, w, y).numpy for operand in self.operands}
         self.reads_out = "accumulate" in manifest.epilogue
+        self.partial = self.pit is not None and self.pit.axis.listed  # a call may leave results as they were
         self.threads = threads
 
     def prepare(
@@ -83,7 +85,8 @@ class Call:
         x2, ldx = strides.rows(x2)
         y, ldy = target, strides.leading(target)
         if ldy < 0 or self._overlaps(target, x2, values):
-            y = np.array(target, order="C") if self.reads_out else np.empty(shape, self.out_dtype)
+            kept = self.reads_out or self.partial
+            y = np.array(target, order="C") if kept else np.empty(shape, self.out_dtype)
             ldy = shape[1]
         count = self.threads if threads is None else check_threads(threads)
         return Prepared(n, x2, ldx, y, ldy, values, count, out, target)
@@ -97,7 +100,7 @@ class Call:
 
     def count(self, operand: Operand) -> int:
         """Values of an operand of kind "row"."""
-        return self.stacked if operand in W_SCALE.operands else self.rows
+        return self.stacked if operand in W_SCALE.operands or self.pit else self.rows
 
     def known(self, operands: Mapping[str, Any]) -> None:
         """Refuse names that the epilogue has not.  ArgumentTypeError."""
@@ -156,7 +159,8 @@ class Call:
 
     def _target(self, out: Any, shape: tuple[int, int], full: tuple[int, ...]) -> tuple[Array, Array]:
         if out is None:
-            out = np.zeros(full, self.out_dtype) if self.reads_out else np.empty(full, self.out_dtype)
+            zeros = self.reads_out or self.partial
+            out = np.zeros(full, self.out_dtype) if zeros else np.empty(full, self.out_dtype)
         elif not isinstance(out, np.ndarray):
             raise ArgumentTypeError(f"{self.name}: out is {type(out).__name__}, not a numpy array")
         elif out.dtype != self.out_dtype:
@@ -175,6 +179,11 @@ class Call:
         self, operand: Operand, given: Mapping[str, Any], shape: tuple[int, int], batch: tuple[int, ...] | None
     ) -> COperand:
         value = given.get(operand.name)
+        if operand.kind in SELECTING and self.pit:
+            n = shape[self.operator.token_axis]
+            tokens = () if batch is None else batch if operand.kind != "mask" else (n,)
+            return selected(self.name, operand, value, self.pit.selection_shape(n, self.stacked), tokens,
+                            self.pit.groups(self.stacked))  # fmt: skip
         if value is None and operand.default is None:
             raise ArgumentTypeError(f"{self.name}: operand {operand.name!r} is missing: k(x, {operand.name}=...)")
         if operand.kind == "scalar" or value is None or (operand.kind == "token" and np.ndim(value) == 0):
@@ -198,7 +207,8 @@ class Call:
         """What shapes an operand may have, the usual one first."""
         linear = self.operator.token_axis == 0
         if operand.kind == "row":
-            return ((self.count(operand),),)
+            each = ((self.stacked // self.rows, self.rows),) if self.count(operand) > self.rows > 0 else ()
+            return ((self.count(operand),), *each)
         if operand.kind == "element":
             return ((self.rows,) if batch is None else (*batch, self.rows) if linear else shape,)
         tokens = () if batch is None else batch if linear else shape[1:]
@@ -233,7 +243,7 @@ def bind(problem: Problem, operands: Mapping[str, Any]) -> dict[str, Array]:
         if name not in known:
             takes = f"takes {', '.join(known)}" if known else "takes no operands"
             raise ArgumentTypeError(f"{problem}: no parameter of compile is called {name!r}, and its epilogue {takes}")
-        if known[name].kind == "element":
+        if known[name].kind in ("element", *SELECTING):
             raise ArgumentError(f"{problem}: {name} depends on the number of tokens: give it with the call")
         shape = (problem.rows_of(known[name]),) if known[name].kind == "row" else ()
         try:
@@ -244,6 +254,8 @@ def bind(problem: Problem, operands: Mapping[str, Any]) -> dict[str, Array]:
             raise ArgumentError(f"{problem}: {name} has values beyond {problem.real.name}") from e
         except (TypeError, ValueError, RuntimeError) as e:
             raise ArgumentTypeError(f"{problem}: {name}={value!r}: expected real numbers") from e
+        if problem.pit and array.ndim == 2 and array.shape[1] == problem.rows:  # of experts
+            array = array.reshape(-1)
         if array.shape != shape:
             each = "; give one for each token with the call" if known[name].kind == "token" else ""
             raise ArgumentError(f"{problem}: {name} has shape {array.shape}, expected {shape}{each}")

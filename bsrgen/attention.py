@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from bsrgen import api
+from bsrgen import api, build
 from bsrgen.arguments import default_threads
 from bsrgen.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from bsrgen.operators import ATTENTION, SOFTMAX
@@ -149,7 +149,7 @@ def compile_softmax(
 
 def _kernel(sample: Sample, target: str | tuple[str, ...], threads: int | None) -> SampledKernel:
     default_threads(threads)
-    api._prepare_calls()
+    build.prepare_calls()
     return compile_sample(sample, as_targets(target), api._own_digest(), threads)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -150,6 +151,17 @@ def _in_two_parts(unit: Unit, target: str, compiler: Compiler, folder: Path) -> 
     include = f"-I{nvcc.find_nvcc().include}"
     log = _run([compiler.path, *flags, include, f"-I{RUNTIME}", "-I.", "-c", unit.file, "-o", target], folder)
     return f"{found.identity} --gpu-architecture={arch} {unit.file}\n{made.log}\n{log}"
+
+
+@functools.cache  # trying once in a process is enough
+def prepare_calls() -> None:
+    """The extension for fast calls, built once; without Python.h calls take cffi's ABI mode."""
+    from bsrgen.trampoline import trampoline
+
+    if trampoline().mode != "api" and os.environ.get("BSRGEN_DISABLE_JIT") != "1":
+        with suppress(BuildError):
+            build_trampoline()
+            trampoline.cache_clear()
 
 
 def build_trampoline() -> None:

@@ -43,6 +43,7 @@ BFLOAT16 = DType("bfloat16", "bf16", "uint16_t", 2, "float32", "float32", 2.0**-
 FLOAT16 = DType("float16", "f16", "uint16_t", 2, "float32", "float32", 2.0**-11, 2.0**-24, 65504.0)
 INT8 = DType("int8", "s8", "int8_t", 1, "int32", "float32", 0.0, 1.0, 127.0)
 INT32 = DType("int32", "s32", "int32_t", 4, "int32", "float32", 0.0, 1.0, 2.0**31 - 1)  # of sums only
+UINT8 = DType("uint8", "u8", "uint8_t", 1, "int32", "float32", 0.0, 1.0, 255.0)  # of masks only
 
 DTYPES = {row.name: row for row in (FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT8)}
 ACCUMULATORS = {row.name: row for row in (FLOAT32, FLOAT64, INT32)}

@@ -21,6 +21,9 @@ _C_KIND = {
     "token": "const {type} *{name}, int64_t ld_{name}",
     "scalar": "{type} {name}",
     "element": "const {type} *{name}, int64_t ld_{name}",
+    "live": "const {type} *{name}",
+    "routing": "const {type} *{name}",
+    "mask": "const {type} *{name}, int64_t ld_{name}",
 }
 
 
@@ -112,8 +115,14 @@ def epilogue_formula(problem: Problem) -> str:
 
 def operands_in_c(problem: Problem, text: Mapping[str, str]) -> list[dict[str, Any]]:
     """The caller's operands as C has them: names, kinds, types, and what `text` says of each kind."""
+    sizes = {"tokens": problem.pit.tokens, "rows": problem.pit.rows} if problem.pit else {}
     return [
-        {"name": o.name, "kind": o.kind, "text": text[o.kind].format(name=o.name), "type": problem.operand_dtype(o).c}
+        {
+            "name": o.name,
+            "kind": o.kind,
+            "text": text[o.kind].format(name=o.name, **sizes),
+            "type": problem.operand_dtype(o).c,
+        }
         for o in problem.operands
     ]
 

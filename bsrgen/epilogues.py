@@ -12,11 +12,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen.dtypes import DTYPES, INT8, DType
+from bsrgen.dtypes import DTYPES, INT8, INT32, UINT8, DType
 from bsrgen.errors import ArgumentError, ArgumentTypeError
 
 Array = NDArray[Any]
-Kind = Literal["row", "token", "element", "scalar", "out", "inside", "gate"]
+Kind = Literal["row", "token", "element", "scalar", "out", "inside", "gate", "live", "routing", "mask"]
+SELECTING = ("live", "routing", "mask")  # what a call of mode="pit" computes: bsrgen.pit
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,9 @@ class Operand:
 
     Not the caller's are "out", the old content of `out`, and what the kernel makes itself: "inside" for each token,
     "gate" for each output.
+
+    What is to be computed in mode="pit" is said by "live", nonzero for each token; "routing", the number of its expert
+    for each token, negative for none; and "mask", nonzero for each block of outputs.
     """
 
     name: str
@@ -101,6 +105,13 @@ CLAMP = Epilogue(
     (Operand("lo", "scalar", -np.inf), Operand("hi", "scalar", np.inf)),
     flop=2,
 )
+TOKEN_SCALE = Epilogue(  # a router's weight, or a mask of tokens
+    "token_scale",
+    "v * token_scale",
+    lambda v, token_scale: v * token_scale,
+    (Operand("token_scale", "token", 1.0),),
+    gain=np.abs,
+)
 RESIDUAL = Epilogue("residual", "v + residual", lambda v, residual: v + residual, (Operand("residual", "element"),))
 # Of two weights that share X: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202, section 2.
 SWIGLU, GEGLU = (
@@ -140,7 +151,8 @@ QUANTIZE = Epilogue(  # the store rounds to the nearest integer in [-127, 127]
 )
 
 EPILOGUES = {
-    row.name: row for row in (BIAS, SCALE, RELU, GELU, GELU_TANH, SILU, SIGMOID, TANH, CLAMP, RESIDUAL, ACCUMULATE)
+    row.name: row
+    for row in (BIAS, SCALE, TOKEN_SCALE, RELU, GELU, GELU_TANH, SILU, SIGMOID, TANH, CLAMP, RESIDUAL, ACCUMULATE)
 }
 GATED = {row.name: row for row in (SWIGLU, GEGLU)}  # the first step of a pair of weights
 CHOICES = EPILOGUES | GATED
@@ -206,4 +218,6 @@ def operands_of(steps: Sequence[Epilogue]) -> tuple[Operand, ...]:
 def operand_dtype(operand: Operand, w: DType, y: DType) -> DType:
     """Type of an operand in memory: of Y for those shaped like Y, where that is a floating type; else what the epilogue
     computes in."""
+    if operand.kind in SELECTING:
+        return INT32 if operand.kind == "routing" else UINT8
     return y if operand.kind in ("element", "out") and y is not INT8 else DTYPES[w.real]

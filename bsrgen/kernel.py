@@ -405,7 +405,7 @@ class Kernel:
     def problem(self) -> Problem:
         """What is computed."""
         m, (w, x, y) = self.artifact.manifest, self.artifact.manifest.types
-        return Problem(OPERATORS[m.operator], self.pattern, w, m.steps, None, x, y)
+        return Problem(OPERATORS[m.operator], self.pattern, w, m.steps, None, x, y, m.as_pit)
 
     @property
     def plan(self) -> LevelRecord:

@@ -8,6 +8,7 @@ from bsrgen.device import DeviceKernel
 from bsrgen.dynamic import DynamicKernel
 from bsrgen.kernel import Kernel
 from bsrgen.operators import SAMPLED
+from bsrgen.pit_kernel import PitKernel
 from bsrgen.sampled import SampledKernel
 
 
@@ -24,5 +25,7 @@ def kernel_of(artifact: Artifact, *, threads: int | None = None, may_be_foreign:
     """The kernel of an artifact: for CPU or GPU, of a weight, of weights to come or of a pattern; see Kernel."""
     m = artifact.manifest
     device, sampled = m.device == "cuda", m.operator in SAMPLED
-    kind = DeviceKernel if device else SampledKernel if sampled else DynamicKernel if m.mode == "dynamic" else Kernel
+    if device or sampled:
+        return (DeviceKernel if device else SampledKernel)(artifact, threads=threads, may_be_foreign=may_be_foreign)
+    kind = DynamicKernel if m.mode == "dynamic" else PitKernel if m.pit else Kernel
     return kind(artifact, threads=threads, may_be_foreign=may_be_foreign)

@@ -8,10 +8,22 @@ from typing import Any, Literal
 import msgspec
 
 from bsrgen.dtypes import DType, as_types
-from bsrgen.epilogues import CHOICES, QUANTIZED_X, Epilogue, as_epilogues, composed, gate_rows, operands_of, steps_of
+from bsrgen.epilogues import (
+    CHOICES,
+    QUANTIZED_X,
+    SELECTING,
+    Epilogue,
+    Operand,
+    as_epilogues,
+    composed,
+    gate_rows,
+    operands_of,
+    steps_of,
+)
 from bsrgen.errors import ArtifactError
 from bsrgen.integrity import MANIFEST
 from bsrgen.operators import NAME, kernel_name
+from bsrgen.pit import AXES, AxisName, Pit
 from bsrgen.verdict import Verdict
 
 PATTERN_FILE = "pattern.npz"  # indptr, indices
@@ -30,13 +42,21 @@ class OperandRecord(_Record, frozen=True):
     """An operand of the epilogue; scalars and values per token have a default."""
 
     name: str
-    kind: Literal["row", "token", "element", "scalar"]
+    kind: Literal["row", "token", "element", "scalar", "live", "routing", "mask"]
     default: float | str | None = None  # JSON has no infinities: "inf", "-inf"
 
 
-def operand_records(epilogue: Sequence[Epilogue]) -> tuple[OperandRecord, ...]:
-    """What a call of a kernel with this epilogue takes."""
-    return tuple(OperandRecord(o.name, o.kind, _json_number(o.default)) for o in operands_of(epilogue))  # type: ignore[arg-type]
+def operand_records(operands: Sequence[Operand]) -> tuple[OperandRecord, ...]:
+    """What a call of a kernel with these operands takes."""
+    return tuple(OperandRecord(o.name, o.kind, _json_number(o.default)) for o in operands)  # type: ignore[arg-type]
+
+
+class PitRecord(_Record, frozen=True):
+    """Of mode="pit": the axis that calls thin out, and the tokens and rows of W of a block that they mask or route."""
+
+    axis: AxisName
+    tokens: int
+    rows: int
 
 
 def _json_number(value: float | None) -> float | str | None:
@@ -132,6 +152,7 @@ class Manifest(_Record, frozen=True):
     epilogue: tuple[str, ...]  # with the steps that int8 brings itself
     operands: tuple[OperandRecord, ...]
     parts: tuple[int, ...]  # features of Y by weight, where a list of weights shares X
+    pit: PitRecord | None  # None: the whole product
     pattern: str
     weight: str
     family: str
@@ -166,25 +187,44 @@ class Manifest(_Record, frozen=True):
         own = composed(as_epilogues(user), *self.types, quantizes)
         if tuple(step.name for step in own) != self.epilogue:
             raise ValueError(f"epilogue {self.epilogue!r:.80} is not one of {self.dtype} kernels")
-        if self.operands != operand_records(own):
+        if self.operands != operand_records(self.given):
             raise ValueError("operands are not those of the epilogue")
         if self.weight_scale != "none" and "w_scale" not in self.bound:
             raise ValueError("weight_scale is not bound")
-        if not set(self.bound) <= {operand.name for operand in self.operands if operand.kind != "element"}:
+        if not set(self.bound) <= {
+            operand.name for operand in self.operands if operand.kind not in ("element", *SELECTING)
+        }:
             raise ValueError("bound names an operand that cannot be bound")
         # The library's symbols carry the name: a manifest that lies about them finds nothing to call.
-        says = kernel_name(self.operator, *self.types, self.shape, self.blocksize, self.pattern, self.epilogue)
+        says = kernel_name(
+            self.operator, *self.types, self.shape, self.blocksize, self.pattern, self.epilogue, self.as_pit
+        )
         if self.name != says or not NAME.match(self.name):
             raise ValueError(f"name {self.name!r:.80} is not that of the kernel described, {says!r:.80}")
         if min(*self.shape, self.nnzb) < 0 or min(self.blocksize) < 1 or self.nnzb > 2**31:
             raise ValueError("a size is out of range")
+        if (p := self.pit) and (
+            p.tokens < 1 or p.rows < 0 or (p.axis == "experts" and (p.rows == 0 or self.shape[0] % p.rows != 0))
+        ):
+            raise ValueError("groups of mode='pit' do not fit the shape")
         if self.parts and (sum(self.parts) != self.rows or min(self.parts) < 0):
             raise ValueError("the parts of Y are not Y")
 
     @property
     def rows(self) -> int:
         """Features of Y."""
-        return self.shape[0] - gate_rows(self.steps, self.shape[0], self.blocksize[0])
+        M = self.shape[0] - gate_rows(self.steps, self.shape[0], self.blocksize[0])
+        return self.as_pit.features_of_y(M) if self.as_pit else M
+
+    @property
+    def as_pit(self) -> Pit | None:
+        """What calls leave out, in mode="pit"."""
+        return Pit(AXES[self.pit.axis], self.pit.tokens, self.pit.rows) if self.pit else None
+
+    @property
+    def given(self) -> tuple[Operand, ...]:
+        """The operands of a call."""
+        return (*operands_of(self.steps), *((self.as_pit.axis.operand,) if self.as_pit else ()))
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,11 +13,18 @@ from bsrgen.dtypes import DType, as_types
 from bsrgen.errors import ArgumentError
 
 Array = NDArray[Any]
+Places = tuple[int | None, int | None, int | None]  # of an axis in W, X and Y
 
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """A product with the weight W[M,K].  `token_axis` is the axis of N in both X and Y, which are row-major."""
+    """A product with the weight W[M,K].  `token_axis` is the axis of N in both X and Y, which are row-major.
+
+    permutable: the axes whose order does not matter, and where each lies in (W, X, Y), None where it does not: operands
+    permuted along one give the same result, permuted along it too where Y has it.  Such axes may be thinned out and
+    gathered at run time (mode="pit"; Zheng et al., SOSP 2023, section 3.1).  An axis that is not there must be kept in
+    order and whole.
+    """
 
     name: Literal["linear", "spmm"]
     formula: str
@@ -25,6 +32,7 @@ class Operator:
     y_shape: str
     token_axis: int
     product: Callable[[Any, Array], Array]  # (W, X) -> Y; W is anything with `@`, dense or scipy
+    permutable: Mapping[str, Places]
 
     def __reduce__(self) -> Any:
         return as_operator, (self.name,)  # the row itself: `product` cannot be pickled
@@ -35,9 +43,23 @@ class Operator:
 
 
 LINEAR = Operator(
-    "linear", "Y[N,M] = X[N,K] @ W[M,K].T", "[N,K]", "[N,M]", 0, lambda W, X: np.ascontiguousarray((W @ X.T).T)
+    "linear",
+    "Y[N,M] = X[N,K] @ W[M,K].T",
+    "[N,K]",
+    "[N,M]",
+    0,
+    lambda W, X: np.ascontiguousarray((W @ X.T).T),
+    {"n": (None, 0, 0), "k": (1, 1, None), "m": (0, None, 1)},
 )
-SPMM = Operator("spmm", "Y[M,N] = W[M,K] @ X[K,N]", "[K,N]", "[M,N]", 1, lambda W, X: np.asarray(W @ X))
+SPMM = Operator(
+    "spmm",
+    "Y[M,N] = W[M,K] @ X[K,N]",
+    "[K,N]",
+    "[M,N]",
+    1,
+    lambda W, X: np.asarray(W @ X),
+    {"n": (None, 1, 1), "k": (1, 0, None), "m": (0, None, 0)},
+)
 
 OPERATORS: dict[str, Operator] = {row.name: row for row in (LINEAR, SPMM)}
 
@@ -91,13 +113,15 @@ NAME = re.compile(r"\A[a-z][a-z0-9_]{0,94}\Z")
 
 def kernel_name(
     operator: str, dtype: DType, x_dtype: DType, out_dtype: DType, shape: tuple[int, int], blocksize: tuple[int, int],
-    pattern: str, epilogue: Sequence[str],
+    pattern: str, epilogue: Sequence[str], pit: object = None,
 ) -> str:  # fmt: skip
     """Prefix of a kernel's symbols and files: operator, types, shape, block, digest of all else but the values.
 
     One type stands for all three where the others are its defaults; else _x and _y say what X and Y are.
     """
-    digest = hashlib.sha256(f"{pattern} {operator} {dtype.name} {list(epilogue)}".encode()).hexdigest()[:8]
+    text = f"{pattern} {operator} {dtype.name} {list(epilogue)}" + (f" {pit}" if pit else "")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    operator += "_pit" if pit else ""
     (M, K), (R, C) = shape, blocksize
     types = dtype.short
     if x_dtype is not dtype:

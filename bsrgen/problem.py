@@ -15,6 +15,7 @@ from bsrgen.epilogues import QUANTIZED_X, W_SCALE, Epilogue, Operand, as_epilogu
 from bsrgen.errors import ArgumentError, UnsupportedError
 from bsrgen.operators import Operator, as_operator, kernel_name
 from bsrgen.pattern import Pattern, Weight
+from bsrgen.pit import Pit
 
 Array = NDArray[Any]
 
@@ -30,6 +31,7 @@ class Problem:
     n: int | None = field(default=None, compare=False)  # a hint for the planner, never baked in
     x_dtype: DType = None  # type: ignore[assignment]  # of X; None: the weight's
     out_dtype: DType = None  # type: ignore[assignment]  # of Y; None: the first of PAIRS
+    pit: Pit | None = None  # what of it a call leaves out, in mode="pit"
 
     def __post_init__(self) -> None:
         _, x, y = as_types(self.dtype, self.x_dtype, self.out_dtype)
@@ -42,7 +44,9 @@ class Problem:
         types = self.dtype.name
         if (self.dtype, self.x_dtype, self.out_dtype) != as_types(self.dtype):
             types += f" x {self.x_dtype.name} -> {self.out_dtype.name}"
-        return f"{self.operator.name} {types} {p.M}x{p.K} blocks {p.R}x{p.C} density {p.density:.3g}{steps}"
+        return f"{self.operator.name} {types} {p.M}x{p.K} blocks {p.R}x{p.C} density {p.density:.3g}{steps}" + (
+            f", {self.pit}" if self.pit else ""
+        )
 
     @property
     def gate_rows(self) -> int:
@@ -52,19 +56,20 @@ class Problem:
     @property
     def rows(self) -> int:
         """Features of Y."""
-        return self.pattern.M - self.gate_rows
+        M = self.pattern.M - self.gate_rows
+        return self.pit.features_of_y(M) if self.pit else M
 
     @property
     def operands(self) -> tuple[Operand, ...]:
-        """The operands of the epilogue, in the order of the C signature."""
-        return epilogues.operands_of(self.epilogue)
+        """The operands of a call: those of the epilogue, in the order of the C signature, and what mode="pit" adds."""
+        return (*epilogues.operands_of(self.epilogue), *((self.pit.axis.operand,) if self.pit else ()))
 
     @cached_property
     def name(self) -> str:
         """Name of the kernel and prefix of its C symbols."""
         p, steps = self.pattern, [step.name for step in self.epilogue]
         types = (self.dtype, self.x_dtype, self.out_dtype)
-        return kernel_name(self.operator.name, *types, p.shape, p.blocksize, p.digest, steps)
+        return kernel_name(self.operator.name, *types, p.shape, p.blocksize, p.digest, steps, self.pit)
 
     @property
     def quantizes_x(self) -> bool:
@@ -97,10 +102,14 @@ class Problem:
     def sample(self, rng: np.random.Generator, n: int) -> tuple[Array, dict[str, Any]]:
         """Random X of n tokens and random operands, for checks and timings."""
         x = _random(rng, self.operator.shape(n, self.pattern.K), self.x_dtype)
+        if self.pit and not self.pit.axis.listed:
+            x = np.where(rng.random(x.shape) < rng.random((n, 1)), x, x.dtype.type(0))
         return x, {operand.name: self._sample(rng, n, operand) for operand in self.operands}
 
     def _sample(self, rng: np.random.Generator, n: int, operand: Operand) -> Any:
-        M, dtype = self.rows_of(operand), self.operand_dtype(operand)
+        if self.pit and operand is self.pit.axis.operand:
+            return self.pit.sample(rng, n, self.pattern.M)
+        M, dtype = self.rows_of(operand) if operand.kind == "row" else self.rows, self.operand_dtype(operand)
         shape = {"row": (M,), "token": (n,), "element": self.operator.shape(n, M), "scalar": ()}[operand.kind]
         if not operand.positive:
             return _random(rng, shape, dtype)
@@ -110,8 +119,9 @@ class Problem:
         return (size * rng.uniform(0.5, 1.5, shape)).astype(dtype.numpy) if shape else dtype.numpy.type(size)
 
     def rows_of(self, operand: Operand) -> int:
-        """Values of an operand of kind "row": of w_scale, for the rows of W, of others for the features of Y."""
-        return self.pattern.M if operand in W_SCALE.operands else self.rows
+        """Values of an operand of kind "row": of w_scale, for the rows of W, of others for the features of Y; of
+        experts, for the rows of all of them."""
+        return self.pattern.M if operand in W_SCALE.operands or self.pit else self.rows
 
     def sample_out(self, rng: np.random.Generator, n: int) -> Array:
         """Random old content of `out`."""
@@ -126,9 +136,30 @@ class Problem:
         |y - Y| <= g(k + 2) (|W| |x|), k stored entries of that row, carried through the epilogue by each step's gain,
         plus the roundings of the step itself and of Y.  Sums of int8 are exact.  Y of int8 is saturated, not rounded.
         """
+        if self.pit:
+            return self._selected(self.pit, weight, x, given or {}, out)
+        return self._computed(weight, x, given, out)
+
+    def _selected(
+        self, pit: Pit, weight: Weight, x: Array, given: Mapping[str, Any], out: Array | None
+    ) -> tuple[Array, Array]:
+        """The same of mode="pit": what is not selected is what `out` was, 0 without."""
+        selection = given.get(pit.axis.operand.name)
+        if pit.axis.name == "experts" and selection is None:
+            raise ArgumentError(f"{self}: routing= says which expert each token goes to")
+        y, bound = self._computed(weight, x, given, out, selection)
+        kept = pit.kept(selection, y.shape[0], self.pattern.M)
+        old = np.zeros(y.shape) if out is None else np.asarray(out, np.float64)
+        return np.where(kept, y, old), np.where(kept, bound, 0.0)
+
+    def _computed(
+        self, weight: Weight, x: Array, given: Mapping[str, Any] | None, out: Array | None, selection: Any = None
+    ) -> tuple[Array, Array]:
         u = self.real.unit_roundoff
         x, scale = _quantized(x, self.operator.token_axis) if self.quantizes_x else (x, None)
         y, bound = self._sums(weight, np.asarray(x, np.float64))
+        if self.pit:
+            y, bound = self.pit.routed(y, selection), self.pit.routed(bound, selection)
         given = {**(given or {}), **({} if scale is None else {QUANTIZED_X.operands[0].name: scale})}
         for step in self.epilogue:
             off: Any = 0.0
@@ -138,7 +169,7 @@ class Problem:
             values = [
                 np.asarray(0.0 if out is None else out, np.float64)
                 if operand.kind == "out"
-                else self._operand(operand, given.get(operand.name, operand.default))
+                else self._operand(operand, given.get(operand.name, operand.default), selection)
                 for operand in step.operands
             ]
             before, y = y, step.numpy(y, *values)
@@ -189,8 +220,10 @@ class Problem:
     def _per_row(self, v: Array) -> Array:
         return v if self.operator.token_axis == 0 else v[:, None]
 
-    def _operand(self, operand: Operand, value: Any) -> Array:
+    def _operand(self, operand: Operand, value: Any, selection: Any) -> Array:
         v: Array = np.asarray(value, np.float64)
+        if self.pit and operand.kind == "row":
+            return self.pit.routed(v, selection)
         if operand.kind in ("token", "inside") and v.ndim:
             return v.reshape((-1, 1) if self.operator.token_axis == 0 else (1, -1))
         return self._per_row(v) if operand.kind == "row" else v
@@ -205,6 +238,7 @@ def as_problem(
     epilogue: str | Sequence[str] = (),
     n: int | None = None,
     quantize_x: bool = False,
+    pit: Pit | None = None,
 ) -> Problem:
     """What `bsrgen.compile` is asked for with these arguments.  ArgumentError, ArgumentTypeError, UnsupportedError."""
     w, x, y = as_types(dtype, x_dtype, out_dtype)
@@ -214,7 +248,11 @@ def as_problem(
         )
     user = as_epilogues(epilogue)
     steps = composed(user, w, x, y, quantize_x)
-    problem = Problem(as_operator(operator), pattern, w, steps, n, x, y)
+    if pit and (quantize_x or any(step.gate for step in user)):
+        raise UnsupportedError(
+            "mode='pit' with quantize_x, swiglu or geglu: quantise X, or gate, outside of the kernel"
+        )
+    problem = Problem(as_operator(operator), pattern, w, steps, n, x, y, pit)
     if any(step.gate for step in user[1:]):
         raise ArgumentError(f"epilogue {[step.name for step in user]}: swiglu and geglu come first, and once")
     if y is INT8 and any(operand.kind == "out" for step in steps for operand in step.operands):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bsrgen.dtypes import DTYPES, INT8, DType, as_dtype, bound_factor
-from bsrgen.epilogues import ACCUMULATE, SCALE, Epilogue, as_epilogues
+from bsrgen.epilogues import ACCUMULATE, SCALE, Epilogue, Operand, as_epilogues, operands_of
 from bsrgen.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from bsrgen.operators import ATTENTION, LINEAR_GRAD, SAMPLED, SDDMM, SOFTMAX, Sampled, kernel_name
 from bsrgen.pattern import Pattern
@@ -67,6 +67,16 @@ class Sample:
         head = f" heads of {self.head}" if self.head else ""
         types = self.dtype.name + ("" if self.dtype is self.real else f" -> {self.real.name}")
         return f"{self.operator.name} {types} {p.M}x{p.K}{head} blocks {p.R}x{p.C} density {p.density:.3g}{steps}"
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """What a call takes beside the inputs."""
+        return operands_of(self.epilogue)
+
+    @property
+    def pit(self) -> None:
+        """Nothing is left out."""
+        return None
 
     @property
     def real(self) -> DType:

@@ -26,7 +26,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Races of two, in a store of the test's own."""
     monkeypatch.setattr(tune, "TOP", 2)
     monkeypatch.setattr(build, "COMPILE_FLAGS", [flag.replace("-O3", "-O0") for flag in build.COMPILE_FLAGS])
-    monkeypatch.setattr("bsrgen.api._prepare_calls", lambda: None)
+    monkeypatch.setattr("bsrgen.build.prepare_calls", lambda: None)
     monkeypatch.setenv("BSRGEN_CACHE_DIR", str(tmp_path / "store"))
 
 

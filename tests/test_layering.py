@@ -21,7 +21,8 @@ FLOORS = """
     attention
     api
     choose  sampling
-    advice  package
+    advice  package  given
+    pit_weight
     backends
     backends.mlir
     backends.mlir.gpu_candidates  backends.mlir.gpu_text
@@ -35,7 +36,7 @@ FLOORS = """
     backends.c.sampled_text
     backends.c.candidates  backends.c.text
     backends.c.dynamic
-    backends.c.matrix_candidates  backends.c.tiling  backends.c.levels
+    backends.c.matrix_candidates  backends.c.tiling  backends.c.levels  backends.c.features
     backends.c.covers
     build  tune  backends.c.plan  backends.mlir.lower  backends.c.sampled
     backends.c.layout  backends.c.count_matrix  backends.c.matrix_text
@@ -46,14 +47,16 @@ FLOORS = """
     verify
     tracks
     loading
-    device  sampled  dynamic
+    device  sampled  dynamic  pit_kernel
     exam
     kernel  plan  files  picture
     artifact  arguments
+    selection
     problem  sample  occupancy  cover  quantize  stack  even
     pattern
     canonical  manifest  trampoline
     store  llvm  gpus  gpu_clock
+    pit
     operators  epilogues  targets  foreign  integrity
     calibration  strides  bindings  device_arrays  nvcc  nvrtc  driver  backends.mlir.formula
     dtypes  _paths  clock  verdict
@@ -65,7 +68,8 @@ ROOMS = ("cli", "bench")  # their own files may import each other, but not in a 
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
     "loading", "device", "device_arrays", "dynamic", "even", "kernel", "sample", "sampled", "arguments", "strides",
-    "problem", "quantize", "stack", "pattern", "canonical", "foreign", "artifact", "manifest",
+    "problem", "quantize", "pit_kernel", "selection", "pit", "stack", "pattern", "canonical", "foreign", "artifact",
+    "manifest",
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {

@@ -112,6 +112,7 @@ def test_as_operator_refuses(name):
 BY_HAND = {  # one number, in Python's own mathematics
     "bias": lambda v, bias: v + bias,
     "scale": lambda v, scale: v * scale,
+    "token_scale": lambda v, token_scale: v * token_scale,
     "relu": lambda v: v if v > 0 else 0.0,
     "gelu": lambda v: v * 0.5 * math.erfc(-v / math.sqrt(2)),
     "gelu_tanh": lambda v: 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),

@@ -35,7 +35,7 @@ PROBLEM = problem_of(W)
 def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """A store of the test's own, where no race is a hit; races of three, built in a hurry."""
     monkeypatch.setenv("BSRGEN_CACHE_DIR", str(tmp_path / "store"))
-    monkeypatch.setattr("bsrgen.api._prepare_calls", lambda: None)
+    monkeypatch.setattr("bsrgen.build.prepare_calls", lambda: None)
     monkeypatch.setattr(build, "COMPILE_FLAGS", [flag.replace("-O3", "-O0") for flag in build.COMPILE_FLAGS])
     monkeypatch.setattr(tune, "TOP", 3)
 

@@ -1,7 +1,7 @@
 """bsrgen bench: is sparse worth it for this weight, on this machine?"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -20,6 +20,7 @@ from bsrgen.cli.common import (
 
 if TYPE_CHECKING:
     from bsrgen.bench.report import Comparison
+    from bsrgen.pattern import Weight
 
 PACKAGES = ("numpy", "scipy", "mkl", "torch")
 UNREST = 1.25  # usual over best time, above which a run is called disturbed
@@ -33,16 +34,19 @@ FEW = 8  # tokens up to which reading the weight is the limit
 @click.option("--rounds", type=click.IntRange(3), default=30, show_default=True, help="Samples of each contender.")
 @click.option(
     "--mode",
-    type=click.Choice(["static", "dynamic"]),
+    type=click.Choice(("static", "dynamic", "pit")),
     default="static",
     show_default=True,
     help="dynamic: also a kernel that takes the weight with the call, and preparing one.",
 )
+@click.option("--axis", type=click.Choice(("tokens", "features", "outputs")), default="tokens", show_default=True,
+              help="Of --mode pit: what calls leave out.")  # fmt: skip
 @tune_option
 @verb
 def bench(
     *, weight_file: Path, key: str | None, blocksize: tuple[int, int] | None, dtype: str,
-    ns: tuple[int, ...], as_json: bool, threads: int, **options: Any,
+    ns: tuple[int, ...], as_json: bool, threads: int, mode: Literal["static", "dynamic", "pit"], axis: str,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Time the kernel of WEIGHT against every installed library, and say whether sparse is worth it.
 
@@ -52,6 +56,9 @@ def bench(
     with the density up to which sparse would win; the one before it names the block shape of the same nonzeros that
     would be faster by the model (bsrgen inspect has the table).  With --mode dynamic one more line says what it costs
     that a pattern comes with the call, and to prepare one.
+
+    With --mode pit the weight is taken as dense, activations or outputs are thinned out along --axis, from 100 to 1 %
+    live, on one core; features and outputs in blocks of 1x16 and 32x64.
     """
     from bsrgen.bench.clock import at_their_best, peer_threads
 
@@ -61,7 +68,10 @@ def bench(
     from bsrgen.bench.ceilings import Ceilings
 
     weight = read(weight_file, key, blocksize, dtype)
-    request = report.Request(threads=threads, dtype=dtype, **options)
+    if mode == "pit":
+        _pit(weight_file, weight, axis, ns, dtype, options["rounds"], as_json)
+        return
+    request = report.Request(threads=threads, dtype=dtype, mode=mode, **options)
     comparisons = []
     with peer_threads(threads):
         with working("measuring the ceilings of this core"):
@@ -81,6 +91,41 @@ def bench(
         click.echo(f"dynamic: {report.dynamic_verdict(comparisons)}")
     click.echo(f"block shapes: {report.block_shapes(comparisons)}")
     click.echo(f"verdict: {report.verdict(comparisons)}")
+
+
+def _pit(
+    weight_file: Path, weight: "Weight", axis: str, ns: tuple[int, ...], dtype: str, rounds: int, as_json: bool
+) -> None:
+    """The table of --mode pit for each number of tokens."""
+    from bsrgen.bench.clock import peer_threads
+    from bsrgen.bench.pit import compare
+
+    found: list[dict[str, Any]] = []
+    with peer_threads(1):
+        for n in ns:
+            with working(f"n = {n}") as progress:
+                blocks = {"features": (1, 16), "outputs": (32, 64)}.get(axis, (1, 1))
+                W = weight.todense().astype("float32")
+                kernel, rows = compare(W, axis, n, dtype, blocks, rounds=rounds, progress=progress)
+            found += [
+                {"n": n, "live": row.live, "seconds": row.timing.min_s, "dense": row.dense,
+                 "dense_seconds": row.dense_timing.min_s, "speedup": row.gain}
+                for row in rows
+            ]  # fmt: skip
+            if not as_json:
+                click.echo(f"{weight_file.name}: {kernel.problem}, n = {n}, one core; dense: {rows[0].dense}")
+                for row in rows:
+                    times = f"{row.timing.min_s * 1e6:10.1f} us, dense {row.dense_timing.min_s * 1e6:10.1f} us"
+                    click.echo(f"{row.selection:>12} {times} {row.gain:7.2f}x")
+    if as_json:
+        show_json({"weight": str(weight_file), "machine": _machine(), "axis": axis, "rows": found})
+        return
+    worst = min(found, key=lambda row: row["speedup"])
+    even = max((row["live"] for row in found if row["speedup"] > 1), default=0.0)
+    click.echo(
+        f"verdict: by {axis} faster than dense up to {100 * even:.3g} % live; at worst {worst['speedup']:.2f}x, "
+        f"n = {worst['n']}, {100 * worst['live']:.3g} % live"
+    )
 
 
 def _machine() -> dict[str, Any]:

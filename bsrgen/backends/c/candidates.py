@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from bsrgen.backends.c.covers import columns, covers
+from bsrgen.backends.c.features import features_plans
 from bsrgen.backends.c.layout import PANEL_BYTES
 from bsrgen.backends.c.matrix_candidates import matrix_plans
 from bsrgen.backends.c.plan import CPlan
@@ -30,12 +31,17 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
     if not problem.pattern.known:
         yield from _tables(problem, target, None)
         return
-    matrix = list(matrix_plans(problem, target, reblock=reblock))
+    if strips := list(features_plans(problem, target)):
+        yield from strips
+        return
+    matrix = [] if problem.pit else list(matrix_plans(problem, target, reblock=reblock))
     filled = problem.pattern.R >= 8  # enough rows of a tile for a good guess
     yield from matrix if filled else ()
     for cover in (None, *(covers(problem, target) if reblock else columns(problem, target))):
         if cover and problem.gate_rows % cover.blocks.R:
             continue  # a block would hold rows of the gate and of what it gates
+        if cover and problem.pit and problem.pit.rows % cover.blocks.R:
+            continue  # or of two groups that have tokens of their own
         for plan in _tables(problem, target, cover):
             yield plan
             code = replace(plan, encoding="code")

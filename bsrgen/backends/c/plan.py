@@ -88,6 +88,16 @@ class CPlan(Layout):
         return False
 
     @property
+    def listed(self) -> bool:
+        """Whether a call's tokens come in lists (mode="pit")."""
+        return self.problem.pit is not None and self.problem.pit.axis.listed
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether threads share the rows, not the tokens."""
+        return self.tokens is None and self.matrix is None
+
+    @property
     def fallback(self) -> Target | None:
         """The row for where the system refuses the matrix unit: what every CPU that has it can do beside it."""
         return X86_64_V4_BF16 if self.matrix else None

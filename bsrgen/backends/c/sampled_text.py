@@ -101,7 +101,7 @@ def _entry(
     numbers = "".join(f"{o['c']}, " for o in operands)
     return {
         "name": s.name, "levels": levels, "blobs": blobs, "operands": operands, "inputs": inputs, "head": s.head,
-        "prototype": f"int {s.name}(int64_t n, {arrays}{numbers}{real.c} *y, int threads)", "language": "sampled", "dynamic": False,
+        "prototype": f"int {s.name}(int64_t n, {arrays}{numbers}{real.c} *y, int threads)", "language": "sampled",
         "x_type": s.dtype.c, "y_type": real.c, "x_one": ONE.get(s.dtype.name, "1"), "M": p.M, "K": p.K,
         "B": p.nnzb, "R": p.R, "C": p.C, "nothing": f"{'n == 0 || ' * headed}{p.M if s.head else p.nnzb} == 0",
         "needs": "!=" if headed else "<", "formula": s.operator.formula, "result": s.operator.result,
@@ -109,6 +109,7 @@ def _entry(
         "n_is": "heads, of all sequences of a batch" if headed else "length of the sums",
         "x86": levels[0]["family"] == "x86_64",
         "flop_per_n": max(s.flop(1), 1), "flop_per_part": FLOP_PER_PART, "permission": PERMISSION,
+        "pit": None, "dynamic": False,
         "missing_bytes": 1 + sum(len(f) + 1 for f in (*levels[-1]["requires"], PERMISSION)),
     }  # fmt: skip
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bsrgen.backends.c import dynamic
+from bsrgen.backends.c.features import FeaturesPlan, features_view
 from bsrgen.backends.c.levels import level_of, offset_type
 from bsrgen.backends.c.matrix_text import matrix_view
 from bsrgen.backends.c.plan import CPlan
@@ -33,6 +34,10 @@ _KIND_TEXT = {
     "token": "[N], one for each token, with ld_{name} = 1; or one number for all with 0",
     "scalar": "one number",
     "element": "like y, ld_{name} elements from row to row",
+    "live": "[N], nonzero where a token is computed; NULL: all are.  Other rows of y stay as they are",
+    "routing": "[N], the expert of each token, from 0; negative: none, its row of y stays as it is",
+    "mask": "a row for each {tokens} tokens, ld_{name} elements apart, a column for each {rows} features: nonzero "
+    "where y is computed; NULL: everywhere.  Other results stay as they are",
 }
 
 
@@ -65,7 +70,8 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
     tiles = _AMX if any(plan.matrix for plan in plans) else ()
     expand = ("bsrgen_expand.h",) if any(plan.bits for plan in plans) else ()
     prepare = () if known else ("bsrgen_prepare.h",)
-    for runtime in (*RUNTIME_FILES, *tiles, *expand, *math, *prepare):
+    live = ("bsrgen_live.h",) if isinstance(plans[0], FeaturesPlan) else ()
+    for runtime in (*RUNTIME_FILES, *live, *tiles, *expand, *math, *prepare):
         files[runtime] = runtime_file(runtime)
     values = tuple(f"{level['data']}.bin" if known else "" for level in levels)
     return Source(name, plans, files, tuple(units), artifact["prototype"], values, artifact)
@@ -103,6 +109,7 @@ def _artifact(
 ) -> dict[str, Any]:
     problem = plans[0].problem
     p, x, y = problem.pattern, problem.x_dtype, problem.out_dtype
+    pit = _pit(plans[0])
     operands = operands_in_c(problem, _KIND_TEXT)
     values = "values" if p.known else "prepared"
     prototype = (
@@ -118,10 +125,23 @@ def _artifact(
         "C": p.C, "nnzb": p.nnzb,
         "flop_per_token": max(2 * max(plan.pattern.nnz for plan in plans), 1), "flop_per_part": FLOP_PER_PART,
         "language": "c", "dynamic": not p.known, "values_name": values,
+        "pit": pit, "columns": problem.pit.groups(p.M) if problem.pit else 0,
         "missing_bytes": 1 + sum(len(f) + 1 for f in (*levels[-1]["requires"], PERMISSION)), "permission": PERMISSION,
         "formula": problem.operator.formula, "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
         "epilogue_formula": epilogue_formula(problem),
     }  # fmt: skip
+
+
+def _pit(plan: CPlan) -> dict[str, Any] | None:
+    """Where tokens come in lists: the groups of W's rows, where a call says what, and what is shaped like Y."""
+    pit, operands = plan.problem.pit, plan.problem.operands
+    if pit is None or not plan.listed:
+        return None
+    elements = [
+        {"index": i, "type": plan.problem.operand_dtype(o).c} for i, o in enumerate(operands) if o.kind == "element"
+    ]
+    return {"axis": pit.axis.name, "tokens": pit.tokens, "rows": pit.rows, "groups": pit.groups(plan.problem.pattern.M),
+            "index": len(operands) - 1, "list": len(operands), "elements": elements}  # fmt: skip
 
 
 def _unit(part: _Part) -> tuple[int, int]:
@@ -157,7 +177,7 @@ def _pair(part: _Part) -> dict[str, int] | None:
 
 def _steps(problem: Problem) -> list[dict[str, Any]]:
     """The epilogue, each operand with its place in the call; the old Y has none."""
-    index = iter(range(len(problem.operands)))
+    index = iter(range(len(problem.operands)))  # what mode="pit" adds comes last
     return [
         {"name": step.name, "c": step.c, "gate": step.gate and step.gate.c, "operands": [
             {"kind": "token" if o.kind == "inside" else o.kind, "symbol": o.symbol or o.name,
@@ -197,10 +217,11 @@ def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
         "block_rows": p.block_rows, "panels": plan.panels, "offset_type": offset_type(plan), "linear": linear,
         "math": _needs_math(problem), "epilogue": _steps(problem), "finish_rows": part.weight is not None or linear,
         "gate_by_token": part.weight is not None or linear,
+        "listed": len(problem.operands) if plan.listed else None,
         "finish_tokens": not linear and part.weight is None,
     }  # fmt: skip
     if plan.matrix:
-        return shared | {"matrix": matrix_view(plan.matrix_packing), "bits": None}
+        return shared | {"matrix": matrix_view(plan.matrix_packing), "bits": None, "features": None}
     return shared | _vectors(part, linear)
 
 
@@ -225,14 +246,14 @@ def _vectors(part: _Part, linear: bool) -> dict[str, Any]:
     full = sum(1 for g in groups if (g["rows"], g["slots"]) == (groups[0]["rows"], groups[0]["slots"]))
     rows = code(plan) if plan.encoding == "code" and (tokens or not plan.tokens) else ()
     return {
-        "matrix": None, "lowered": plan.lowered, "K_cells": p.K,
+        "matrix": None, "features": features_view(plan), "lowered": plan.lowered, "K_cells": p.K,
         "panel_starts": plan.packing.panel_starts if plan.panels > 1 and plan.problem.pattern.known else (),
         "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
         "block_values": plan.packing.block_values, "k_lanes": k_lanes, "bits": _bits(part),
         "weight": weight, "tokens": tokens, "direct": direct,
         "groups": groups, "groups_full": full if full > 1 else 0,
         "groups_single": groups[full:] if full > 1 else groups,
-        "ldx": plan.leading_dimension, "copy_x": plan.copies_x,
+        "ldx": plan.leading_dimension, "copy_x": plan.copies_x or bool(plan.problem.pit),
         "folds": folds(part.lanes, k_lanes),
         "weight_vectors": sum(g["slots"] for g in groups) // unit,
         "weight_window": plan.weight_window, "weight_rows": plan.shared_block_rows,

@@ -99,8 +99,8 @@ struct region {
     const struct level *level;
     const struct kernel *kernel;
     const void *values;
-    const uint64_t *work; /* running cost of the block rows */
-    int64_t units;
+    const uint64_t *work; /* running cost of the block rows, from the first of the region */
+    int64_t first, block_rows, units;
     int status;
 };
 
@@ -110,7 +110,7 @@ struct point { int64_t unit, row; }; /* work before it: all units before `unit` 
 static int64_t row_at(const struct region *r, double want)
 {
     const uint64_t *work = r->work;
-    int64_t low = 0, high = r->level->block_rows;
+    int64_t low = 0, high = r->block_rows;
     while (low < high) {
         const int64_t mid = (low + high) / 2;
         if ((double)work[mid] + (double)work[mid + 1] >= 2 * want) high = mid;
@@ -123,27 +123,26 @@ static int64_t row_at(const struct region *r, double want)
 static struct point point_of(const struct region *r, int p, int parts)
 {
     const uint64_t *work = r->work;
-    const int64_t block_rows = r->level->block_rows;
-    const double rows = (double)work[block_rows], at = (double)r->units * p / parts;
+    const double before = (double)work[0], rows = (double)work[r->block_rows] - before, at = (double)r->units * p / parts;
     struct point point = {(int64_t)at, 0};
     if (r->kernel->by_rows) { /* the row that the work before `at` ends in, and the unit in that row */
-        const double want = rows * p / parts;
+        const double want = before + rows * p / parts;
         int64_t i = row_at(r, want);
         if (i > 0 && (double)work[i] > want) i--;
-        if (i >= block_rows) return (struct point){0, block_rows};
+        if (i >= r->block_rows) return (struct point){0, r->block_rows};
         const double width = (double)(work[i + 1] - work[i]);
         return (struct point){(int64_t)((double)r->units * (want - (double)work[i]) / width + 0.5), i};
     }
     const double rest = at - (double)point.unit, share = (double)r->units / parts, little = share < 0.4 ? share / 10 : 0.04;
     if (rest > 1 - little) point.unit++; /* too little to prepare a unit for */
-    else if (rest > little) point.row = row_at(r, rest * rows);
+    else if (rest > little) point.row = row_at(r, before + rest * rows);
     return point;
 }
 
 static void run_rectangle(struct region *r, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
 {
     if (u0 >= u1 || i0 >= i1) return;
-    const int status = r->kernel->run(r->call, r->values, u0, u1, i0, i1);
+    const int status = r->kernel->run(r->call, r->values, u0, u1, r->first + i0, r->first + i1);
     if (status) __atomic_store_n(&r->status, status, __ATOMIC_RELAXED);
 }
 
@@ -151,7 +150,7 @@ static void run_part(void *context, int part, int parts)
 {
     struct region *r = context;
     struct point a = point_of(r, part, parts), b = point_of(r, part + 1, parts);
-    const int64_t units = r->units, rows = r->level->block_rows;
+    const int64_t units = r->units, rows = r->block_rows;
     if (r->kernel->by_rows) {
         if (a.row == b.row) return run_rectangle(r, a.unit, b.unit, a.row, a.row + 1);
         if (a.unit > 0) run_rectangle(r, a.unit, units, a.row, a.row + 1), a.row++;
@@ -165,10 +164,32 @@ static void run_part(void *context, int part, int parts)
     }
 }
 
+/* A call on block rows [first, end). */
+static struct region region_of(const struct bsrgen_call *call, const struct level *level, int64_t first, int64_t end)
+{
+    struct region r = {.call = call, .level = level, .kernel = call->n < level->few_n ? &level->few : &level->many};
+    r.values = call->values ? call->values : level->values;
+    r.work = level->work + first;
+    r.first = first, r.block_rows = end - first;
+    r.units = r.kernel->units(call->n);
+    return r;
+}
+
 static int usable_cores(void)
 {
     cpu_set_t set;
     return sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set);
+}
+
+/* `task` on the threads that a call of so many FLOP is worth: each must have some microseconds of work. */
+static void run_threads(const struct bsrgen_call *call, double flop, void (*task)(void *, int, int), void *context)
+{
+    const double worth = flop / 2000000.0;
+    int threads = call->threads == 1 || worth < 2 ? 1 : call->threads > 0 ? call->threads : usable_cores();
+    if (threads > worth) threads = (int)worth;
+    if (threads > BSRGEN_MAX_THREADS) threads = BSRGEN_MAX_THREADS;
+    if (threads <= 1) task(context, 0, 1);
+    else (call->parallel ? call->parallel : bsrgen_parallel)(threads, task, context);
 }
 
 int spmm_f32_12x16_b4x1_6d89d2d2_call(const struct bsrgen_call *call)
@@ -181,17 +202,8 @@ int spmm_f32_12x16_b4x1_6d89d2d2_call(const struct bsrgen_call *call)
     if (12 > 1 && call->ldy < yrow) return BSRGEN_BAD_ARGUMENT;
     const struct level *level = choose_level();
     if (!level) return BSRGEN_NO_ISA;
-    struct region r = {.call = call, .level = level, .kernel = n < level->few_n ? &level->few : &level->many};
-    r.values = call->values ? call->values : level->values;
-    r.work = level->work;
-    r.units = r.kernel->units(n);
-    /* A thread must have some microseconds of work: 64 FLOP a token, 2000000 a part. */
-    const double worth = (double)n * 64.0 / 2000000.0;
-    int threads = call->threads == 1 || worth < 2 ? 1 : call->threads > 0 ? call->threads : usable_cores();
-    if (threads > worth) threads = (int)worth;
-    if (threads > BSRGEN_MAX_THREADS) threads = BSRGEN_MAX_THREADS;
-    if (threads <= 1) run_part(&r, 0, 1);
-    else (call->parallel ? call->parallel : bsrgen_parallel)(threads, run_part, &r);
+    struct region r = region_of(call, level, 0, level->block_rows);
+    run_threads(call, (double)n * 64.0, run_part, &r); /* 64 FLOP a token */
     return r.status;
 }
 

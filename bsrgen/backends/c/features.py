@@ -1,0 +1,135 @@
+"""The strips of mode="pit": micro-tiles of tokens x one word of K, whose columns of W are read if they are live.
+
+W lies in strips of rows, word after word of K, so that a live word's weights are a few whole vectors side by side.  A
+tile of T tokens multiplies the words that any of them needs; the largest tile with all words is the dense product.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bsrgen.backends.c.plan import CPlan
+from bsrgen.backends.c.products import Product, products
+from bsrgen.backends.c.tiles import WeightTile
+from bsrgen.dtypes import INT8
+from bsrgen.problem import Problem
+from bsrgen.targets import Target
+
+# Sizes of tiles by vector registers, and vectors of a strip: 6 tokens x 4 vectors are 24 sums, 4 of W and one of X.
+SHAPES = {32: ((1, 2, 3, 6), 4), 16: ((1, 2, 4), 2)}
+# Time of a word of a token in a tile of each size, and of starting one in a panel, in hundredths of the former in the
+# largest tile: the table that chooses between micro-tiles at the covered sparsity.  From forced tiles (tile=) of 1024^3
+# at 1 to 100 % live, blocks of 1x1 and 1x16 (Zen 5, 2026-11-21); small tiles a little dearer, so that dense wins ties.
+FEATURE_RATES = {
+    "fma": {1: (190, 9000), 2: (136, 3500), 3: (113, 1000), 4: (100, 500), 6: (100, 500)},
+    "bf16": {1: (178, 3000), 2: (155, 1000), 3: (117, 1000), 4: (100, 500), 6: (100, 500)},
+}
+F_BATCH = 16  # columns that strips are whole numbers of: four words
+SMALL = 2  # tokens of tiles that are limited by what L2 gives of W
+WORDS = 32768  # of a panel, for places of 16 bits
+
+
+@dataclass(frozen=True)
+class FeaturesPlan(CPlan):
+    """Knobs: words of K in a panel and in a part of it, units of tokens in a chunk."""
+
+    panel: int = 1024
+    part: int = 128
+    chunk: int = 86
+
+    def __str__(self) -> str:
+        how = "" if self.product.name == "fma" else f"{self.product.name} dot products, "
+        sizes = ", ".join(map(str, self.tiles))
+        return (
+            f"{self.target.name}: {how}live columns, tiles of {sizes} tokens x {self.weight_lanes * self.vectors} "
+            f"rows, panels of {self.panel} words, chunks of {self.chunk * self.tiles[-1]} tokens"
+        )
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Sizes of tiles in tokens, the last one the dense product's."""
+        return _shape(self.target)[0]
+
+    @property
+    def listed(self) -> bool:
+        """Not where outputs are masked: tiles of tokens that a strip of rows need not have are left out."""
+        return super().listed and not self.masked
+
+    @property
+    def masked(self) -> bool:
+        """Whether a call says which blocks of Y are computed."""
+        return self.problem.pit is not None and self.problem.pit.axis.operand.kind == "mask"
+
+    @property
+    def shares_rows(self) -> bool:
+        """No: then each thread would look for live columns in all of X."""
+        return False
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of rows in a strip."""
+        assert self.weight is not None
+        return self.weight.vectors
+
+    @property
+    def rates(self) -> tuple[tuple[int, int], ...]:
+        """The table for `tiles`."""
+        table = FEATURE_RATES.get(self.product.name, FEATURE_RATES["fma"])
+        return tuple(table[size] for size in self.tiles)
+
+    def knobs(self) -> dict[str, Any]:
+        """The decisions alone, as plain data."""
+        own = {
+            "panel": self.panel,
+            "part": self.part,
+            "chunk": self.chunk,
+            "tiles": list(self.tiles),
+            "rates": [list(r) for r in self.rates],
+        }
+        return super().knobs() | own
+
+
+def features_plans(problem: Problem, target: Target) -> Iterator[FeaturesPlan]:
+    """One for each way to multiply that needs no sums of whole rows of W, where W is dense in strips of vectors."""
+    p = problem.pattern
+    strips = (
+        p.C >= p.K and p.C % F_BATCH == 0 and p.nnzb == p.block_rows and p.R % target.lanes(problem.real.bytes) == 0
+    )
+    pit = problem.pit
+    if pit is None or not strips or (pit.axis.listed and problem.dtype is INT8):
+        return
+    if pit.axis.name == "outputs" and not pit.by_tiles:
+        return
+    for product in products(problem, target):
+        if not product.corrections:
+            yield _plan(problem, target, product)
+
+
+def _plan(problem: Problem, target: Target, product: Product) -> FeaturesPlan:
+    blank = FeaturesPlan(problem, target, None, None, product=product)
+    tiles, vectors = _shape(target)
+    lanes, R = blank.lanes, problem.pattern.R
+    vectors = next(v for v in (vectors, 3, 2, 1) if v <= vectors and R % (v * lanes) == 0)
+    word_bytes = vectors * lanes * blank.w_bytes
+    panel = min(max(target.l2_bytes // 4 // word_bytes // lanes, 1) * lanes, WORDS // lanes * lanes)
+    part = max(2 * target.l1_bytes // 3 // word_bytes // lanes, 1) * lanes
+    words = blank.pattern.block_cols * blank.pattern.C
+    chunk = max(target.l2_bytes // 8 // (tiles[-1] * vectors * lanes * blank.unit_bytes), 1)
+    tile = WeightTile(lanes, 1, vectors, tiles[-1])
+    return replace(blank, weight=tile, panel=min(panel, -(-words // lanes) * lanes), part=part, chunk=chunk)
+
+
+def _shape(target: Target) -> tuple[tuple[int, ...], int]:
+    return SHAPES[32 if target.registers >= 32 else 16]
+
+
+def features_view(plan: CPlan) -> dict[str, Any] | None:
+    """What features_tile.c.j2 sees."""
+    if not isinstance(plan, FeaturesPlan):
+        return None
+    pit, last = plan.problem.pit, len(plan.problem.operands) - 1
+    assert pit is not None
+    sizes = {"panel": plan.panel, "part": plan.part, "small": SMALL, "chunk": plan.chunk}
+    return sizes | {"tiles": plan.tiles, "rates": plan.rates, "vectors": plan.vectors,
+            "tile_index": None if pit.axis.listed else last,
+            "mask": {"index": last, "tokens": pit.tokens, "rows": pit.rows} if plan.masked else None}  # fmt: skip

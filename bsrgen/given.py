@@ -1,0 +1,55 @@
+"""What `compile` is given as W, in any mode: the weight of the problem, its parts, and what calls leave out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from bsrgen.dtypes import DType
+from bsrgen.errors import ArgumentError, UnsupportedError
+from bsrgen.even import empty, planned
+from bsrgen.pattern import Pattern, Weight, as_weight
+from bsrgen.pit import Axis, Pit
+from bsrgen.pit_weight import pit_weight
+from bsrgen.quantize import source_of
+from bsrgen.stack import are_several, parts_of, stacked
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """W, and how it is described: its blocks, its mode, whether the product is with W.T."""
+
+    W: Any
+    blocksize: tuple[int, int] | None
+    shape: tuple[int, int] | None
+    mode: str
+    max_blocks: int | None
+    axis: Axis | None
+    mask_block: tuple[int, int] | None
+    transposed: bool
+
+    def pattern(self) -> Pattern:
+        """The pattern alone, of an operator that takes no values.  PatternError, ArgumentError."""
+        if isinstance(self.W, Pattern):
+            return self.W
+        return as_weight(self.W, blocksize=self.blocksize, shape=self.shape, dtype=None).pattern
+
+    def weight(self, dtype: DType, paired: bool) -> tuple[Weight, tuple[int, ...], Pit | None]:
+        """The weight, the parts of its Y where a list came, and mode="pit"'s.  ArgumentError, PatternError."""
+        if self.max_blocks is not None and self.mode != "dynamic":
+            raise ArgumentError(f"max_blocks={self.max_blocks!r} with mode={self.mode!r}: only mode='dynamic' plans for more")
+        if self.transposed and (paired or self.mode != "static"):
+            raise UnsupportedError(
+                f"transposed=True with {'swiglu or geglu' if paired else f'mode={self.mode!r}'}: give W.T itself"
+            )
+        W: Any = empty(self.shape, self.blocksize) if self.W is None else self.W
+        if self.axis:
+            weight, pit = pit_weight(W, dtype, self.axis, self.blocksize, self.shape, self.mask_block)
+            return weight, (), pit
+        several = are_several(W)
+        each: list[Any] = list(W) if several else [W]
+        weights = [source_of(part, dtype, blocksize=self.blocksize, shape=self.shape) for part in each]
+        parts = parts_of(weights, paired)
+        weight = stacked(weights) if len(weights) > 1 else weights[0]
+        if self.mode == "dynamic":
+            weight = planned(weight, self.max_blocks, dtype.numpy)
+        parts = parts if several and not (paired or self.transposed) else ()
+        return weight.T if self.transposed else weight, parts, None

@@ -1,0 +1,62 @@
+"""PitKernel: the kernel of mode="pit", whose calls say what is to be computed."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bsrgen.errors import ArgumentTypeError
+from bsrgen.kernel import Kernel
+from bsrgen.quantize import source_of
+from bsrgen.stack import are_several, stacked
+
+Array = NDArray[Any]
+
+
+class PitKernel(Kernel):
+    """A kernel that computes what a call asks for, and no more.  All else is as in Kernel."""
+
+    def __call__(  # type: ignore[override]  # what is selected comes before where it goes
+        self, x: Any, select: Any = None, out: Array | None = None, *, threads: int | None = None, **operands: Any
+    ) -> Any:
+        """Y = epilogue(product(W, x)) where `select` says, which may be given by its name too:
+
+        tokens: live, bool like x without its features, or indices of tokens; None: all.
+        experts: routing, integers like x without its features: the expert of each token; negative: none.
+        outputs: mask, bool [blocks of tokens, blocks of features] of compile's mask_block; None: everywhere.
+        features: none; what counts is which elements of x are zero.  tile=: so many tokens share the columns that any
+            of them needs, a size of `tiles`; 0 takes for each few tokens what a table of rates likes best.
+
+        Results that are not selected are 0 in a new array, and what they were in `out`.  Operands are as in Kernel,
+        bias and scale of experts [experts, rows] or [experts * rows].  Where x is zero, Inf and NaN of W may or may not
+        reach the result: W should be finite.
+        """
+        if select is not None:
+            name = self.selects
+            if name is None or name in operands:
+                why = "takes no selection" if name is None else f"{name} is given twice"
+                raise ArgumentTypeError(f"{self.name}: {why}")
+            operands[name] = select
+        return super().__call__(x, out, threads=threads, **operands)
+
+    def update(self, W: Any) -> None:
+        """As in Kernel; of experts W is a list or [experts, rows, K]."""
+        m = self.artifact.manifest
+        if isinstance(W, np.ndarray) and W.ndim == 3:
+            W = W.reshape(-1, W.shape[-1])
+        elif m.pit and m.pit.axis == "experts" and are_several(W):
+            plain = all(isinstance(w, np.ndarray) for w in W)
+            blocks = m.blocksize
+            W = np.concatenate(W) if plain else stacked([source_of(w, m.types[0], blocksize=blocks) for w in W])
+        super().update(W)
+
+    @property
+    def selects(self) -> str | None:
+        """Name of the operand that says what is computed; None by features."""
+        pit = self.artifact.manifest.as_pit
+        return pit.axis.operand.name if pit and pit.axis.listed else None
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """By features: sizes of tiles of tokens, the last one the dense product's.  Else none."""
+        return tuple(self.plan.knobs.get("tiles", ()))
