@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from device_emulation import GpuArray, check_device_calls, emulated, run, said
+from device_emulation import GpuArray, Victim, check_device_calls, emulated, run
 from support import DTYPE_NAMES, OPERATOR_NAMES, REDUCED, assert_right, make_weight, problem_of, reduced_case, single
 
 import bsrgen
@@ -16,7 +16,7 @@ from bsrgen.backends.cuda import CudaPlan, Lanes, candidates
 from bsrgen.choose import allowed
 from bsrgen.device_arrays import DeviceArray, device_array, of_capsule, stream_of
 from bsrgen.dtypes import DTYPES
-from bsrgen.errors import ArgumentError, ArgumentTypeError, DeviceError, UnsupportedError
+from bsrgen.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from bsrgen.gpus import GPUS, as_gpus
 from bsrgen.pattern import Weight, random_weight
 from bsrgen.problem import as_problem
@@ -170,26 +170,16 @@ MUTATIONS = {
 def victim():
     """A kernel in which all of them matter: several steps, ragged blocks, a group that is not full."""
     weight = random_weight(3, (43, 83), (6, 5), 0.6)
-    return weight, problem_of(weight, "linear", "bias"), (1, 3, 70)
+    return Victim(plan_of(problem_of(weight, "linear", "bias"), warps=6), weight, (1, 3, 70))
 
 
 def test_victim_is_right(victim, rng, tmp_path):
-    weight, problem, tokens = victim
-    check_device_calls(emulated(plan_of(problem, warps=6), weight, tmp_path), problem, weight, rng, tokens)
+    victim.check(tmp_path, rng)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutation_is_found(name, victim, rng, tmp_path):
-    (weight, problem, tokens), (old, new) = victim, MUTATIONS[name]
-
-    def change(text):
-        assert old in text
-        return text.replace(old, new)
-
-    kernel = emulated(plan_of(problem, warps=6), weight, tmp_path, change)
-    with pytest.raises((AssertionError, DeviceError, pytest.fail.Exception)) as found:
-        check_device_calls(kernel, problem, weight, rng, tokens)
-    assert found.type is not DeviceError or said(kernel.artifact)
+    victim.assert_found(MUTATIONS[name], tmp_path, rng)
 
 
 # ── plans ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,13 +4,12 @@ from itertools import product
 
 import numpy as np
 import pytest
-from device_emulation import check_device_calls, emulated, run, said
+from device_emulation import Victim, check_device_calls, emulated, run
 from support import OPERATOR_NAMES, assert_right, problem_of, single
 
 from bsrgen.backends.cuda import MatrixPlan, candidates
 from bsrgen.backends.cuda.matrix import tokens
 from bsrgen.dtypes import DTYPES
-from bsrgen.errors import DeviceError
 from bsrgen.gpus import GPUS, as_gpus
 from bsrgen.pattern import Weight, random_weight
 
@@ -86,26 +85,16 @@ def victim():
     """A kernel in which all of them matter: several steps, tiles that are not full, two strips in a load."""
     weight = random_weight(3, (70, 168), (32, 8), 0.7)
     weight = Weight(weight.pattern, weight.data.astype(np.float16))
-    return weight, problem_of(weight, "linear", "bias"), (3, 70)
+    return Victim(plan_of(problem_of(weight, "linear", "bias"), 32, 24), weight, (3, 70))
 
 
 def test_victim_is_right(victim, rng, tmp_path):
-    weight, problem, tokens = victim
-    check_device_calls(emulated(plan_of(problem, 32, 24), weight, tmp_path), problem, weight, rng, tokens)
+    victim.check(tmp_path, rng)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutation_is_found(name, victim, rng, tmp_path):
-    (weight, problem, tokens), (old, new) = victim, MUTATIONS[name]
-
-    def change(text):
-        assert old in text
-        return text.replace(old, new)
-
-    kernel = emulated(plan_of(problem, 32, 24), weight, tmp_path, change)
-    with pytest.raises((AssertionError, DeviceError, pytest.fail.Exception)) as found:
-        check_device_calls(kernel, problem, weight, rng, tokens)
-    assert found.type is not DeviceError or said(kernel.artifact)
+    victim.assert_found(MUTATIONS[name], tmp_path, rng)
 
 
 @pytest.mark.parametrize(("dtype", "block", "archs", "there"), [
