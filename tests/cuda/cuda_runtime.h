@@ -21,7 +21,7 @@
 #define __global__ static
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define SHARED(type, name, count) type *name = (type *)emulation::shared(__LINE__, sizeof(type) * (count))
 
 struct dim3 {
@@ -135,9 +135,9 @@ static void looked()
     while (!arrived(x, mine)) yield();
 }
 
-static uint64_t exchanged(uint64_t value, int distance)
+static uint64_t exchanged(uint64_t value, unsigned lane)
 {
-    const uint64_t other = gathered(value)[(current % WARP ^ distance) % WARP];
+    const uint64_t other = gathered(value)[lane < WARP ? lane : current % WARP];
     looked();
     return other;
 }
@@ -243,7 +243,7 @@ static cudaError_t launch(dim3 grid, dim3 block)
 
 /* A vector of a load: its address must be a multiple of its size. */
 template <int BYTES> struct alignas(BYTES) Vector {
-    uint32_t word[BYTES / 4];
+    uint32_t word[BYTES / 4] = {};
     Vector() = default;
     Vector(const Vector &other) { *this = other; }
     Vector &operator=(const Vector &other)
@@ -263,14 +263,22 @@ typedef emulation::Vector<16> uint4;
 
 static inline void __syncthreads() { emulation::barrier(); }
 
-template <class T> static T __shfl_xor_sync(unsigned mask, T value, int distance)
+template <class T> static T shuffled_from(unsigned mask, T value, unsigned lane)
 {
     if (mask != 0xffffffffu) emulation::fail("a shuffle of some lanes: not emulated");
     uint64_t bits = 0;
     memcpy(&bits, &value, sizeof value);
-    bits = emulation::exchanged(bits, distance);
+    bits = emulation::exchanged(bits, lane);
     memcpy(&value, &bits, sizeof value);
     return value;
+}
+template <class T> static T __shfl_xor_sync(unsigned mask, T value, int distance)
+{
+    return shuffled_from(mask, value, threadIdx.x % 32 ^ distance);
+}
+template <class T> static T __shfl_down_sync(unsigned mask, T value, unsigned distance)
+{
+    return shuffled_from(mask, value, threadIdx.x % 32 + distance);
 }
 
 static inline float widen_bf16(uint16_t v) { const uint32_t bits = (uint32_t)v << 16; float f; memcpy(&f, &bits, 4); return f; }

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsrgen.backends.cuda.plan import WARP, CudaPlan, Lanes
+from bsrgen.backends.cuda.stream import Stream, on_units
+from bsrgen.gpus import GpuTarget
 
 TOKEN_WARPS = 4  # that share the tokens of a thread block
 
@@ -22,7 +24,7 @@ class MatrixPlan(CudaPlan):
 
     def __str__(self) -> str:
         text = f"CUDA, matrix units: {self.rows} rows x {self.width} tokens a thread block, {self.step_k} features of X"
-        return f"{text} in shared memory; up to {self.few_n} tokens: {self.few_width} of them"
+        return f"{text} in shared memory; up to {self.few_n} tokens: {self.few_width} of them{self._streaming}"
 
     @property
     def matrix(self) -> bool:
@@ -57,6 +59,13 @@ class MatrixPlan(CudaPlan):
         return 2 * self.step_k * (self.width + 8) * self.problem.x_dtype.bytes
 
     @cached_property
+    def stream(self) -> Stream | None:
+        """How W streams in calls of few tokens: 16 of them are one tile of the units."""
+        assert isinstance(self.target, GpuTarget)
+        rows = self.problem.pattern.block_rows * self.row_pieces
+        return on_units(self.piece_rows, self.packed_bytes, rows, self.target.sms) if self.stream_n else None
+
+    @cached_property
     def fragments(self) -> NDArray[Any]:
         """First tile of 16 features of each step: int32[steps + 1]."""
         features = np.diff(self.packing.columns).astype(np.int64) * self.piece_columns
@@ -70,6 +79,16 @@ class MatrixPlan(CudaPlan):
         inside = np.arange(step.size) - 16 * self.fragments[:-1].astype(np.int64)[step]
         first = self.packing.columns[:-1].astype(np.int64)[step] * self.piece_columns
         return np.where(inside < counts[step], first + inside, -1).astype(np.int64)
+
+    @cached_property
+    def features_of_x(self) -> NDArray[Any]:
+        """The same as features of X, K for those that are not there: int64[16 * tiles]."""
+        p, place = self.problem.pattern, self.features_of_tiles
+        if not self.packing.features.size:
+            return place
+        first, column = self.packing.features[place // self.piece_columns].astype(np.int64), place % self.piece_columns
+        there = (place >= 0) & (first % p.C + column < p.C)
+        return np.where(there, np.minimum(first + column, p.K), p.K)
 
     def in_fragments(self, packed: NDArray[Any]) -> NDArray[Any]:
         """[pieces, columns, rows] -> [tile][pair of strips][row][quad][strip][high][low], k = 8 high + 2 quad + low."""

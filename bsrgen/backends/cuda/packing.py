@@ -15,16 +15,18 @@ Integers = NDArray[Any]
 class Packing:
     """The pattern as tables, thread blocks in the order they start in: the most work first.
 
-    A thread block has a group of piece rows and goes through its columns in steps; the pieces of a step and a piece row
-    lie side by side.  Piece row and piece column count pieces of block rows and of block columns.
+    A thread block has a group of piece rows and goes through its columns in steps.  The pieces of a piece row lie side by
+    side, step after step: who streams W reads it as it lies.  Piece row and piece column count pieces of block rows and
+    of block columns.
     """
 
     groups: Integers  # first piece row of each thread block: int32[groups]
     steps: Integers  # its first step: int32[groups + 1]
     columns: Integers  # first of the columns of each step: int32[steps + 1]
     features: Integers  # first feature of each column: int32
-    pointers: Integers  # first piece of each step and piece row of the group: int32[steps * group_rows + 1]
+    pointers: Integers  # first piece of each piece row of a group and step of its: int32[steps * group_rows + 1]
     slots: Integers  # which column of its step a piece has: uint16[pieces]
+    piece_columns: Integers  # which column, counted through, a piece has: int64[pieces]
     source: Integers  # where a piece comes from: block * row_pieces * column_pieces + its number in it: int64[pieces]
 
     @property
@@ -51,8 +53,9 @@ def pack_pattern(p: Pattern, row_pieces: int, column_pieces: int, group_rows: in
     steps = np.concatenate(([0], np.cumsum(-(-per_group // step_columns))))
     inside = np.arange(keys.size) - first[keys // wide]
     step = steps[keys // wide] + inside // step_columns
-    order = np.lexsort((column, rows % group_rows, step[column]))
-    pairs = step[column] * group_rows + rows % group_rows
+    order = np.lexsort((column, rows % group_rows, place[group]))
+    begin, span = steps[place[group]], np.diff(steps)[place[group]]
+    pairs = begin * group_rows + rows % group_rows * span + step[column] - begin
     filled = np.bincount(pairs, minlength=int(steps[-1]) * group_rows)
     features = keys % wide // column_pieces * p.C + keys % wide % column_pieces * width
     return Packing(
@@ -62,8 +65,16 @@ def pack_pattern(p: Pattern, row_pieces: int, column_pieces: int, group_rows: in
         features=features.astype(np.int32),
         pointers=np.concatenate(([0], np.cumsum(filled))).astype(np.int32),
         slots=(inside % step_columns)[column][order].astype(np.uint16),
+        piece_columns=column[order],
         source=source[order],
     )
+
+
+def piece_rows_of(packing: Packing, group_rows: int) -> Integers:
+    """First piece of each piece row, in the order of thread blocks, and behind the last: int64[groups * group_rows + 1]."""
+    steps = np.diff(packing.steps).astype(np.int64)
+    ends = np.cumsum(np.repeat(steps, group_rows))
+    return packing.pointers.astype(np.int64)[np.concatenate(([0], ends))]
 
 
 def _pieces(p: Pattern, row_pieces: int, column_pieces: int) -> tuple[Integers, Integers, Integers]:

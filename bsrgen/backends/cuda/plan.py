@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from bsrgen.backends.cuda.count import counts
 from bsrgen.backends.cuda.packing import Packing, pack_pattern
+from bsrgen.backends.cuda.stream import Stream, on_cores
 from bsrgen.plan import Counts, Plan
 
 SHARED_BYTES = 48 << 10  # static shared memory of a thread block, on every architecture
@@ -48,11 +49,20 @@ class CudaPlan(Plan):
     many: Lanes
     few: Lanes  # for calls of at most few_n tokens
     few_n: int
+    stream_n: int = 0  # calls of at most so many stream W instead; 0: none
 
     def __str__(self) -> str:
         text = f"CUDA: {self.rows} rows x {self.many.tokens} tokens a thread, {self.thread_warps} warps, "
         text += f"{self.width} tokens x {self.step_columns * self.piece_columns} features of X in shared memory"
-        return f"{text}; up to {self.few_n} tokens: {self.few.along_k} lanes along k"
+        if self.few_n > self.stream_n:
+            text += f"; up to {self.few_n} tokens: {self.few.along_k} lanes along k"
+        return text + self._streaming
+
+    @property
+    def _streaming(self) -> str:
+        if not (stream := self.stream):
+            return ""
+        return f"; up to {self.stream_n}: {stream.warps} warps stream W for {stream.rows} rows"
 
     @property
     def matrix(self) -> bool:
@@ -84,16 +94,29 @@ class CudaPlan(Plan):
         return {
             "backend": self.backend, "rows": self.rows, "warps": self.warps, "features": self.features,
             "many": asdict(self.many), "few": asdict(self.few), "few_n": self.few_n,
-            "matrix": self.matrix,
+            "stream_n": self.stream_n, "matrix": self.matrix,
         }  # fmt: skip
 
     def family(self, n: int) -> tuple[Any, ...]:
         """What plans share that do much the same at n tokens."""
+        if n <= self.stream_n:
+            return self.matrix, self.stream
         return self.matrix, self.rows, self.few if n <= self.few_n else self.many
 
     def counts(self, n: int) -> Counts:
         """What one call of n tokens does on the whole GPU."""
         return counts(self, n)
+
+    @cached_property
+    def stream(self) -> Stream | None:
+        """How W streams in calls of few tokens."""
+        unit = self.problem.accumulator.bytes
+        rows = self.problem.pattern.block_rows * self.row_pieces
+        return (
+            on_cores(self.piece_rows, self.problem.dtype.bytes, unit, self.packed_bytes, rows)
+            if self.stream_n
+            else None
+        )
 
     # ── blocks as the kernel walks them: pieces of the problem's ─────────────────────────────────────────────────
 
@@ -135,6 +158,12 @@ class CudaPlan(Plan):
     def piece_columns(self) -> int:
         """Columns of a piece."""
         return -(-self.problem.pattern.C // self.column_pieces)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of W as it is packed, about: without what fills tiles."""
+        pieces = self.problem.pattern.nnzb * self.row_pieces * self.column_pieces
+        return pieces * self.piece_rows * self.piece_columns * self.problem.dtype.bytes
 
     @property
     def step_columns(self) -> int:

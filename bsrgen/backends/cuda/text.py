@@ -2,13 +2,16 @@
 
 import json
 import textwrap
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from bsrgen.backends.cuda.matrix import MatrixPlan
-from bsrgen.backends.cuda.packing import pack_values
+from bsrgen.backends.cuda.packing import pack_values, piece_rows_of
 from bsrgen.backends.cuda.plan import CudaPlan
+from bsrgen.backends.cuda.stream import Stream, parts, runs
 from bsrgen.emit import Source, Unit, arguments_in_c, banner, epilogue_formula, operands_in_c, render, runtime_file
 from bsrgen.gpus import GpuTarget
 from bsrgen.pattern import Weight
@@ -31,6 +34,7 @@ ERRORS = (  # of the CUDA runtime that a caller can do something about (driver_t
     (700, "an address that is not on this GPU, or outside of its array"),
 )
 UNROLLED_COLUMNS = 8
+RESIDENT_WARPS = 16  # of an SM, at least, while W streams: so many registers a thread may have
 
 
 def emit(plans: tuple[CudaPlan, ...], weight: Weight) -> Source:
@@ -110,12 +114,40 @@ def _kernel(plan: CudaPlan) -> dict[str, Any]:
         "ragged_columns": plan.column_pieces * plan.piece_columns != p.C,
         "step_features": plan.step_columns * plan.piece_columns, "groups": max(plan.packing.groups.size, 1),
         "unroll": min(plan.piece_columns, UNROLLED_COLUMNS),
-        "tables": _tables(plan), "operands": operands, "epilogue": steps, "few_n": plan.few_n,
-        "few_width": plan.few_width, "many_width": plan.width, "thread_warps": plan.thread_warps,
+        "tables": _tables(plan), "operands": operands, "epilogue": steps, "thread_warps": plan.thread_warps,
         "matrix": plan.matrix, "step_k": plan.step_k if isinstance(plan, MatrixPlan) else 0,
         "by_eight": plan.piece_columns % 8 == 0 and plan.piece_columns * plan.column_pieces == p.C,
-        "variants": (("many", plan.many), ("few", plan.few)), "linear": problem.operator.token_axis == 0,
+        "variants": _variants(plan), "stream": _stream(plan), "linear": problem.operator.token_axis == 0,
     }  # fmt: skip
+
+
+def _variants(plan: CudaPlan) -> list[dict[str, Any]]:
+    """The kernels of a library, those for calls of fewer tokens first; the last takes what is left."""
+    rows: list[dict[str, Any]] = []
+    if stream := plan.stream:
+        resident = max(RESIDENT_WARPS // stream.warps, 1)
+        common = {"bounds": f"STREAM_THREADS, {resident}", "blocks": "STREAM_PARTS", "threads": "STREAM_THREADS"}
+        rows = [{"name": f"stream{t}", "most": t, "width": t, "call": f"stream<{t}>"} | common for t in stream.tokens]
+        rows[-1]["most"] = plan.stream_n
+    common = {"bounds": "THREADS", "blocks": "THREAD_BLOCKS", "threads": "THREADS"}
+    sides = (("few", plan.few, plan.few_n, plan.few_width), ("many", plan.many, None, plan.width))
+    for name, lanes, most, width in sides:
+        if most is None or most > plan.stream_n:
+            along = "" if plan.matrix else f", {lanes.along_tokens}"
+            rows.append({"name": name, "most": most, "width": width, "call": f"tile<{lanes.tokens}{along}>"} | common)
+    return rows
+
+
+def _stream(plan: CudaPlan) -> dict[str, Any] | None:
+    """The sizes of the kernel for few tokens."""
+    if not plan.stream:
+        return None
+    count = plan.packing.groups.size * plan.group_rows * (plan.piece_rows // plan.stream.rows)
+    sizes = asdict(plan.stream) | {"parts": max(count, 1)}
+    if isinstance(plan, MatrixPlan):
+        table, run = runs(plan.features_of_x, plan.problem.pattern.K)
+        sizes |= {"run": run, "even": not (table % 2)[table < plan.problem.pattern.K].any()}
+    return sizes
 
 
 def _tables(plan: CudaPlan) -> list[dict[str, Any]]:
@@ -132,10 +164,30 @@ def _tables(plan: CudaPlan) -> list[dict[str, Any]]:
         rows = (*rows[:4], ("step_fragments", plan.fragments, "first tile of 16 features of each step"))
     else:
         rows = (*rows, ("piece_slots", t.slots, "which column of its step a piece has"))
+    if plan.stream:
+        rows += _stream_tables(plan, plan.stream)
     return [
         {"name": name, "type": _C_TABLE[table.dtype.name], "text": text, "lines": _numbers(table)}
         for name, table, text in rows
     ]
+
+
+def _stream_tables(plan: CudaPlan, stream: Stream) -> tuple[tuple[str, NDArray[Any], str], ...]:
+    """Who walks what of W in calls of few tokens, and the features of X that belong to it."""
+    t, p = plan.packing, plan.problem.pattern
+    rows = (t.groups.astype(np.int64)[:, None] + np.arange(plan.group_rows)).ravel()
+    if isinstance(plan, MatrixPlan):
+        ends = plan.fragments[t.steps]
+        features = ("tile_features", runs(plan.features_of_x, p.K)[0], "first of features side by side, of each tile")
+    else:
+        ends = piece_rows_of(t, plan.group_rows)
+        features = ("piece_features", t.features[t.piece_columns], "first feature of each piece")
+    work = parts(rows, ends, plan.piece_rows // stream.rows)
+    text = {
+        "row": "piece row of each part of W, the longest first", "share": "which of its rows",
+        "begin": f"its first {'tile' if plan.matrix else 'piece'}", "end": "and the one behind its last",
+    }  # fmt: skip
+    return (*((f"part_{name}", work[name], text[name]) for name in text), features)
 
 
 def _numbers(table: NDArray[Any]) -> list[str]:
