@@ -15,7 +15,7 @@ LANES = (Lanes(4, 32), Lanes(2, 32), Lanes(1, 32))
 FEATURES = (32, 64, 16)
 WARPS = (8, 16, 4)
 LEAST_ROWS = 4  # of a block: matrix units have 8, the rest is zeros
-FEW = (Lanes(4, 1), 4)
+FEW = (Lanes(2, 16), 32, 16)  # of which calls of up to 16 tokens stream W
 LACKS = "it has no swiglu, geglu or quantize_x; of very many blocks, use larger ones"
 
 
@@ -48,7 +48,7 @@ def _matrix(problem: Problem, target: Target) -> Iterator[MatrixPlan]:
     for rows in (64, 32, 16, 8):
         for tiles in (2, 1, 4) if rows < p.R + 8 else ():
             for features in (64, 32):
-                plan = MatrixPlan(problem, target, rows, 1, features, tokens(tiles), tokens(1), 64)
+                plan = MatrixPlan(problem, target, rows, 1, features, tokens(tiles), tokens(1), 64, 16)
                 if tiles * rows <= 128 and fits(plan):
                     yield plan
 

@@ -8,12 +8,13 @@ from numpy.typing import NDArray
 
 Integers = NDArray[Any]
 
+WARP = 32
 LOAD_BYTES = 16  # of a lane
 LINE_LOADS = 8  # lanes side by side along rows: whole lines of 128 bytes
 IN_FLIGHT = 8  # loads of a lane
 WARPS = 8  # of a thread block at most
 WARP_BYTES = 4 << 10  # of W that a warp should have, IN_FLIGHT loads of its lanes
-SUMS = 64  # of a thread
+SUMS = 32  # of a thread: 64 spill, addresses of as many tokens take registers as well (nvcc 13.0, 128 registers)
 SHARED_BYTES = 48 << 10
 
 
@@ -26,8 +27,12 @@ class Stream:
     vector: int
     lanes: int
     warps: int
-    depth: int  # loads of a lane ahead of their products
+    loads: int  # of a lane, ahead of their products, where there is one token
     tokens: tuple[int, ...]  # a kernel for each: its calls have at most so many, or several times the last
+
+    def depth(self, tokens: int) -> int:
+        """Loads ahead in the kernel for so many tokens; their X takes registers, too."""
+        return self.loads if tokens == 1 or self.lanes == WARP else self.loads // 2
 
     def width(self, n: int) -> int:
         """Tokens of a thread block in a call of n."""
@@ -41,7 +46,7 @@ def on_cores(piece_rows: int, element_bytes: int, sum_bytes: int, packed_bytes: 
     lanes = max(d for d in range(1, LINE_LOADS + 1) if chunks % d == 0)
     units = piece_row_count * (chunks // lanes)
     most = min(SUMS * 4 // (vector * sum_bytes), 16)
-    tokens = tuple(t for t in (1, 4, 8, 16) if t < most and t != 8) + (most,)
+    tokens = (*(t for t in (1, 4) if t < most), most)
     rows = lanes * vector
     return Stream(rows, vector, lanes, _warps(packed_bytes, units, rows * most * sum_bytes), IN_FLIGHT, tokens)
 
@@ -53,8 +58,8 @@ def on_units(piece_rows: int, packed_bytes: int, piece_row_count: int, sms: int)
     shares = [s for s in range(strips, 0, -1) if strips % s == 0 and s % pair == 0 and s <= 8]
     chosen = next((s for s in shares if piece_row_count * (strips // s) >= 2 * sms), shares[-1])
     units = piece_row_count * (strips // chosen)
-    depth = max(IN_FLIGHT * pair // chosen, 1)
-    return Stream(8 * chosen, pair, 32, _warps(packed_bytes, units, 8 * chosen * 16 * 4), depth, (16,))
+    loads = max(IN_FLIGHT * pair // chosen, 1)
+    return Stream(8 * chosen, pair, WARP, _warps(packed_bytes, units, 8 * chosen * 16 * 4), loads, (16,))
 
 
 def _warps(packed_bytes: int, units: int, sums_bytes: int) -> int:

@@ -127,9 +127,9 @@ def _variants(plan: CudaPlan) -> list[dict[str, Any]]:
     if stream := plan.stream:
         resident = max(RESIDENT_WARPS // stream.warps, 1)
         common = {"bounds": f"STREAM_THREADS, {resident}", "blocks": "STREAM_PARTS", "threads": "STREAM_THREADS"}
-        rows = [{"name": f"stream{t}", "most": t, "width": t, "call": f"stream<{t}>"} | common for t in stream.tokens]
+        rows = [{"name": f"stream{t}", "most": t, "width": t, "call": f"stream<{t}, {stream.depth(t)}>"} | common for t in stream.tokens]
         rows[-1]["most"] = plan.stream_n
-    common = {"bounds": "THREADS", "blocks": "THREAD_BLOCKS", "threads": "THREADS"}
+    common = {"bounds": "THREADS, 1", "blocks": "THREAD_BLOCKS", "threads": "THREADS"}
     sides = (("few", plan.few, plan.few_n, plan.few_width), ("many", plan.many, None, plan.width))
     for name, lanes, most, width in sides:
         if most is None or most > plan.stream_n:
