@@ -75,6 +75,15 @@ template <int COUNT, class T> DEVICE void load_vector(T (&to)[COUNT], const T *f
     memcpy(to, parts, BYTES);
 }
 
+/* 16 bytes, aligned. */
+template <int COUNT, class T> DEVICE void store_vector(T *to, const T (&from)[COUNT])
+{
+    static_assert(COUNT * sizeof(T) == 16, "one vector");
+    uint4 part;
+    memcpy(&part, from, 16);
+    *reinterpret_cast<uint4 *>(to) = part;
+}
+
 /* COUNT elements of W where `there`, zeros elsewhere: W is read once, L1 is left to X. */
 #ifndef BSRGEN_EMULATION
 DEVICE void load_once(uint4 &to, const uint4 *from)

@@ -21,18 +21,20 @@ TOKENS = (0, 1, 5, 33, 150)
 def weight_of(kind, shape, block, dtype, seed=1):
     density = {"empty": 0.0, "full": 1.0}.get(kind, 0.35)
     weight = single(shape, block) if kind == "one" else random_weight(seed, shape, block, density)
-    return Weight(weight.pattern, weight.data.astype(DTYPES[dtype].numpy))
+    data = np.rint(weight.data * 40) if dtype == "int8" else weight.data
+    return Weight(weight.pattern, data.astype(DTYPES[dtype].numpy))
 
 
-def plan_of(problem, rows=16, features=32, many=2):
-    return MatrixPlan(problem, SM80, rows, 1, features, tokens(many), tokens(1), 64)
+def plan_of(problem, rows=16, features=32, many=2, stages=3):
+    return MatrixPlan(problem, SM80, rows, 1, features, tokens(many), tokens(1), 64, stages=stages)
 
 
 def table():
     """Every block shape with both operators; types, kinds and plans in turn."""
     for turn, (block, operator) in enumerate(product(BLOCKS, OPERATOR_NAMES)):
-        dtype = ("float16", "bfloat16")[(turn + turn // 2) % 2]
-        knobs = {"rows": (16, 8, 32, 24)[turn % 4], "features": (32, 64, 24)[turn % 3], "many": 1 + turn // 2 % 2}
+        dtype = ("float16", "bfloat16", "int8")[(turn + turn // 2) % 3]
+        knobs = {"rows": (16, 8, 32, 24)[turn % 4], "features": (32, 64, 24)[turn % 3], "many": 1 + turn // 2 % 2,
+                 "stages": (2, 3, 4)[turn % 3]}  # fmt: skip
         kind = ("uniform", "full", "one", "uniform", "empty")[turn % 5]
         yield pytest.param(block, operator, dtype, kind, knobs, id=f"{block}-{operator}-{dtype}-{kind}")
 
@@ -66,13 +68,18 @@ def test_absent_blocks_contribute_nothing(operator, rng, tmp_path):
 
 
 MUTATIONS = {
-    "copies not awaited": ("        copies_done();\n", ""),
+    "copies not awaited": ("        copies_wait<STAGES - 2>();\n", ""),
+    "one group too few": ("copies_wait<STAGES - 2>", "copies_wait<STAGES - 1>"),
     "no barrier": ("        __syncthreads();\n", ""),
-    "one panel for all": ("panels + (step + 1 - first) % 2 * PANEL", "panels"),
+    "one panel for all": ("panels + (ahead - first) % STAGES * PANEL", "panels"),
+    "ring too short": ("% STAGES * PANEL", "% (STAGES - 1) * PANEL"),
+    "a step left out": ("step + STAGES - 1;", "step + STAGES;"),
     "rows of the matrix exchanged": ("lane % 16) * STRIDE", "(lane ^ 8) % 16) * STRIDE"),
-    "halves exchanged": ("lane / 16 * 8);", "(1 - lane / 16) * 8);"),
-    "wrong fragment": ("w + 2 * s)", "w + s)"),
-    "wrong strip": ("(int64_t)q * STRIPS_OF_8 + j)", "(int64_t)q * STRIPS_OF_8)"),
+    "halves exchanged": ("lane / 16 * VECTOR_X);", "(1 - lane / 16) * VECTOR_X);"),
+    "wrong fragment": ("w + 2 * j)", "w + j)"),
+    "wrong strip": ("from + j * (64 * PAIR)", "from"),
+    "W too far ahead": ("a, q + 1, last_tile", "a, q + 2, last_tile"),
+    "W past the end": ("if (q < last) v =", "if (q <= last) v ="),
     "wrong row of Y": ("lane % 4 * 2 + e % 2", "lane % 4 * 2 + e / 2"),
     "tokens past the end": ("&& n0 + t < a.n) finish", ") finish"),
     "X past the end": ("f < features && n0 + t < a.n ?", "f < features ?"),
@@ -99,7 +106,7 @@ def test_mutation_is_found(name, victim, rng, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "block", "archs", "there"), [
     ("float16", (32, 1), ("sm_80", "sm_90"), True), ("bfloat16", (8, 8), ("sm_90",), True),
-    ("float16", (32, 1), ("sm_75", "sm_90"), False), ("float32", (32, 1), ("sm_80",), False),
+    ("float16", (32, 1), ("sm_75", "sm_90"), True), ("bfloat16", (32, 1), ("sm_75", "sm_90"), False), ("int8", (8, 8), ("sm_80",), True), ("float32", (32, 1), ("sm_80",), False),
     ("float16", (2, 2), ("sm_80",), False),
 ])  # fmt: skip
 def test_where_matrix_units_serve(dtype, block, archs, there):

@@ -1,6 +1,7 @@
 """Which plans may be tried for a problem: the plan space of the CUDA backend."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from bsrgen.backends.cuda.matrix import MatrixPlan, tokens
 from bsrgen.backends.cuda.plan import SHARED_BYTES, CudaPlan, Lanes
@@ -16,6 +17,8 @@ FEATURES = (32, 64, 16)
 WARPS = (8, 16, 4)
 LEAST_ROWS = 4  # of a block: matrix units have 8, the rest is zeros
 FEW = (Lanes(2, 16), 32, 16)  # of which calls of up to 16 tokens stream W
+STAGES = (4, 3, 2)
+NOT_ON = {"float16": (), "bfloat16": ("sm_75",), "int8": ("sm_75",)}  # types of matrix units, architectures that lack them
 LACKS = "it has no swiglu, geglu or quantize_x; of very many blocks, use larger ones"
 
 
@@ -42,15 +45,17 @@ def _matrix(problem: Problem, target: Target) -> Iterator[MatrixPlan]:
     """Plans on matrix units, for the types that they multiply, where every architecture has them."""
     p = problem.pattern
     assert isinstance(target, GpuTarget)
-    alike = problem.dtype is problem.x_dtype and problem.dtype.name in ("float16", "bfloat16")
-    if not alike or "sm_75" in target.archs or p.R < LEAST_ROWS:
+    alike = problem.dtype is problem.x_dtype and problem.dtype.name in NOT_ON
+    if not alike or p.R < LEAST_ROWS or {*target.archs} & {*NOT_ON[problem.dtype.name]}:
         return
     for rows in (64, 32, 16, 8):
         for tiles in (2, 1, 4) if rows < p.R + 8 else ():
-            for features in (64, 32):
+            for features in (32, 64):
                 plan = MatrixPlan(problem, target, rows, 1, features, tokens(tiles), tokens(1), 64, 16)
-                if tiles * rows <= 128 and fits(plan):
-                    yield plan
+                deep = (replace(plan, stages=stages) for stages in STAGES)
+                fitting = next((plan for plan in deep if fits(plan)), None)
+                if tiles * rows <= 128 and fitting:
+                    yield fitting
 
 
 def rows_of_tiles(R: int) -> list[int]:

@@ -116,7 +116,8 @@ def _kernel(plan: CudaPlan) -> dict[str, Any]:
         "unroll": min(plan.piece_columns, UNROLLED_COLUMNS),
         "tables": _tables(plan), "operands": operands, "epilogue": steps, "thread_warps": plan.thread_warps,
         "matrix": plan.matrix, "step_k": plan.step_k if isinstance(plan, MatrixPlan) else 0,
-        "by_eight": plan.piece_columns % 8 == 0 and plan.piece_columns * plan.column_pieces == p.C,
+        "stages": plan.stages if isinstance(plan, MatrixPlan) else 2,
+        "by_vector": plan.piece_columns * x.bytes % 16 == 0 and p.C * x.bytes % 16 == 0 and plan.piece_columns * plan.column_pieces == p.C,
         "variants": _variants(plan), "stream": _stream(plan), "linear": problem.operator.token_axis == 0,
     }  # fmt: skip
 
@@ -145,8 +146,9 @@ def _stream(plan: CudaPlan) -> dict[str, Any] | None:
     count = plan.packing.groups.size * plan.group_rows * (plan.piece_rows // plan.stream.rows)
     sizes = asdict(plan.stream) | {"parts": max(count, 1)}
     if isinstance(plan, MatrixPlan):
+        word = 4 // plan.problem.x_dtype.bytes
         table, run = runs(plan.features_of_x, plan.problem.pattern.K)
-        sizes |= {"run": run, "even": not (table % 2)[table < plan.problem.pattern.K].any()}
+        sizes |= {"run": run, "even": run >= word and not (table % word)[table < plan.problem.pattern.K].any()}
     return sizes
 
 
@@ -161,7 +163,7 @@ def _tables(plan: CudaPlan) -> list[dict[str, Any]]:
         ("step_pieces", t.pointers, "first piece of each step and piece row of a thread block"),
     )
     if isinstance(plan, MatrixPlan):  # a step has one piece row and all of its columns
-        rows = (*rows[:4], ("step_fragments", plan.fragments, "first tile of 16 features of each step"))
+        rows = (*rows[:4], ("step_fragments", plan.fragments, "first tile of features of each step"))
     else:
         rows = (*rows, ("piece_slots", t.slots, "which column of its step a piece has"))
     if plan.stream:
