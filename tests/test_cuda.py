@@ -19,7 +19,6 @@ from bsrgen.dtypes import DTYPES
 from bsrgen.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from bsrgen.gpus import GPUS, as_gpus
 from bsrgen.pattern import Weight, random_weight
-from bsrgen.problem import as_problem
 
 SM80 = GPUS["sm_80"]
 FEW = Lanes(4, 1)
@@ -215,14 +214,10 @@ def test_large_products_get_large_tiles():
     assert best.rows * best.many.tokens >= 16
 
 
-def test_what_no_plan_does():
-    weight = make_weight("uniform", (80, 48), (8, 4), "float32")
-    for problem in (
-        problem_of(weight, "linear", "swiglu"),
-        as_problem("linear", weight.pattern, "int8", "float32", quantize_x=True),
-    ):
-        with pytest.raises(UnsupportedError, match="it has no swiglu, geglu or quantize_x"):
-            allowed(BACKENDS["cuda"], problem, SM80)
+def test_tables_that_are_too_long():
+    weight = random_weight(0, (2048, 2048), (1, 1), 0.2)
+    with pytest.raises(UnsupportedError, match="use larger blocks"):
+        allowed(BACKENDS["cuda"], problem_of(weight), SM80)
 
 
 @pytest.mark.parametrize(("value", "error"), [

@@ -265,6 +265,7 @@ typedef emulation::Vector<16> uint4;
 #define threadIdx emulation::thread_index
 #define blockIdx emulation::block_index
 
+static inline unsigned atomicMax(unsigned *at, unsigned value) { const unsigned old = *at; return *at = old > value ? old : value, old; }
 static inline void __syncthreads() { emulation::barrier(); }
 
 template <class T> static T shuffled_from(unsigned mask, T value, unsigned lane)

@@ -19,17 +19,16 @@ LEAST_ROWS = 4  # of a block: matrix units have 8, the rest is zeros
 FEW = (Lanes(2, 16), 32, 16)  # of which calls of up to 16 tokens stream W
 STAGES = (4, 3, 2)
 NOT_ON = {"float16": (), "bfloat16": ("sm_75",), "int8": ("sm_75",)}  # types of matrix units, architectures that lack them
-LACKS = "it has no swiglu, geglu or quantize_x; of very many blocks, use larger ones"
+LACKS = "its tables would be too long: use larger blocks"
 
 
 def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Iterator[CudaPlan]:
     """Legal plans, a good guess first.  All work on the problem's own blocks.
 
-    Empty for pairs of weights (swiglu, geglu), for X that the kernel would have to quantise, and where the tables
-    outgrow what nvcc takes as text.
+    Empty where the tables outgrow what nvcc takes as text.
     """
     p = problem.pattern
-    if problem.gate_rows or problem.quantizes_x or max(p.M, p.K) > INT_MAX:
+    if max(p.M, p.K) > INT_MAX:
         return
     yield from _matrix(problem, target)
     for rows in rows_of_tiles(p.R):
@@ -50,11 +49,11 @@ def _matrix(problem: Problem, target: Target) -> Iterator[MatrixPlan]:
         return
     for rows in (64, 32, 16, 8):
         for tiles in (2, 1, 4) if rows < p.R + 8 else ():
-            for features in (32, 64):
+            for features in (32, 64) if problem.dtype.bytes == 2 else (64, 128):
                 plan = MatrixPlan(problem, target, rows, 1, features, tokens(tiles), tokens(1), 64, 16)
                 deep = (replace(plan, stages=stages) for stages in STAGES)
                 fitting = next((plan for plan in deep if fits(plan)), None)
-                if tiles * rows <= 128 and fitting:
+                if tiles * rows * plan.halves <= 128 and fitting:
                     yield fitting
 
 
@@ -69,7 +68,7 @@ def fits(plan: CudaPlan) -> bool:
     """Registers, shared memory and tables within their limits; no other plan of the same shape."""
     words = plan.problem.accumulator.bytes // 4
     sums = plan.rows * plan.many.tokens * words
-    if (sums > 64 and not plan.matrix) or plan.shared_bytes > SHARED_BYTES:
+    if (sums * plan.halves > 64 and not plan.matrix) or plan.shared_bytes > SHARED_BYTES:
         return False
     pieces = plan.problem.pattern.nnzb * plan.row_pieces * plan.column_pieces
     rows = plan.problem.pattern.block_rows * plan.row_pieces

@@ -75,7 +75,7 @@ class MatrixPlan(CudaPlan):
         """How W streams in calls of few tokens: 16 of them are one tile of the units."""
         assert isinstance(self.target, GpuTarget)
         rows = self.problem.pattern.block_rows * self.row_pieces
-        return on_units(self.piece_rows, self.packed_bytes, rows, self.target.sms) if self.stream_n else None
+        return on_units(self.piece_rows, self.packed_bytes, rows, self.halves, self.target.sms) if self.stream_n else None
 
     @cached_property
     def fragments(self) -> NDArray[Any]:

@@ -35,27 +35,35 @@ class Packing:
         return sum(t.nbytes for t in (self.groups, self.steps, self.columns, self.features, self.pointers, self.slots))
 
 
-def pack_pattern(p: Pattern, row_pieces: int, column_pieces: int, group_rows: int, step_columns: int) -> Packing:
-    """Tables of `p` with its blocks cut into pieces.  Pure."""
+def pack_pattern(
+    p: Pattern, row_pieces: int, column_pieces: int, group_rows: int, step_columns: int, gate_rows: int = 0
+) -> Packing:
+    """Tables of `p` with its blocks cut into pieces.  Pure.
+
+    Of a pair of weights the first `gate_rows` piece rows are the gate's: `groups` has thread blocks of the gate, and the
+    group behind them that is as far on, in `steps`, has the rows that they gate.
+    """
     width = -(-p.C // column_pieces)
     rows, columns, source = _pieces(p, row_pieces, column_pieces)
-    total = p.block_rows * row_pieces
-    count = -(-total // group_rows)
-    group = rows // group_rows
-    work = np.bincount(group, minlength=count)
+    halves = 2 if gate_rows else 1
+    half, local = np.divmod(rows, gate_rows or max(p.block_rows * row_pieces, 1))
+    blocks = -(-(gate_rows or p.block_rows * row_pieces) // group_rows)  # thread blocks
+    count, rows = halves * blocks, local % group_rows
+    work = np.bincount(local // group_rows, minlength=blocks)
     schedule = np.argsort(-work, kind="stable")  # the largest first: Graham, SIAM J. Appl. Math. 17(2), 1969
-    place = np.empty(count, np.int64)
-    place[schedule] = np.arange(count)
+    place = np.empty(blocks, np.int64)
+    place[schedule] = np.arange(blocks)
+    group = half * blocks + place[local // group_rows]
     wide = np.int64(max(p.block_cols * column_pieces, 1))
-    keys, column = np.unique(place[group] * wide + columns, return_inverse=True)  # columns of groups, in that order
+    keys, column = np.unique(group * wide + columns, return_inverse=True)  # columns of groups, in that order
     per_group = np.bincount(keys // wide, minlength=count)
     first = np.concatenate(([0], np.cumsum(per_group)))
     steps = np.concatenate(([0], np.cumsum(-(-per_group // step_columns))))
     inside = np.arange(keys.size) - first[keys // wide]
     step = steps[keys // wide] + inside // step_columns
-    order = np.lexsort((column, rows % group_rows, place[group]))
-    begin, span = steps[place[group]], np.diff(steps)[place[group]]
-    pairs = begin * group_rows + rows % group_rows * span + step[column] - begin
+    order = np.lexsort((column, rows, group))
+    begin, span = steps[group], np.diff(steps)[group]
+    pairs = begin * group_rows + rows * span + step[column] - begin
     filled = np.bincount(pairs, minlength=int(steps[-1]) * group_rows)
     features = keys % wide // column_pieces * p.C + keys % wide % column_pieces * width
     return Packing(

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from bsrgen.backends.cuda.count import counts
 from bsrgen.backends.cuda.packing import Packing, pack_pattern
 from bsrgen.backends.cuda.stream import Stream, on_cores
+from bsrgen.gpus import GpuTarget
 from bsrgen.plan import Counts, Plan
 
 SHARED_BYTES = 48 << 10  # static shared memory of a thread block, on every architecture
@@ -110,13 +111,19 @@ class CudaPlan(Plan):
     @cached_property
     def stream(self) -> Stream | None:
         """How W streams in calls of few tokens."""
-        unit = self.problem.accumulator.bytes
+        assert isinstance(self.target, GpuTarget)
+        unit, sms = self.problem.accumulator.bytes, self.target.sms
         rows = self.problem.pattern.block_rows * self.row_pieces
         return (
-            on_cores(self.piece_rows, self.problem.dtype.bytes, unit, self.packed_bytes, rows)
+            on_cores(self.piece_rows, self.problem.dtype.bytes, unit, self.packed_bytes, rows, self.halves, sms)
             if self.stream_n
             else None
         )
+
+    @property
+    def halves(self) -> int:
+        """Weights that make one result: 2 of swiglu and geglu."""
+        return 2 if self.problem.gate_rows else 1
 
     # ── blocks as the kernel walks them: pieces of the problem's ─────────────────────────────────────────────────
 
@@ -181,4 +188,5 @@ class CudaPlan(Plan):
     def packing(self) -> Packing:
         """The tables."""
         p = self.problem.pattern
-        return pack_pattern(p, self.row_pieces, self.column_pieces, self.group_rows, self.step_columns)
+        gate = self.problem.gate_rows // p.R * self.row_pieces
+        return pack_pattern(p, self.row_pieces, self.column_pieces, self.group_rows, self.step_columns, gate)

@@ -33,6 +33,7 @@ ERRORS = (  # of the CUDA runtime that a caller can do something about (driver_t
     (222, "the code for newer GPUs in this library needs a newer driver"),
     (700, "an address that is not on this GPU, or outside of its array"),
 )
+MADE_HERE = ("out", "inside", "gate")  # kinds of operands that no caller gives
 UNROLLED_COLUMNS = 8
 RESIDENT_WARPS = 16  # of an SM, at least, while W streams: so many registers a thread may have
 
@@ -101,15 +102,17 @@ def _kernel(plan: CudaPlan) -> dict[str, Any]:
     operands = operands_in_c(problem, _KIND_TEXT)
     names = iter(o["name"] for o in operands)
     steps = [
-        {"name": step.name, "c": step.c, "operands": [
-            {"kind": o.kind, "symbol": o.symbol or o.name, "name": None if o.kind == "out" else next(names)}
+        {"name": step.name, "c": step.c, "gate": step.gate and step.gate.c, "operands": [
+            {"kind": o.kind, "symbol": o.symbol or o.name, "of_w": problem.rows_of(o) != problem.rows,
+             "name": None if o.kind in MADE_HERE else next(names)}
             for o in step.operands]}
         for step in problem.epilogue
     ]  # fmt: skip
     return {
         "name": problem.name, "real_bytes": real.bytes, "accumulator": problem.accumulator.c,
         "kinds": {"w": problem.dtype.short, "x": x.short, "y": y.short, "e": element.short},
-        "M": p.M, "K": p.K, "R": p.R, "C": p.C, "rows": plan.rows, "strips": plan.strips,
+        "M": p.M, "K": p.K, "result_rows": problem.rows, "gate_rows": problem.gate_rows,
+        "quantized": problem.quantizes_x, "R": p.R, "C": p.C, "rows": plan.rows, "strips": plan.strips,
         "row_pieces": plan.row_pieces, "piece_columns": plan.piece_columns, "group_rows": plan.group_rows,
         "ragged_columns": plan.column_pieces * plan.piece_columns != p.C,
         "step_features": plan.step_columns * plan.piece_columns, "groups": max(plan.packing.groups.size, 1),
@@ -184,7 +187,7 @@ def _stream_tables(plan: CudaPlan, stream: Stream) -> tuple[tuple[str, NDArray[A
     else:
         ends = piece_rows_of(t, plan.group_rows)
         features = ("piece_features", t.features[t.piece_columns], "first feature of each piece")
-    work = parts(rows, ends, plan.piece_rows // stream.rows)
+    work = parts(rows, ends, plan.piece_rows // stream.rows, plan.halves)
     text = {
         "row": "piece row of each part of W, the longest first", "share": "which of its rows",
         "begin": f"its first {'tile' if plan.matrix else 'piece'}", "end": "and the one behind its last",
