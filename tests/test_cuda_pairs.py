@@ -17,7 +17,7 @@ CASES = {
     "swiglu": (on_cores, {"warps": 6}, (6, 5), "linear", ("float32", None), ("swiglu", "bias"), False),
     "geglu": (on_cores, {}, (3, 4), "spmm", ("float64", None), ("geglu", "residual"), False),
     "int8 pair": (on_cores, {}, (4, 4), "linear", ("int8", "int8"), ("swiglu",), False),
-    "quantized": (on_cores, {}, (4, 7), "linear", ("int8", "float32"), ("bias",), True),
+    "quantized": (on_cores, {}, (4, 12), "linear", ("int8", "float32"), ("bias",), True),
     "quantized features": (on_cores, {"warps": 3}, (5, 3), "spmm", ("int8", "bfloat16"), (), True),
     "quantized pair": (on_cores, {"features": 64}, (8, 1), "linear", ("int8", "float32"), ("geglu", "bias"), True),
     "units": (on_units, {"rows": 16}, (16, 8), "linear", ("float16", None), ("swiglu", "bias"), False),
@@ -62,7 +62,7 @@ MUTATIONS = {
     "the gate's range": ("part_begin[2 * part + 1]", "part_begin[2 * part]"),
     "largest of some": ("for (int f = lane; f < K; f += 32)", "for (int f = lane; f < K - 32; f += 32)"),
     "no scales": ("    scales_of_x<WIDTH, THREADS>", "    if (n0) scales_of_x<WIDTH, THREADS>"),
-    "another token's": ("inverse[t]) : ", "inverse[0]) : "),
+    "another token's": ("k0 + c, inverse[t])", "k0 + c, inverse[0])"),
     "scales not awaited": ("127.0f / top; /* NaN where X has one: every Y of that token */\n    }\n    __syncthreads();",
                            "127.0f / top;\n    }"),
 }  # fmt: skip

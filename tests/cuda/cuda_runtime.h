@@ -265,6 +265,11 @@ typedef emulation::Vector<16> uint4;
 #define threadIdx emulation::thread_index
 #define blockIdx emulation::block_index
 
+static inline int __dp4a(int a, int b, int sum)
+{
+    for (int i = 0; i < 4; i++) sum += (int8_t)(a >> 8 * i) * (int8_t)(b >> 8 * i);
+    return sum;
+}
 static inline unsigned atomicMax(unsigned *at, unsigned value) { const unsigned old = *at; return *at = old > value ? old : value, old; }
 static inline void __syncthreads() { emulation::barrier(); }
 

@@ -40,7 +40,7 @@ def counts(plan: "CudaPlan", n: int) -> Counts:
     table_bytes = 12 * groups + 4 * (steps + staged + steps * plan.group_rows) + 2 * pieces
     work = _streamed(plan, n, pieces) if n <= plan.stream_n else _tiled(plan, n, pieces, groups, staged, steps)
     unit = problem.accumulator.bytes
-    peak = target.matrix_flop_per_cycle(problem.dtype.name) * MMA_SHARE if plan.matrix else target.flop_per_cycle(unit)
+    peak = target.matrix_flop_per_cycle(problem.dtype.name) * MMA_SHARE if plan.matrix else plan.word * target.flop_per_cycle(unit)
     memory = value_bytes + table_bytes + (p.K * problem.x_dtype.bytes + problem.rows * problem.out_dtype.bytes) * n
     share = work.sms / target.sms  # few thread blocks leave SMs idle
     bounds = (
@@ -70,8 +70,10 @@ def _tiled(plan: "CudaPlan", n: int, pieces: int, groups: int, staged: int, step
     if plan.matrix:  # bytes of X, once for each thread block, and of W once for each warp
         loads = tiles * (plan.thread_warps * value_bytes + 2 * x_bytes) / 128
     else:  # a warp's row of W is one wavefront for each 128 bytes, its tokens of X as many as they have
-        loads = tiles * pieces * plan.strips * plan.piece_columns * (1 + lanes.tokens * unit / 4)
-    sms = min(target.sms, max(groups * tiles, 1))
+        loads = tiles * pieces * plan.strips * plan.piece_columns // plan.word * (1 + lanes.tokens * unit / 4)
+    if problem.quantizes_x:  # each thread block looks for the largest of its tokens
+        x_bytes += groups * problem.pattern.K * width * problem.x_dtype.bytes
+    sms = min(target.sms, max(groups * tiles // plan.halves, 1))
     waits = steps * tiles / sms * STEP_CYCLES
     return _Work(2 * elements * tiles * width, loads, tiles * (value_bytes + x_bytes), waits, sms, lanes.tokens)
 
@@ -85,7 +87,7 @@ def _streamed(plan: "CudaPlan", n: int, pieces: int) -> _Work:
     tiles, elements = -(-n // width), pieces * plan.piece_rows * plan.piece_columns
     parts = max(problem.pattern.block_rows * plan.row_pieces * (plan.piece_rows // stream.rows), 1)
     w_loads = elements * problem.dtype.bytes / 128
-    x_loads = elements / (WARP * stream.rows) * 8 if plan.matrix else elements / (WARP * stream.vector) * width
+    x_loads = elements / (WARP * stream.rows) * 8 if plan.matrix else elements / (WARP * stream.vector * plan.word) * width
     sms = min(target.sms, parts * tiles)
     waits = parts * tiles / sms * STREAM_CYCLES
     from_l2 = elements * problem.dtype.bytes + 32 * x_loads

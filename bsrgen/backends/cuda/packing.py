@@ -96,12 +96,14 @@ def _pieces(p: Pattern, row_pieces: int, column_pieces: int) -> tuple[Integers, 
 
 
 def pack_values(
-    data: NDArray[Any], source: Integers, row_pieces: int, column_pieces: int, piece_rows: int
+    data: NDArray[Any], source: Integers, row_pieces: int, column_pieces: int, piece_rows: int, word: int = 1
 ) -> NDArray[Any]:
-    """data[nnzb, R, C] -> [pieces, columns of a piece, rows of a piece], zeros where a block has no more."""
+    """data[nnzb, R, C] -> [pieces, columns of a piece, rows of a piece], zeros where a block has no more; `word` columns
+    of a row lie side by side: [pieces, words, rows, columns of a word]."""
     nnzb, R, C = data.shape
     width = -(-C // column_pieces)
     whole = np.zeros((nnzb, row_pieces * piece_rows, column_pieces * width), data.dtype)
     whole[:, :R, :C] = data
     pieces = whole.reshape(nnzb, row_pieces, piece_rows, column_pieces, width).transpose(0, 1, 3, 4, 2)
-    return np.ascontiguousarray(pieces.reshape(-1, width, piece_rows)[source])
+    chosen = pieces.reshape(-1, width // word, word, piece_rows)[source].swapaxes(2, 3)
+    return np.ascontiguousarray(chosen.reshape(-1, width // word, piece_rows, word) if word > 1 else chosen[..., 0])

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from bsrgen.backends.cuda.count import counts
 from bsrgen.backends.cuda.packing import Packing, pack_pattern
 from bsrgen.backends.cuda.stream import Stream, on_cores
+from bsrgen.dtypes import INT32
 from bsrgen.gpus import GpuTarget
 from bsrgen.plan import Counts, Plan
 
@@ -115,7 +116,7 @@ class CudaPlan(Plan):
         unit, sms = self.problem.accumulator.bytes, self.target.sms
         rows = self.problem.pattern.block_rows * self.row_pieces
         return (
-            on_cores(self.piece_rows, self.problem.dtype.bytes, unit, self.packed_bytes, rows, self.halves, sms)
+            on_cores(self.piece_rows, self.problem.dtype.bytes * self.word, unit, self.packed_bytes, rows, self.halves, sms)
             if self.stream_n
             else None
         )
@@ -173,16 +174,23 @@ class CudaPlan(Plan):
         return pieces * self.piece_rows * self.piece_columns * self.problem.dtype.bytes
 
     @property
+    def word(self) -> int:
+        """Neighbouring columns that are multiplied at once: 4 of int8 by one dp4a, where they fill the pieces."""
+        whole = self.piece_columns % 4 == 0 and self.piece_columns * self.column_pieces == self.problem.pattern.C
+        return 4 if self.problem.accumulator is INT32 and whole and not self.matrix else 1
+
+    @property
     def step_columns(self) -> int:
         """Columns of pieces whose X is in shared memory at a time."""
         return max(self.features // self.piece_columns, 1)
 
     @property
     def shared_bytes(self) -> int:
-        """Two panels of X, in the type of the sums."""
+        """Two panels of X, in the type of the sums, and the scales of tokens that the kernel quantises."""
         unit = self.problem.accumulator.bytes
         widest = max(self.many.stride, self.few.stride)
-        return 2 * self.step_columns * self.piece_columns * widest * unit
+        scales = 8 * max(self.width, self.few_width) if self.problem.quantizes_x else 0
+        return 2 * self.step_columns * (self.piece_columns // self.word) * widest * unit + scales
 
     @cached_property
     def packing(self) -> Packing:

@@ -44,7 +44,7 @@ def emit(plans: tuple[CudaPlan, ...], weight: Weight) -> Source:
     problem, name, target = plan.problem, plan.problem.name, plan.target
     assert isinstance(target, GpuTarget)
     packing, cuts = plan.packing, (plan.row_pieces, plan.column_pieces, plan.piece_rows)
-    values = pack_values(weight.data, packing.source, *cuts)
+    values = pack_values(weight.data, packing.source, *cuts, plan.word)
     files = {f"{name}_source.bin": packing.source.tobytes()}
     if isinstance(plan, MatrixPlan):
         values = plan.in_fragments(values)
@@ -85,7 +85,7 @@ def _entry(plan: CudaPlan, values_bytes: int) -> dict[str, Any]:
         "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c, "blobs": blobs, "operands": operands,
         "prototype": prototype, "linear": problem.operator.token_axis == 0, "M": p.M, "rows": problem.rows, "K": p.K,
         "R": p.R, "C": p.C, "nnzb": p.nnzb, "values_bytes": values_bytes, "pieces": plan.packing.source.size,
-        "piece_rows": plan.piece_rows, "piece_columns": plan.piece_columns, "row_pieces": plan.row_pieces,
+        "piece_rows": plan.piece_rows, "piece_columns": plan.piece_columns, "word": plan.word, "row_pieces": plan.row_pieces,
         "column_pieces": plan.column_pieces, "source": f"{name}_source", "data": f"{name}_values",
         "language": "cuda", "W_rows": p.M,
         "errors": ERRORS, "target": plan.target.name, "formula": problem.operator.formula,
@@ -113,10 +113,10 @@ def _kernel(plan: CudaPlan) -> dict[str, Any]:
         "kinds": {"w": problem.dtype.short, "x": x.short, "y": y.short, "e": element.short},
         "M": p.M, "K": p.K, "result_rows": problem.rows, "gate_rows": problem.gate_rows,
         "quantized": problem.quantizes_x, "R": p.R, "C": p.C, "rows": plan.rows, "strips": plan.strips,
-        "row_pieces": plan.row_pieces, "piece_columns": plan.piece_columns, "group_rows": plan.group_rows,
+        "row_pieces": plan.row_pieces, "piece_columns": plan.piece_columns // plan.word, "group_rows": plan.group_rows, "word": plan.word,
         "ragged_columns": plan.column_pieces * plan.piece_columns != p.C,
-        "step_features": plan.step_columns * plan.piece_columns, "groups": max(plan.packing.groups.size, 1),
-        "unroll": min(plan.piece_columns, UNROLLED_COLUMNS),
+        "step_features": plan.step_columns * (plan.piece_columns // plan.word), "groups": max(plan.packing.groups.size, 1),
+        "unroll": min(plan.piece_columns // plan.word, UNROLLED_COLUMNS),
         "tables": _tables(plan), "operands": operands, "epilogue": steps, "thread_warps": plan.thread_warps,
         "matrix": plan.matrix, "step_k": plan.step_k if isinstance(plan, MatrixPlan) else 0,
         "stages": plan.stages if isinstance(plan, MatrixPlan) else 2,
