@@ -27,8 +27,8 @@ KINDS = ("uniform", "powerlaw", "empty", "one", "full", "banded")
 TOKENS = (0, 1, 5, 33, 130)
 
 
-def plan_of(problem, rows=4, warps=4, features=32, many=Lanes(2, 32), few=FEW, few_n=4):  # noqa: B008
-    return CudaPlan(problem, SM80, rows, warps, features, many, few, few_n)
+def plan_of(problem, rows=4, warps=4, features=32, many=Lanes(2, 32), few=FEW, few_n=4, stream_n=0):  # noqa: B008
+    return CudaPlan(problem, SM80, rows, warps, features, many, few, few_n, stream_n)
 
 
 def table():

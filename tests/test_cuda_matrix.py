@@ -108,7 +108,8 @@ def test_mutation_is_found(name, victim, rng, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "block", "archs", "there"), [
     ("float16", (32, 1), ("sm_80", "sm_90"), True), ("bfloat16", (8, 8), ("sm_90",), True),
-    ("float16", (32, 1), ("sm_75", "sm_90"), True), ("bfloat16", (32, 1), ("sm_75", "sm_90"), False), ("int8", (8, 8), ("sm_80",), True), ("float32", (32, 1), ("sm_80",), False),
+    ("float16", (32, 1), ("sm_75", "sm_90"), True), ("bfloat16", (32, 1), ("sm_75", "sm_90"), False),
+    ("int8", (8, 8), ("sm_80",), True), ("float32", (32, 1), ("sm_80",), False),
     ("float16", (2, 2), ("sm_80",), False),
 ])  # fmt: skip
 def test_where_matrix_units_serve(dtype, block, archs, there):

@@ -56,3 +56,64 @@ def test_on_matrix_units(block, dtype, operator, kind, rows, rng, tmp_path):
     if rows == 32:  # half of a piece row
         plan.__dict__["stream"] = replace(plan.stream, rows=16)
     check_device_calls(emulated(plan, weight, tmp_path), problem, weight, rng, (*TOKENS, 17))
+
+
+MUTATIONS = {
+    "sums of other warps not awaited": (
+        "    __syncthreads();\n    for (int e = threadIdx.x; e < SUMS",
+        "    for (int e = threadIdx.x; e < SUMS",
+    ),
+    "one warp's sums": ("w < STREAM_WARPS; w++) sum", "w < 1; w++) sum"),
+    "a part of the rows": ("e < SUMS; e += STREAM_THREADS", "e < SUMS - 1; e += STREAM_THREADS"),
+    "another part": ("part_end[part]", "part_end[0]"),
+    "another share": ("a.values + share * STREAM_ROWS + row", "a.values + row"),
+    "loads past the end": ("next < last", "next <= last + 64"),
+    "W of another column": ("ring[i][r], x[t]", "ring[0][r], x[t]"),
+    "stale loads": (
+        ", values + (int64_t)next * PIECE_ROWS, next < last",
+        ", values + (int64_t)at * PIECE_ROWS, next < last",
+    ),
+    "half of the tree": ("for (int distance = 16;", "for (int distance = 1;"),
+    "tree too wide": ("if (column + distance < STREAM_COLUMNS)", ""),
+    "tokens past the end": ("&& n0 + t < a.n) finish", ") finish"),
+    "X past the end": ("x[t] = there && n0 + t < a.n ?", "x[t] = there ?"),
+    "columns left out": ("first += DEPTH * STEP", "first += 2 * DEPTH * STEP"),
+}
+ON_UNITS = {
+    "another share": (" + share * (STREAM_ROWS * 8)", ""),
+    "loads past the end": ("next < end", "next < end + 64"),
+    "words exchanged": ("(lane % 4 + e / 2 * 4)", "(lane % 4 + e % 2 * 4)"),
+    "tokens exchanged": ("n0 + lane / 4 + e % 2 * 8", "n0 + lane / 4 + e / 2 * 8"),
+    "X past the end": ("if (n >= a.n) return 0;", ""),
+    "features past the end": ("if (k < K) word", "word"),
+    "wrong fragment": ("ring[i] + 2 * j)", "ring[i] + j)"),
+    "wrong tile": ("TILE_K * q + (lane", "TILE_K * begin + (lane"),
+    "wrong row": ("8 * j + lane % 4 * 2 + e % 2, t = lane", "8 * j + lane % 4 * 2 + e / 2, t = lane"),
+}
+
+
+@pytest.fixture(scope="module")
+def victims():
+    """Several parts, warps, shares of rows and turns of the ring; columns that do not fill a warp, ragged blocks."""
+    weight = random_weight(3, (43, 1083), (20, 5), 0.6)
+    plan = on_cores(problem_of(weight, "linear", "bias"), rows=5)
+    cores = Victim(streaming(plan, 2, rows=4, lanes=1), weight, (1, 3))
+    weight = weight_of("uniform", (61, 1001), (32, 3), "float16", 3)
+    units = on_units(problem_of(weight, "linear", "bias"), 32)
+    return cores, Victim(streaming(units, 2, rows=16, loads=2), weight, (3,))
+
+
+def test_victims_are_right(victims, rng, tmp_path):
+    for number, victim in enumerate(victims):
+        (folder := tmp_path / str(number)).mkdir()
+        victim.check(folder, rng)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_found(name, victims, rng, tmp_path):
+    victims[0].assert_found(MUTATIONS[name], tmp_path, rng)
+
+
+@pytest.mark.parametrize("name", ON_UNITS)
+def test_mutation_on_units_is_found(name, victims, rng, tmp_path):
+    victims[1].assert_found(ON_UNITS[name], tmp_path, rng)

@@ -18,7 +18,11 @@ WARPS = (8, 16, 4)
 LEAST_ROWS = 4  # of a block: matrix units have 8, the rest is zeros
 FEW = (Lanes(2, 16), 32, 16)  # of which calls of up to 16 tokens stream W
 STAGES = (4, 3, 2)
-NOT_ON = {"float16": (), "bfloat16": ("sm_75",), "int8": ("sm_75",)}  # types of matrix units, architectures that lack them
+NOT_ON = {
+    "float16": (),
+    "bfloat16": ("sm_75",),
+    "int8": ("sm_75",),
+}  # types of matrix units, architectures that lack them
 LACKS = "its tables would be too long: use larger blocks"
 
 

@@ -40,7 +40,11 @@ def counts(plan: "CudaPlan", n: int) -> Counts:
     table_bytes = 12 * groups + 4 * (steps + staged + steps * plan.group_rows) + 2 * pieces
     work = _streamed(plan, n, pieces) if n <= plan.stream_n else _tiled(plan, n, pieces, groups, staged, steps)
     unit = problem.accumulator.bytes
-    peak = target.matrix_flop_per_cycle(problem.dtype.name) * MMA_SHARE if plan.matrix else plan.word * target.flop_per_cycle(unit)
+    peak = (
+        target.matrix_flop_per_cycle(problem.dtype.name) * MMA_SHARE
+        if plan.matrix
+        else plan.word * target.flop_per_cycle(unit)
+    )
     memory = value_bytes + table_bytes + (p.K * problem.x_dtype.bytes + problem.rows * problem.out_dtype.bytes) * n
     share = work.sms / target.sms  # few thread blocks leave SMs idle
     bounds = (
@@ -87,13 +91,13 @@ def _streamed(plan: "CudaPlan", n: int, pieces: int) -> _Work:
     tiles, elements = -(-n // width), pieces * plan.piece_rows * plan.piece_columns
     parts = max(problem.pattern.block_rows * plan.row_pieces * (plan.piece_rows // stream.rows), 1)
     w_loads = elements * problem.dtype.bytes / 128
-    x_loads = elements / (WARP * stream.rows) * 8 if plan.matrix else elements / (WARP * stream.vector * plan.word) * width
+    x_loads = (
+        elements / (WARP * stream.rows) * 8 if plan.matrix else elements / (WARP * stream.vector * plan.word) * width
+    )
     sms = min(target.sms, parts * tiles)
     waits = parts * tiles / sms * STREAM_CYCLES
     from_l2 = elements * problem.dtype.bytes + 32 * x_loads
-    return _Work(
-        2 * elements * tiles * width, tiles * (w_loads + x_loads), tiles * from_l2, waits, sms, min(width, 4)
-    )
+    return _Work(2 * elements * tiles * width, tiles * (w_loads + x_loads), tiles * from_l2, waits, sms, min(width, 4))
 
 
 def _registers(plan: "CudaPlan", tokens: int) -> int:

@@ -75,7 +75,9 @@ class MatrixPlan(CudaPlan):
         """How W streams in calls of few tokens: 16 of them are one tile of the units."""
         assert isinstance(self.target, GpuTarget)
         rows = self.problem.pattern.block_rows * self.row_pieces
-        return on_units(self.piece_rows, self.packed_bytes, rows, self.halves, self.target.sms) if self.stream_n else None
+        return (
+            on_units(self.piece_rows, self.packed_bytes, rows, self.halves, self.target.sms) if self.stream_n else None
+        )
 
     @cached_property
     def fragments(self) -> NDArray[Any]:
@@ -85,7 +87,7 @@ class MatrixPlan(CudaPlan):
 
     @cached_property
     def features_of_tiles(self) -> NDArray[Any]:
-        """For each feature of the tiles piece * piece_columns + column, -1 behind a step's last: int64[tile_k * tiles]."""
+        """For each feature of tiles piece * piece_columns + column, -1 behind a step's last: int64[tile_k * tiles]."""
         counts = np.diff(self.packing.columns).astype(np.int64) * self.piece_columns
         step = np.repeat(np.arange(counts.size), np.diff(self.fragments) * self.tile_k)
         inside = np.arange(step.size) - self.tile_k * self.fragments[:-1].astype(np.int64)[step]
@@ -103,11 +105,19 @@ class MatrixPlan(CudaPlan):
         return np.where(there, np.minimum(first + column, p.K), p.K)
 
     def in_fragments(self, packed: NDArray[Any]) -> NDArray[Any]:
-        """[pieces, columns, rows] -> [tile][pair of strips][row][quad][strip][high][low], k = (4 high + quad) low's + low."""
+        """[pieces, columns, rows] -> [tile][pair of strips][row][quad][strip][high][low]; k is high, quad, low."""
         whole = np.vstack([packed.reshape(-1, self.rows), np.zeros((1, self.rows), packed.dtype)])
         tiles = whole[self.features_of_tiles]  # -1 is the row of zeros
         pair = 2 - self.rows // 8 % 2
-        shape = (-1, 2, 4, self.tile_k // 8, self.rows // (8 * pair), pair, 8)  # tile, high, quad, low; pairs, strip, row
+        shape = (
+            -1,
+            2,
+            4,
+            self.tile_k // 8,
+            self.rows // (8 * pair),
+            pair,
+            8,
+        )  # tile, high, quad, low; pairs, strip, row
         return np.ascontiguousarray(tiles.reshape(shape).transpose(0, 4, 6, 2, 5, 1, 3))
 
 

@@ -15,9 +15,9 @@ Integers = NDArray[Any]
 class Packing:
     """The pattern as tables, thread blocks in the order they start in: the most work first.
 
-    A thread block has a group of piece rows and goes through its columns in steps.  The pieces of a piece row lie side by
-    side, step after step: who streams W reads it as it lies.  Piece row and piece column count pieces of block rows and
-    of block columns.
+    A thread block has a group of piece rows and goes through its columns in steps.  The pieces of a piece row lie side
+    by side, step after step: who streams W reads it as it lies.  Piece row and piece column count pieces of block rows
+    and of block columns.
     """
 
     groups: Integers  # first piece row of each thread block: int32[groups]
@@ -40,8 +40,8 @@ def pack_pattern(
 ) -> Packing:
     """Tables of `p` with its blocks cut into pieces.  Pure.
 
-    Of a pair of weights the first `gate_rows` piece rows are the gate's: `groups` has thread blocks of the gate, and the
-    group behind them that is as far on, in `steps`, has the rows that they gate.
+    Of a pair of weights the first `gate_rows` piece rows are the gate's: `groups` are those of the gate, and groups as
+    far on behind them, in `steps`, have the rows that they gate.
     """
     width = -(-p.C // column_pieces)
     rows, columns, source = _pieces(p, row_pieces, column_pieces)
@@ -79,7 +79,7 @@ def pack_pattern(
 
 
 def piece_rows_of(packing: Packing, group_rows: int) -> Integers:
-    """First piece of each piece row, in the order of thread blocks, and behind the last: int64[groups * group_rows + 1]."""
+    """First piece of each piece row in the order of groups, and behind the last: int64[groups * group_rows + 1]."""
     steps = np.diff(packing.steps).astype(np.int64)
     ends = np.cumsum(np.repeat(steps, group_rows))
     return packing.pointers.astype(np.int64)[np.concatenate(([0], ends))]
@@ -98,8 +98,10 @@ def _pieces(p: Pattern, row_pieces: int, column_pieces: int) -> tuple[Integers, 
 def pack_values(
     data: NDArray[Any], source: Integers, row_pieces: int, column_pieces: int, piece_rows: int, word: int = 1
 ) -> NDArray[Any]:
-    """data[nnzb, R, C] -> [pieces, columns of a piece, rows of a piece], zeros where a block has no more; `word` columns
-    of a row lie side by side: [pieces, words, rows, columns of a word]."""
+    """data[nnzb, R, C] -> [pieces, columns of a piece, rows of a piece], zeros where a block has no more.
+
+    Of more than one, `word` columns of a row lie side by side: [pieces, words, rows, columns of a word].
+    """
     nnzb, R, C = data.shape
     width = -(-C // column_pieces)
     whole = np.zeros((nnzb, row_pieces * piece_rows, column_pieces * width), data.dtype)

@@ -116,7 +116,9 @@ class CudaPlan(Plan):
         unit, sms = self.problem.accumulator.bytes, self.target.sms
         rows = self.problem.pattern.block_rows * self.row_pieces
         return (
-            on_cores(self.piece_rows, self.problem.dtype.bytes * self.word, unit, self.packed_bytes, rows, self.halves, sms)
+            on_cores(
+                self.piece_rows, self.problem.dtype.bytes * self.word, unit, self.packed_bytes, rows, self.halves, sms
+            )
             if self.stream_n
             else None
         )

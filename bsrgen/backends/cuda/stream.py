@@ -49,7 +49,7 @@ def on_cores(
     chunks = piece_rows // vector
     shares = [d for d in range(LINE_LOADS, 0, -1) if chunks % d == 0]
     least = min((d for d in shares if d * vector * element_bytes >= SECTOR_BYTES), default=shares[0])
-    lanes = next((d for d in shares if d <= least or piece_row_count * (chunks // d) >= 2 * sms * halves))
+    lanes = next(d for d in shares if d <= least or piece_row_count * (chunks // d) >= 2 * sms * halves)
     units = piece_row_count * (chunks // lanes) // halves
     most = min(SUMS * 4 // (vector * sum_bytes), 16)
     tokens = (*(t for t in (1, 4) if t < most), most)

@@ -85,7 +85,8 @@ def _entry(plan: CudaPlan, values_bytes: int) -> dict[str, Any]:
         "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c, "blobs": blobs, "operands": operands,
         "prototype": prototype, "linear": problem.operator.token_axis == 0, "M": p.M, "rows": problem.rows, "K": p.K,
         "R": p.R, "C": p.C, "nnzb": p.nnzb, "values_bytes": values_bytes, "pieces": plan.packing.source.size,
-        "piece_rows": plan.piece_rows, "piece_columns": plan.piece_columns, "word": plan.word, "row_pieces": plan.row_pieces,
+        "piece_rows": plan.piece_rows, "piece_columns": plan.piece_columns, "word": plan.word,
+        "row_pieces": plan.row_pieces,
         "column_pieces": plan.column_pieces, "source": f"{name}_source", "data": f"{name}_values",
         "language": "cuda", "W_rows": p.M,
         "errors": ERRORS, "target": plan.target.name, "formula": problem.operator.formula,
@@ -99,6 +100,7 @@ def _kernel(plan: CudaPlan) -> dict[str, Any]:
     problem, p = plan.problem, plan.problem.pattern
     x, y, real = problem.x_dtype, problem.out_dtype, problem.real
     element = real if y.name == "int8" else y
+    words, ragged = plan.piece_columns // plan.word, plan.column_pieces * plan.piece_columns != p.C
     operands = operands_in_c(problem, _KIND_TEXT)
     names = iter(o["name"] for o in operands)
     steps = [
@@ -113,14 +115,14 @@ def _kernel(plan: CudaPlan) -> dict[str, Any]:
         "kinds": {"w": problem.dtype.short, "x": x.short, "y": y.short, "e": element.short},
         "M": p.M, "K": p.K, "result_rows": problem.rows, "gate_rows": problem.gate_rows,
         "quantized": problem.quantizes_x, "R": p.R, "C": p.C, "rows": plan.rows, "strips": plan.strips,
-        "row_pieces": plan.row_pieces, "piece_columns": plan.piece_columns // plan.word, "group_rows": plan.group_rows, "word": plan.word,
-        "ragged_columns": plan.column_pieces * plan.piece_columns != p.C,
-        "step_features": plan.step_columns * (plan.piece_columns // plan.word), "groups": max(plan.packing.groups.size, 1),
-        "unroll": min(plan.piece_columns // plan.word, UNROLLED_COLUMNS),
+        "row_pieces": plan.row_pieces, "piece_columns": words, "group_rows": plan.group_rows, "word": plan.word,
+        "ragged_columns": ragged,
+        "step_features": plan.step_columns * words, "groups": max(plan.packing.groups.size, 1),
+        "unroll": min(words, UNROLLED_COLUMNS),
         "tables": _tables(plan), "operands": operands, "epilogue": steps, "thread_warps": plan.thread_warps,
         "matrix": plan.matrix, "step_k": plan.step_k if isinstance(plan, MatrixPlan) else 0,
         "stages": plan.stages if isinstance(plan, MatrixPlan) else 2,
-        "by_vector": plan.piece_columns * x.bytes % 16 == 0 and p.C * x.bytes % 16 == 0 and plan.piece_columns * plan.column_pieces == p.C,
+        "by_vector": plan.piece_columns * x.bytes % 16 == 0 and not ragged,
         "variants": _variants(plan), "stream": _stream(plan), "linear": problem.operator.token_axis == 0,
     }  # fmt: skip
 
@@ -131,7 +133,10 @@ def _variants(plan: CudaPlan) -> list[dict[str, Any]]:
     if stream := plan.stream:
         resident = max(RESIDENT_WARPS // stream.warps, 1)
         common = {"bounds": f"STREAM_THREADS, {resident}", "blocks": "STREAM_PARTS", "threads": "STREAM_THREADS"}
-        rows = [{"name": f"stream{t}", "most": t, "width": t, "call": f"stream<{t}, {stream.depth(t)}>"} | common for t in stream.tokens]
+        rows = [
+            {"name": f"stream{t}", "most": t, "width": t, "call": f"stream<{t}, {stream.depth(t)}>"} | common
+            for t in stream.tokens
+        ]
         rows[-1]["most"] = plan.stream_n
     common = {"bounds": "THREADS, 1", "blocks": "THREAD_BLOCKS", "threads": "THREADS"}
     sides = (("few", plan.few, plan.few_n, plan.few_width), ("many", plan.many, None, plan.width))
@@ -163,7 +168,7 @@ def _tables(plan: CudaPlan) -> list[dict[str, Any]]:
         ("group_steps", t.steps, "its first step"),
         ("step_columns", t.columns, "first column of each step"),
         ("column_features", t.features, "first feature of each column"),
-        ("step_pieces", t.pointers, "first piece of each step and piece row of a thread block"),
+        ("step_pieces", t.pointers, "first piece of each piece row of a thread block and step"),
     )
     if isinstance(plan, MatrixPlan):  # a step has one piece row and all of its columns
         rows = (*rows[:4], ("step_fragments", plan.fragments, "first tile of features of each step"))
