@@ -80,7 +80,7 @@ template <int COUNT, class T> DEVICE void store_vector(T *to, const T (&from)[CO
 {
     static_assert(COUNT * sizeof(T) == 16, "one vector");
     uint4 part;
-    memcpy(&part, from, 16);
+    memcpy((void *)&part, from, 16);
     *reinterpret_cast<uint4 *>(to) = part;
 }
 

@@ -58,6 +58,15 @@ def test_table(block, operator, dtype, kind, knobs, rng, tmp_path):
 
 
 @pytest.mark.parametrize("operator", OPERATOR_NAMES)
+def test_units_of_sm_75(operator, rng, tmp_path):
+    """Products of half a tile and copies that land at once, which that architecture's code has."""
+    weight = weight_of("uniform", (45, 93), (16, 8), "float16")
+    problem = problem_of(weight, operator)
+    kernel = emulated(plan_of(problem), weight, tmp_path, lambda text: f"#define BSRGEN_TURING\n{text}")
+    check_device_calls(kernel, problem, weight, rng, TOKENS)
+
+
+@pytest.mark.parametrize("operator", OPERATOR_NAMES)
 def test_absent_blocks_contribute_nothing(operator, rng, tmp_path):
     """Tiles that a block does not fill hold zeros of X, too: Inf and NaN elsewhere in X reach no row."""
     weight = single((45, 80), (8, 8))

@@ -66,7 +66,7 @@ MUTATIONS = {
     "one warp's sums": ("w < STREAM_WARPS; w++) sum", "w < 1; w++) sum"),
     "a part of the rows": ("e < SUMS; e += STREAM_THREADS", "e < SUMS - 1; e += STREAM_THREADS"),
     "another part": ("part_end[part]", "part_end[0]"),
-    "another share": ("a.values + share * STREAM_ROWS + row", "a.values + row"),
+    "another share": ("a.values + share *", "a.values + 0 * share *"),
     "loads past the end": ("next < last", "next <= last + 64"),
     "W of another column": ("ring[i][r], x[t]", "ring[0][r], x[t]"),
     "stale loads": (
@@ -80,7 +80,7 @@ MUTATIONS = {
     "columns left out": ("first += DEPTH * STEP", "first += 2 * DEPTH * STEP"),
 }
 ON_UNITS = {
-    "another share": (" + share * (STREAM_ROWS * 8)", ""),
+    "another share": (" + share * (STREAM_ROWS * 8)", " + 0 * share"),
     "loads past the end": ("next < end", "next < end + 64"),
     "words exchanged": ("(lane % 4 + e / 2 * 4)", "(lane % 4 + e % 2 * 4)"),
     "tokens exchanged": ("n0 + lane / 4 + e % 2 * 8", "n0 + lane / 4 + e / 2 * 8"),
@@ -95,9 +95,9 @@ ON_UNITS = {
 @pytest.fixture(scope="module")
 def victims():
     """Several parts, warps, shares of rows and turns of the ring; columns that do not fill a warp, ragged blocks."""
-    weight = random_weight(3, (43, 1083), (20, 5), 0.6)
-    plan = on_cores(problem_of(weight, "linear", "bias"), rows=5)
-    cores = Victim(streaming(plan, 2, rows=4, lanes=1), weight, (1, 3))
+    weight = random_weight(3, (83, 783), (40, 5), 0.6)
+    plan = on_cores(problem_of(weight, "linear", "bias"), rows=5, warps=8)
+    cores = Victim(streaming(plan, 2, rows=20, lanes=5), weight, (1, 3))
     weight = weight_of("uniform", (61, 1001), (32, 3), "float16", 3)
     units = on_units(problem_of(weight, "linear", "bias"), 32)
     return cores, Victim(streaming(units, 2, rows=16, loads=2), weight, (3,))
