@@ -93,7 +93,7 @@ MUTATIONS = {
     "W past the end": ("if (q < last) v =", "if (q <= last) v ="),
     "wrong row of Y": ("lane % 4 * 2 + e % 2", "lane % 4 * 2 + e / 2"),
     "tokens past the end": ("&& n0 + t < a.n) finish", ") finish"),
-    "X past the end": ("f < features && n0 + t < a.n ?", "f < features ?"),
+    "X past the end": ("there > 0 && n0 + t < a.n;", "there > 0;"),
     "last tile left out": ("q < end; q++", "q < end - 1; q++"),
 }
 
