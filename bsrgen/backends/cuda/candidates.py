@@ -76,4 +76,4 @@ def fits(plan: CudaPlan) -> bool:
         return False
     pieces = plan.problem.pattern.nnzb * plan.row_pieces * plan.column_pieces
     rows = plan.problem.pattern.block_rows * plan.row_pieces
-    return 3 * pieces + 4 * rows < TABLE_ENTRIES and pieces * plan.piece_columns <= INT_MAX // 2
+    return 3 * pieces + 4 * rows < TABLE_ENTRIES and pieces * plan.piece_columns < INT_MAX // 2

@@ -132,7 +132,7 @@ def _variants(plan: CudaPlan) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if stream := plan.stream:
         resident = max(RESIDENT_WARPS // stream.warps, 1)
-        common = {"bounds": f"STREAM_THREADS, {resident}", "blocks": "STREAM_PARTS", "threads": "STREAM_THREADS"}
+        common = {"bounds": f"STREAM_THREADS, {resident}", "blocks": "STREAM_PARTS", "threads": str(32 * stream.warps)}
         rows = [
             {"name": f"stream{t}", "most": t, "width": t, "call": f"stream<{t}, {stream.depth(t)}>"} | common
             for t in stream.tokens

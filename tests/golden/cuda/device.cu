@@ -29,6 +29,7 @@ enum { /* a piece is a block, or the part of one that a thread block has room fo
     THREADS = 32 * 2, THREAD_BLOCKS = 2,
 };
 
+#ifndef BSRGEN_HOST_PART
 static __device__ const int group_rows[] = { /* first piece row of each thread block, the one with most work first */
     2, 0,
 };
@@ -47,6 +48,7 @@ static __device__ const int step_pieces[] = { /* first piece of each piece row o
 static __device__ const unsigned short piece_slots[] = { /* which column of its step a piece has */
     0, 2, 1, 3, 0, 1,
 };
+#endif
 
 struct arguments {
     int64_t n;
@@ -59,6 +61,7 @@ struct arguments {
     const real *bias;
 };
 
+#ifndef BSRGEN_HOST_PART /* NVRTC compiles this alone, and a C++ compiler all else (bsrgen_parts.h) */
 /* Y[n, m] = epilogue(sum). */
 DEVICE void finish(const struct arguments &a, int m, int64_t n, acc_t sum)
 {
@@ -179,6 +182,22 @@ __global__ void __launch_bounds__(THREADS, 1) linear_f32_18x24_b5x3_c8cf43a9_man
     tile<4, 32>(a);
 }
 
+#else
+#include "bsrgen_parts.h"
+static void linear_f32_18x24_b5x3_c8cf43a9_few(const struct arguments) {}
+static void linear_f32_18x24_b5x3_c8cf43a9_many(const struct arguments) {}
+static void __attribute__((constructor)) kernels_are_found()
+{
+    static const char *const names[] = {BSRGEN_KERNELS}; /* in the order of their definitions */
+    static found_kernel kernels[] = {
+        {names[0], (const void *)linear_f32_18x24_b5x3_c8cf43a9_few, NULL},
+        {names[1], (const void *)linear_f32_18x24_b5x3_c8cf43a9_many, NULL},
+    };
+    find_kernels(kernels, 2);
+}
+#endif
+
+#ifndef __CUDACC_RTC__
 #define HIDDEN extern "C" __attribute__((visibility("hidden")))
 
 static int failed(cudaError_t error)
@@ -240,3 +259,4 @@ HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_copy(const void *host, int64_t bytes, 
 HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_free(void *memory) { return failed(cudaFree(memory)); }
 
 HIDDEN const char *linear_f32_18x24_b5x3_c8cf43a9_words(int error) { return cudaGetErrorString((cudaError_t)error); }
+#endif
