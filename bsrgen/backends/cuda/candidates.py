@@ -16,7 +16,8 @@ LANES = (Lanes(4, 32), Lanes(2, 32), Lanes(1, 32))
 FEATURES = (32, 64, 16)
 WARPS = (8, 16, 4)
 LEAST_ROWS = 4  # of a block: matrix units have 8, the rest is zeros
-FEW = (Lanes(2, 16), 32, 16)  # of which calls of up to 16 tokens stream W
+FEW = (Lanes(4, 1), 4)  # where W does not stream
+SOME = (Lanes(2, 16), 32, 16)  # where it does in calls of up to 16 tokens
 STAGES = (4, 3, 2)
 NOT_ON = {
     "float16": (),
@@ -39,7 +40,7 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
         for many in LANES:
             for warps in WARPS:
                 for features in FEATURES:
-                    plan = CudaPlan(problem, target, rows, warps, features, many, *FEW)
+                    plan = CudaPlan(problem, target, rows, warps, features, many, *SOME)
                     if fits(plan):
                         yield plan
 
