@@ -75,6 +75,32 @@ template <int COUNT, class T> DEVICE void load_vector(T (&to)[COUNT], const T *f
     memcpy(to, parts, BYTES);
 }
 
+/* 16 bytes, aligned. */
+template <int COUNT, class T> DEVICE void store_vector(T *to, const T (&from)[COUNT])
+{
+    static_assert(COUNT * sizeof(T) == 16, "one vector");
+    uint4 part;
+    memcpy((void *)&part, from, 16);
+    *reinterpret_cast<uint4 *>(to) = part;
+}
+
+/* COUNT elements of W where `there`, zeros elsewhere: W is read once, L1 is left to X. */
+#ifndef BSRGEN_EMULATION
+DEVICE void load_once(uint4 &to, const uint4 *from)
+{
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w) : "l"(from));
+}
+#endif
+template <class T> DEVICE void load_once(T &to, const T *from) { to = *from; }
+
+template <int COUNT, class T> DEVICE void stream_vector(T *to, const T *from, bool there)
+{
+    constexpr int BYTES = COUNT * (int)sizeof(T);
+    typename part_of<BYTES>::type part = {};
+    if (there) load_once(part, reinterpret_cast<const typename part_of<BYTES>::type *>(from));
+    memcpy(to, &part, BYTES);
+}
+
 /* What formulas of epilogues are made of; a NaN in the first argument comes through, one in the second does not. */
 #define R(number) ((real)(number))
 DEVICE real splat(real v) { return v; }

@@ -3,11 +3,12 @@
 import ctypes
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from programs import tool
 from support import CANARY, REPOSITORY, assert_right, frame_is_intact, framed
 
@@ -16,6 +17,7 @@ from bsrgen.artifact import Artifact, read_artifact, write_manifest
 from bsrgen.backends.cuda import CudaPlan, emit
 from bsrgen.device import DeviceKernel
 from bsrgen.emit import Source
+from bsrgen.errors import DeviceError
 from bsrgen.loading import kernel_of
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
@@ -122,6 +124,27 @@ def check_device_calls(kernel: DeviceKernel, problem: Problem, weight: Weight, r
             assert frame_is_intact(out)
 
 
-def smaller(plan: CudaPlan, **knobs: Any) -> CudaPlan:
-    """`plan` with other knobs."""
-    return replace(plan, **knobs)
+@dataclass(frozen=True)
+class Victim:
+    """A kernel in which every line of a template matters, and the calls that show it."""
+
+    plan: CudaPlan
+    weight: Weight
+    tokens: tuple[int, ...]
+
+    def check(self, folder: Path, rng: Any) -> None:
+        """It is right as it is."""
+        check_device_calls(emulated(self.plan, self.weight, folder), self.plan.problem, self.weight, rng, self.tokens)
+
+    def assert_found(self, mutation: tuple[str, str], folder: Path, rng: Any) -> None:
+        """The emulation finds it where one text of the kernel is replaced by another."""
+        old, new = mutation
+
+        def change(text: str) -> str:
+            assert old in text
+            return text.replace(old, new)
+
+        kernel = emulated(self.plan, self.weight, folder, change)
+        with pytest.raises((AssertionError, DeviceError, pytest.fail.Exception)) as found:
+            check_device_calls(kernel, self.plan.problem, self.weight, rng, self.tokens)
+        assert found.type is not DeviceError or said(kernel.artifact)

@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from device_emulation import GpuArray, check_device_calls, emulated, run, said
+from device_emulation import GpuArray, Victim, check_device_calls, emulated, run
 from support import DTYPE_NAMES, OPERATOR_NAMES, REDUCED, assert_right, make_weight, problem_of, reduced_case, single
 
 import bsrgen
@@ -16,10 +16,9 @@ from bsrgen.backends.cuda import CudaPlan, Lanes, candidates
 from bsrgen.choose import allowed
 from bsrgen.device_arrays import DeviceArray, device_array, of_capsule, stream_of
 from bsrgen.dtypes import DTYPES
-from bsrgen.errors import ArgumentError, ArgumentTypeError, DeviceError, UnsupportedError
+from bsrgen.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from bsrgen.gpus import GPUS, as_gpus
 from bsrgen.pattern import Weight, random_weight
-from bsrgen.problem import as_problem
 
 SM80 = GPUS["sm_80"]
 FEW = Lanes(4, 1)
@@ -28,8 +27,8 @@ KINDS = ("uniform", "powerlaw", "empty", "one", "full", "banded")
 TOKENS = (0, 1, 5, 33, 130)
 
 
-def plan_of(problem, rows=4, warps=4, features=32, many=Lanes(2, 32), few=FEW, few_n=4):  # noqa: B008
-    return CudaPlan(problem, SM80, rows, warps, features, many, few, few_n)
+def plan_of(problem, rows=4, warps=4, features=32, many=Lanes(2, 32), few=FEW, few_n=4, stream_n=0):  # noqa: B008
+    return CudaPlan(problem, SM80, rows, warps, features, many, few, few_n, stream_n)
 
 
 def table():
@@ -161,7 +160,7 @@ MUTATIONS = {
     "a lane left out": ("e = part;", "e = part + 1;"),
     "early exit": ("    if (first < last) stage", "    if (warp == 1) return;\n    if (first < last) stage"),
     "half a warp": ("    for (int distance = LANES", "    if (threadIdx.x % 32 < 16)\n    for (int distance = LANES"),
-    "wrong step": ("step_pieces[step * GROUP_ROWS + row]", "step_pieces[first * GROUP_ROWS + row]"),
+    "wrong step": ("* (last - first) + step - first,", "* (last - first),"),
     "unaligned": ("multiply(sums, w + c * PIECE_ROWS,", "multiply(sums, w + c * PIECE_ROWS + 1,"),
 }
 
@@ -170,26 +169,16 @@ MUTATIONS = {
 def victim():
     """A kernel in which all of them matter: several steps, ragged blocks, a group that is not full."""
     weight = random_weight(3, (43, 83), (6, 5), 0.6)
-    return weight, problem_of(weight, "linear", "bias"), (1, 3, 70)
+    return Victim(plan_of(problem_of(weight, "linear", "bias"), warps=6), weight, (1, 3, 70))
 
 
 def test_victim_is_right(victim, rng, tmp_path):
-    weight, problem, tokens = victim
-    check_device_calls(emulated(plan_of(problem, warps=6), weight, tmp_path), problem, weight, rng, tokens)
+    victim.check(tmp_path, rng)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutation_is_found(name, victim, rng, tmp_path):
-    (weight, problem, tokens), (old, new) = victim, MUTATIONS[name]
-
-    def change(text):
-        assert old in text
-        return text.replace(old, new)
-
-    kernel = emulated(plan_of(problem, warps=6), weight, tmp_path, change)
-    with pytest.raises((AssertionError, DeviceError, pytest.fail.Exception)) as found:
-        check_device_calls(kernel, problem, weight, rng, tokens)
-    assert found.type is not DeviceError or said(kernel.artifact)
+    victim.assert_found(MUTATIONS[name], tmp_path, rng)
 
 
 # ── plans ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -225,14 +214,10 @@ def test_large_products_get_large_tiles():
     assert best.rows * best.many.tokens >= 16
 
 
-def test_what_no_plan_does():
-    weight = make_weight("uniform", (80, 48), (8, 4), "float32")
-    for problem in (
-        problem_of(weight, "linear", "swiglu"),
-        as_problem("linear", weight.pattern, "int8", "float32", quantize_x=True),
-    ):
-        with pytest.raises(UnsupportedError, match="it has no swiglu, geglu or quantize_x"):
-            allowed(BACKENDS["cuda"], problem, SM80)
+def test_tables_that_are_too_long():
+    weight = random_weight(0, (2048, 2048), (1, 1), 0.2)
+    with pytest.raises(UnsupportedError, match="use larger blocks"):
+        allowed(BACKENDS["cuda"], problem_of(weight), SM80)
 
 
 @pytest.mark.parametrize(("value", "error"), [

@@ -30,7 +30,7 @@ FLOORS = """
     backends.cuda.candidates  backends.cuda.text  backends.cuda.trial
     backends.cuda.matrix
     backends.cuda.plan
-    backends.cuda.count  backends.cuda.packing
+    backends.cuda.count  backends.cuda.packing  backends.cuda.stream
     backends.mlir.candidates  backends.mlir.text
     backends.mlir.plan  backends.c
     backends.c.sampled_text

@@ -134,7 +134,7 @@ def test_what_has_no_plan_says_what_to_do():
     int8 = Weight(weight.pattern, np.rint(weight.data * 9).astype(np.int8))
     pair = stacked([weight, weight])
     for problem in (problem_of(int8, dtype="int8"), problem_of(pair, epilogue="swiglu")):
-        with pytest.raises(UnsupportedError, match=r"'mlir' for sm_80; .* no int8, swiglu.*\(backend='cuda' has int8"):
+        with pytest.raises(UnsupportedError, match=r"'mlir' for sm_80; .* no int8, swiglu.*\(backend='cuda' has them"):
             allowed(BACKENDS["mlir"], problem, SM80)
 
 

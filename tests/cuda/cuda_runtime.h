@@ -21,7 +21,7 @@
 #define __global__ static
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define SHARED(type, name, count) type *name = (type *)emulation::shared(__LINE__, sizeof(type) * (count))
 
 struct dim3 {
@@ -37,8 +37,8 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
 namespace emulation {
 
 enum { GUARD = 4096, STACK = 1 << 15, WARP = 32, MOST = 1024, ARRAYS = 8 };
-struct Copy { void *to; const void *from; int bytes; };
-struct Fiber { ucontext_t context; bool done; int shuffles, copies; Copy copy[256]; };
+struct Copy { void *to; const void *from; int bytes, group; };
+struct Fiber { ucontext_t context; bool done; int shuffles, copies, groups; Copy copy[256]; };
 struct Exchange { uint64_t value[WARP]; int arrived[WARP]; };
 struct Array { int line; size_t bytes; uint8_t *memory, *start; }; /* shared memory, by the line of its declaration */
 
@@ -135,22 +135,27 @@ static void looked()
     while (!arrived(x, mine)) yield();
 }
 
-static uint64_t exchanged(uint64_t value, int distance)
+static uint64_t exchanged(uint64_t value, unsigned lane)
 {
-    const uint64_t other = gathered(value)[(current % WARP ^ distance) % WARP];
+    const uint64_t other = gathered(value)[lane < WARP ? lane : current % WARP];
     looked();
     return other;
 }
 
-/* Copies on their way: they read and land when somebody waits for them, and not before. */
-static void land()
+/* Copies on their way: they read and land when somebody waits for their group, and not before. */
+static void land(int left)
 {
     Fiber &f = fibers[current];
+    int kept = 0;
     for (int i = 0; i < f.copies; i++) {
+        if (f.copy[i].group >= f.groups - left) {
+            f.copy[kept++] = f.copy[i];
+            continue;
+        }
         memset(f.copy[i].to, 0, 16);
         memcpy(f.copy[i].to, f.copy[i].from, f.copy[i].bytes);
     }
-    f.copies = 0;
+    f.copies = kept;
 }
 
 /* Four 8x8 matrices: lane l has elements 2 (l % 4) and one more of row l / 4, or of column l / 4. */
@@ -170,19 +175,18 @@ static void matrices(uint32_t *a, const void *address, bool transposed)
     looked();
 }
 
-/* d += a b, a 16 x 16, b 16 x 8, in fragments. */
+/* d += a b in fragments: a 16 x 8 WORDS words of PER elements, b 8 WORDS x 8; WORDS 2, or 1 for half a tile. */
 struct Fragments { uint32_t a[4], b[2]; };
-static void multiply(float *d, const uint32_t *a, const uint32_t *b, float (*widen)(uint16_t))
+template <int WORDS, int PER, class T> static void multiply(T *d, const Fragments &mine, T (*widen)(uint32_t))
 {
-    const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
     const uint64_t *all = gathered((uint64_t)(uintptr_t)&mine);
     const int lane = current % WARP;
     for (int e = 0; e < 4; e++)
-        for (int k = 0; k < 16; k++) {
-            const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2, shift = 16 * (k % 2);
-            const Fragments *left = (const Fragments *)(uintptr_t)all[row % 8 * 4 + k % 8 / 2];
-            const Fragments *right = (const Fragments *)(uintptr_t)all[column * 4 + k % 8 / 2];
-            d[e] += widen((uint16_t)(left->a[row / 8 + k / 8 * 2] >> shift)) * widen((uint16_t)(right->b[k / 8] >> shift));
+        for (int k = 0; k < 4 * WORDS * PER; k++) {
+            const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2, word = k / PER, shift = 32 / PER * (k % PER);
+            const Fragments *left = (const Fragments *)(uintptr_t)all[row % 8 * 4 + word % 4];
+            const Fragments *right = (const Fragments *)(uintptr_t)all[column * 4 + word % 4];
+            d[e] += widen(left->a[row / 8 + word / 4 * 2] >> shift) * widen(right->b[word / 4] >> shift);
         }
     looked();
 }
@@ -201,7 +205,7 @@ static void run_block(uint8_t *stacks)
     waiting = 0;
     for (unsigned t = 0; t < threads; t++) {
         Fiber &f = fibers[t];
-        f.done = false, f.shuffles = f.copies = 0;
+        f.done = false, f.shuffles = f.copies = f.groups = 0;
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = stacks + (size_t)t * STACK, f.context.uc_stack.ss_size = STACK;
         f.context.uc_link = &scheduler;
@@ -243,7 +247,7 @@ static cudaError_t launch(dim3 grid, dim3 block)
 
 /* A vector of a load: its address must be a multiple of its size. */
 template <int BYTES> struct alignas(BYTES) Vector {
-    uint32_t word[BYTES / 4];
+    uint32_t word[BYTES / 4] = {};
     Vector() = default;
     Vector(const Vector &other) { *this = other; }
     Vector &operator=(const Vector &other)
@@ -261,33 +265,59 @@ typedef emulation::Vector<16> uint4;
 #define threadIdx emulation::thread_index
 #define blockIdx emulation::block_index
 
+static inline int __dp4a(int a, int b, int sum)
+{
+    for (int i = 0; i < 4; i++) sum += (int8_t)(a >> 8 * i) * (int8_t)(b >> 8 * i);
+    return sum;
+}
+static inline unsigned atomicMax(unsigned *at, unsigned value) { const unsigned old = *at; return *at = old > value ? old : value, old; }
 static inline void __syncthreads() { emulation::barrier(); }
 
-template <class T> static T __shfl_xor_sync(unsigned mask, T value, int distance)
+template <class T> static T shuffled_from(unsigned mask, T value, unsigned lane)
 {
     if (mask != 0xffffffffu) emulation::fail("a shuffle of some lanes: not emulated");
     uint64_t bits = 0;
     memcpy(&bits, &value, sizeof value);
-    bits = emulation::exchanged(bits, distance);
+    bits = emulation::exchanged(bits, lane);
     memcpy(&value, &bits, sizeof value);
     return value;
 }
+template <class T> static T __shfl_xor_sync(unsigned mask, T value, int distance)
+{
+    return shuffled_from(mask, value, threadIdx.x % 32 ^ distance);
+}
+template <class T> static T __shfl_down_sync(unsigned mask, T value, unsigned distance)
+{
+    return shuffled_from(mask, value, threadIdx.x % 32 + distance);
+}
 
-static inline float widen_bf16(uint16_t v) { const uint32_t bits = (uint32_t)v << 16; float f; memcpy(&f, &bits, 4); return f; }
-static inline float widen_f16(uint16_t v) { _Float16 h; memcpy(&h, &v, 2); return (float)h; }
+static inline float widen_bf16(uint32_t v) { const uint32_t bits = v << 16; float f; memcpy(&f, &bits, 4); return f; }
+static inline float widen_f16(uint32_t v) { const uint16_t bits = (uint16_t)v; _Float16 h; memcpy(&h, &bits, 2); return (float)h; }
+static inline int widen_s8(uint32_t v) { return (int8_t)v; }
 static inline void load_matrices(uint32_t (&a)[4], const void *at) { emulation::matrices(a, at, false); }
 static inline void load_matrices_transposed(uint32_t (&a)[4], const void *at) { emulation::matrices(a, at, true); }
-static inline void multiply_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t *b) { emulation::multiply(d, a, b, widen_f16); }
-static inline void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t *b) { emulation::multiply(d, a, b, widen_bf16); }
-static inline void copies_done() { emulation::land(); }
+#ifdef BSRGEN_TURING
+static inline void multiply_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b)
+{
+    const emulation::Fragments mine = {{a0, a1, 0, 0}, {b, 0}};
+    emulation::multiply<1, 2>(d, mine, widen_f16);
+}
+#else
+static inline emulation::Fragments fragments(const uint32_t (&a)[4], const uint32_t *b) { return {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}; }
+static inline void multiply_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t *b) { const auto f = fragments(a, b); emulation::multiply<2, 2>(d, f, widen_f16); }
+static inline void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t *b) { const auto f = fragments(a, b); emulation::multiply<2, 2>(d, f, widen_bf16); }
+static inline void multiply_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t *b) { const auto f = fragments(a, b); emulation::multiply<2, 4>(d, f, widen_s8); }
+static inline void copies_commit() { emulation::fibers[emulation::current].groups++; }
+template <int LEFT> static inline void copies_wait() { emulation::land(LEFT); }
 static inline void copy_later(void *to, const void *from, int bytes)
 {
     emulation::Fiber &f = emulation::fibers[emulation::current];
     if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes < 0 || bytes > 16) emulation::fail("a copy that is not aligned");
     if (f.copies == 256) emulation::fail("more copies on their way than the emulation has room for");
     memset(to, 0xff, 16);
-    f.copy[f.copies++] = {to, from, bytes};
+    f.copy[f.copies++] = {to, from, bytes, f.groups};
 }
+#endif
 
 static inline float __uint_as_float(uint32_t bits) { float v; memcpy(&v, &bits, 4); return v; }
 static inline uint32_t __float_as_uint(float v) { uint32_t bits; memcpy(&bits, &v, 4); return bits; }

@@ -1,5 +1,6 @@
 """Counting what a CUDA plan does on the whole GPU, in closed form: the pattern's tables are not made for it."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bsrgen.gpus import WARP, GpuTarget
@@ -11,46 +12,92 @@ if TYPE_CHECKING:
 OVERLAP = 0.3  # of the resources that do not bound; a guess until a clock has seen a GPU
 MMA_SHARE = 0.6  # of the units' peak that a loop of two panels may reach; a guess as well
 STEP_CYCLES = 60.0  # of a barrier and the start of a step, hidden by the other warps in part; also a guess
+STREAM_CYCLES = 150.0  # of a thread block that begins and ends, hidden by others in part; a guess, too
 SHARED_CYCLES = 128  # bytes that one SM reads from shared memory in a cycle
 
 
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What one kernel does: FLOP, wavefronts of loads, bytes from L2, waits, and SMs that take part."""
+
+    flop: int
+    loads: float
+    from_l2: float
+    waits: float  # cycles
+    sms: int
+    tokens: int  # of a thread
+
+
 def counts(plan: "CudaPlan", n: int) -> Counts:
-    """What one call of n tokens does."""
+    """What one call of n tokens does.  The floor is the memory's: each byte of W once, tables, X and Y."""
     problem, target, p = plan.problem, plan.target, plan.problem.pattern
     assert isinstance(target, GpuTarget)
-    lanes, width = (plan.few, plan.few_width) if n <= plan.few_n else (plan.many, plan.width)
-    unit, x_bytes, y_bytes = problem.accumulator.bytes, problem.x_dtype.bytes, problem.out_dtype.bytes
     pieces = p.nnzb * plan.row_pieces * plan.column_pieces
-    elements = pieces * plan.piece_rows * plan.piece_columns  # as packed
-    tiles = -(-n // width)
+    value_bytes = pieces * plan.piece_rows * plan.piece_columns * problem.dtype.bytes  # as packed
     groups = -(-p.block_rows * plan.row_pieces // plan.group_rows)
     staged = _columns(plan, pieces, groups)
     steps = max(-(-staged // plan.step_columns), groups)
-    value_bytes = elements * problem.dtype.bytes
     table_bytes = 12 * groups + 4 * (steps + staged + steps * plan.group_rows) + 2 * pieces
-    flop = 2 * elements * tiles * width
-    peak = target.matrix_flop_per_cycle(problem.dtype.name) * MMA_SHARE if plan.matrix else target.flop_per_cycle(unit)
-    if plan.matrix:  # bytes of X, once for each thread block, and of W once for each warp
-        loads = tiles * (plan.thread_warps * value_bytes + 2 * staged * plan.piece_columns * width * x_bytes) / 128
-    else:  # a warp's row of W is one wavefront for each 128 bytes, its tokens of X as many as they have
-        loads = tiles * pieces * plan.strips * plan.piece_columns * (1 + lanes.tokens * unit / 4)
-    from_l2 = tiles * (value_bytes + table_bytes + staged * plan.piece_columns * width * x_bytes)
-    memory = value_bytes + table_bytes + (p.K * x_bytes + problem.rows * y_bytes) * n
-    sms = min(target.sms, max(groups * tiles, 1))  # few thread blocks leave SMs idle
+    work = _streamed(plan, n, pieces) if n <= plan.stream_n else _tiled(plan, n, pieces, groups, staged, steps)
+    unit = problem.accumulator.bytes
+    peak = (
+        target.matrix_flop_per_cycle(problem.dtype.name) * MMA_SHARE
+        if plan.matrix
+        else plan.word * target.flop_per_cycle(unit)
+    )
+    memory = value_bytes + table_bytes + (p.K * problem.x_dtype.bytes + problem.rows * problem.out_dtype.bytes) * n
+    share = work.sms / target.sms  # few thread blocks leave SMs idle
     bounds = (
-        flop / (peak * sms / target.sms),
-        128 * loads / (SHARED_CYCLES * sms),
-        from_l2 / (target.l2_bytes_per_cycle * sms / target.sms),
+        work.flop / (peak * share),
+        128 * work.loads / (SHARED_CYCLES * work.sms),
+        (work.from_l2 + -(-n // plan.width) * table_bytes) / (target.l2_bytes_per_cycle * share),
         memory / target.dram_bytes_per_cycle if memory > target.l2_bytes else 0.0,
-        steps * tiles / sms * STEP_CYCLES,
+        work.waits,
     )
     cycles = max(bounds) + OVERLAP * (sum(bounds) - max(bounds))
     return Counts(
-        flop=flop, effective_flop=problem.flop(n), vector_fma=flop // (2 * WARP), vector_loads=int(loads),
-        l1_bytes=int(128 * loads), l2_bytes=int(from_l2), memory_bytes=memory, registers=_registers(plan, lanes.tokens),
-        code_bytes=16 * plan.rows * lanes.tokens * plan.piece_columns, table_bytes=table_bytes,
-        value_bytes=value_bytes, cycles=cycles,
+        flop=work.flop, effective_flop=problem.flop(n), vector_fma=work.flop // (2 * WARP),
+        vector_loads=int(work.loads), l1_bytes=int(128 * work.loads), l2_bytes=int(work.from_l2), memory_bytes=memory,
+        registers=_registers(plan, work.tokens), code_bytes=16 * plan.rows * work.tokens * plan.piece_columns,
+        table_bytes=table_bytes, value_bytes=value_bytes, cycles=cycles,
     )  # fmt: skip
+
+
+def _tiled(plan: "CudaPlan", n: int, pieces: int, groups: int, staged: int, steps: int) -> _Work:
+    """A tile of tokens after another, X through shared memory."""
+    problem, target = plan.problem, plan.target
+    assert isinstance(target, GpuTarget)
+    lanes, width = (plan.few, plan.few_width) if n <= plan.few_n else (plan.many, plan.width)
+    tiles, unit = -(-n // width), problem.accumulator.bytes
+    elements = pieces * plan.piece_rows * plan.piece_columns
+    value_bytes, x_bytes = elements * problem.dtype.bytes, staged * plan.piece_columns * width * problem.x_dtype.bytes
+    if plan.matrix:  # bytes of X, once for each thread block, and of W once for each warp
+        loads = tiles * (plan.thread_warps * value_bytes + 2 * x_bytes) / 128
+    else:  # a warp's row of W is one wavefront for each 128 bytes, its tokens of X as many as they have
+        loads = tiles * pieces * plan.strips * plan.piece_columns // plan.word * (1 + lanes.tokens * unit / 4)
+    if problem.quantizes_x:  # each thread block looks for the largest of its tokens
+        x_bytes += groups * problem.pattern.K * width * problem.x_dtype.bytes
+    sms = min(target.sms, max(groups * tiles // plan.halves, 1))
+    waits = steps * tiles / sms * STEP_CYCLES
+    return _Work(2 * elements * tiles * width, loads, tiles * (value_bytes + x_bytes), waits, sms, lanes.tokens)
+
+
+def _streamed(plan: "CudaPlan", n: int, pieces: int) -> _Work:
+    """W once for each tile of tokens, X as each lane needs it, by L1."""
+    problem, target, stream = plan.problem, plan.target, plan.stream
+    assert isinstance(target, GpuTarget)
+    assert stream is not None
+    width = stream.width(n)
+    tiles, elements = -(-n // width), pieces * plan.piece_rows * plan.piece_columns
+    parts = max(problem.pattern.block_rows * plan.row_pieces * (plan.piece_rows // stream.rows), 1)
+    w_loads = elements * problem.dtype.bytes / 128
+    x_loads = (
+        elements / (WARP * stream.rows) * 8 if plan.matrix else elements / (WARP * stream.vector * plan.word) * width
+    )
+    sms = min(target.sms, parts * tiles)
+    waits = parts * tiles / sms * STREAM_CYCLES
+    from_l2 = elements * problem.dtype.bytes + 32 * x_loads
+    return _Work(2 * elements * tiles * width, tiles * (w_loads + x_loads), tiles * from_l2, waits, sms, min(width, 4))
 
 
 def _registers(plan: "CudaPlan", tokens: int) -> int:

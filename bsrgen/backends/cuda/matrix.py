@@ -1,4 +1,4 @@
-"""The plan of a CUDA kernel on matrix units (mma.sync, sm_80 and later), and W in the order of their fragments."""
+"""The plan of a CUDA kernel on matrix units (mma.sync), and W in the order of their fragments."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsrgen.backends.cuda.plan import WARP, CudaPlan, Lanes
+from bsrgen.backends.cuda.stream import Stream, on_units
+from bsrgen.gpus import GpuTarget
 
 TOKEN_WARPS = 4  # that share the tokens of a thread block
 
@@ -17,17 +19,24 @@ class MatrixPlan(CudaPlan):
     """Knobs of a kernel on matrix units.
 
     A thread block has `rows` rows, a multiple of 8, of one block row; each of its warps has many.tokens times 16 tokens
-    (few.tokens); the columns of a step lie side by side and fill tiles of 16 features.
+    (few.tokens); the columns of a step lie side by side and fill tiles of 32 bytes of features.
     """
+
+    stages: int = 2  # steps of X in shared memory, one of which is multiplied
 
     def __str__(self) -> str:
         text = f"CUDA, matrix units: {self.rows} rows x {self.width} tokens a thread block, {self.step_k} features of X"
-        return f"{text} in shared memory; up to {self.few_n} tokens: {self.few_width} of them"
+        return f"{text} in shared memory; up to {self.few_n} tokens: {self.few_width} of them{self._streaming}"
 
     @property
     def matrix(self) -> bool:
         """Whether the products are those of matrix units."""
         return True
+
+    @property
+    def tile_k(self) -> int:
+        """Features of a tile."""
+        return 32 // self.problem.dtype.bytes
 
     @property
     def width(self) -> int:
@@ -47,36 +56,68 @@ class MatrixPlan(CudaPlan):
     @property
     def step_k(self) -> int:
         """Features in shared memory at a time, whole tiles."""
-        return -(-self.step_columns * self.piece_columns // 16) * 16
+        return -(-self.step_columns * self.piece_columns // self.tile_k) * self.tile_k
 
     @property
     def shared_bytes(self) -> int:
-        """Two panels of X as it is."""
-        if self.problem.operator.token_axis == 0:
-            return 2 * self.width * (self.step_k + 8) * self.problem.x_dtype.bytes
-        return 2 * self.step_k * (self.width + 8) * self.problem.x_dtype.bytes
+        """Panels of X as it is, rows 16 bytes apart; of bytes none is transposed."""
+        unit = self.problem.dtype.bytes
+        if self.problem.operator.token_axis == 0 or unit == 1:
+            return self.stages * self.width * (self.step_k * unit + 16)
+        return self.stages * self.step_k * (self.width + 8) * unit
+
+    def knobs(self) -> dict[str, Any]:
+        """The decisions alone, as plain data."""
+        return super().knobs() | {"stages": self.stages}
+
+    @cached_property
+    def stream(self) -> Stream | None:
+        """How W streams in calls of few tokens: 16 of them are one tile of the units."""
+        assert isinstance(self.target, GpuTarget)
+        rows = self.problem.pattern.block_rows * self.row_pieces
+        return (
+            on_units(self.piece_rows, self.packed_bytes, rows, self.halves, self.target.sms) if self.stream_n else None
+        )
 
     @cached_property
     def fragments(self) -> NDArray[Any]:
-        """First tile of 16 features of each step: int32[steps + 1]."""
+        """First tile of features of each step: int32[steps + 1]."""
         features = np.diff(self.packing.columns).astype(np.int64) * self.piece_columns
-        return np.concatenate(([0], np.cumsum(-(-features // 16)))).astype(np.int32)
+        return np.concatenate(([0], np.cumsum(-(-features // self.tile_k)))).astype(np.int32)
 
     @cached_property
     def features_of_tiles(self) -> NDArray[Any]:
-        """For each feature of the tiles piece * piece_columns + column, -1 behind a step's last: int64[16 * tiles]."""
+        """For each feature of tiles piece * piece_columns + column, -1 behind a step's last: int64[tile_k * tiles]."""
         counts = np.diff(self.packing.columns).astype(np.int64) * self.piece_columns
-        step = np.repeat(np.arange(counts.size), np.diff(self.fragments) * 16)
-        inside = np.arange(step.size) - 16 * self.fragments[:-1].astype(np.int64)[step]
+        step = np.repeat(np.arange(counts.size), np.diff(self.fragments) * self.tile_k)
+        inside = np.arange(step.size) - self.tile_k * self.fragments[:-1].astype(np.int64)[step]
         first = self.packing.columns[:-1].astype(np.int64)[step] * self.piece_columns
         return np.where(inside < counts[step], first + inside, -1).astype(np.int64)
 
+    @cached_property
+    def features_of_x(self) -> NDArray[Any]:
+        """The same as features of X, K for those that are not there: int64[tile_k * tiles]."""
+        p, place = self.problem.pattern, self.features_of_tiles
+        if not self.packing.features.size:
+            return place
+        first, column = self.packing.features[place // self.piece_columns].astype(np.int64), place % self.piece_columns
+        there = (place >= 0) & (first % p.C + column < p.C)
+        return np.where(there, np.minimum(first + column, p.K), p.K)
+
     def in_fragments(self, packed: NDArray[Any]) -> NDArray[Any]:
-        """[pieces, columns, rows] -> [tile][pair of strips][row][quad][strip][high][low], k = 8 high + 2 quad + low."""
+        """[pieces, columns, rows] -> [tile][pair of strips][row][quad][strip][high][low]; k is high, quad, low."""
         whole = np.vstack([packed.reshape(-1, self.rows), np.zeros((1, self.rows), packed.dtype)])
         tiles = whole[self.features_of_tiles]  # -1 is the row of zeros
         pair = 2 - self.rows // 8 % 2
-        shape = (-1, 2, 4, 2, self.rows // (8 * pair), pair, 8)  # tile, high, quad, low; pairs, strip, row
+        shape = (
+            -1,
+            2,
+            4,
+            self.tile_k // 8,
+            self.rows // (8 * pair),
+            pair,
+            8,
+        )  # tile, high, quad, low; pairs, strip, row
         return np.ascontiguousarray(tiles.reshape(shape).transpose(0, 4, 6, 2, 5, 1, 3))
 
 

@@ -6,6 +6,9 @@ from typing import Any, ClassVar
 
 from bsrgen.backends.cuda.count import counts
 from bsrgen.backends.cuda.packing import Packing, pack_pattern
+from bsrgen.backends.cuda.stream import Stream, on_cores
+from bsrgen.dtypes import INT32
+from bsrgen.gpus import GpuTarget
 from bsrgen.plan import Counts, Plan
 
 SHARED_BYTES = 48 << 10  # static shared memory of a thread block, on every architecture
@@ -48,11 +51,20 @@ class CudaPlan(Plan):
     many: Lanes
     few: Lanes  # for calls of at most few_n tokens
     few_n: int
+    stream_n: int = 0  # calls of at most so many stream W instead; 0: none
 
     def __str__(self) -> str:
         text = f"CUDA: {self.rows} rows x {self.many.tokens} tokens a thread, {self.thread_warps} warps, "
         text += f"{self.width} tokens x {self.step_columns * self.piece_columns} features of X in shared memory"
-        return f"{text}; up to {self.few_n} tokens: {self.few.along_k} lanes along k"
+        if self.few_n > self.stream_n:
+            text += f"; up to {self.few_n} tokens: {self.few.along_k} lanes along k"
+        return text + self._streaming
+
+    @property
+    def _streaming(self) -> str:
+        if not (stream := self.stream):
+            return ""
+        return f"; up to {self.stream_n}: {stream.warps} warps stream W for {stream.rows} rows"
 
     @property
     def matrix(self) -> bool:
@@ -84,16 +96,37 @@ class CudaPlan(Plan):
         return {
             "backend": self.backend, "rows": self.rows, "warps": self.warps, "features": self.features,
             "many": asdict(self.many), "few": asdict(self.few), "few_n": self.few_n,
-            "matrix": self.matrix,
+            "stream_n": self.stream_n, "matrix": self.matrix,
         }  # fmt: skip
 
     def family(self, n: int) -> tuple[Any, ...]:
         """What plans share that do much the same at n tokens."""
+        if n <= self.stream_n:
+            return self.matrix, self.stream
         return self.matrix, self.rows, self.few if n <= self.few_n else self.many
 
     def counts(self, n: int) -> Counts:
         """What one call of n tokens does on the whole GPU."""
         return counts(self, n)
+
+    @cached_property
+    def stream(self) -> Stream | None:
+        """How W streams in calls of few tokens."""
+        assert isinstance(self.target, GpuTarget)
+        unit, sms = self.problem.accumulator.bytes, self.target.sms
+        rows = self.problem.pattern.block_rows * self.row_pieces
+        return (
+            on_cores(
+                self.piece_rows, self.problem.dtype.bytes * self.word, unit, self.packed_bytes, rows, self.halves, sms
+            )
+            if self.stream_n
+            else None
+        )
+
+    @property
+    def halves(self) -> int:
+        """Weights that make one result: 2 of swiglu and geglu."""
+        return 2 if self.problem.gate_rows else 1
 
     # ── blocks as the kernel walks them: pieces of the problem's ─────────────────────────────────────────────────
 
@@ -137,19 +170,33 @@ class CudaPlan(Plan):
         return -(-self.problem.pattern.C // self.column_pieces)
 
     @property
+    def packed_bytes(self) -> int:
+        """Of W as it is packed, about: without what fills tiles."""
+        pieces = self.problem.pattern.nnzb * self.row_pieces * self.column_pieces
+        return pieces * self.piece_rows * self.piece_columns * self.problem.dtype.bytes
+
+    @property
+    def word(self) -> int:
+        """Neighbouring columns that are multiplied at once: 4 of int8 by one dp4a, where they fill the pieces."""
+        whole = self.piece_columns % 4 == 0 and self.piece_columns * self.column_pieces == self.problem.pattern.C
+        return 4 if self.problem.accumulator is INT32 and whole and not self.matrix else 1
+
+    @property
     def step_columns(self) -> int:
         """Columns of pieces whose X is in shared memory at a time."""
         return max(self.features // self.piece_columns, 1)
 
     @property
     def shared_bytes(self) -> int:
-        """Two panels of X, in the type of the sums."""
+        """Two panels of X, in the type of the sums, and the scales of tokens that the kernel quantises."""
         unit = self.problem.accumulator.bytes
         widest = max(self.many.stride, self.few.stride)
-        return 2 * self.step_columns * self.piece_columns * widest * unit
+        scales = 8 * max(self.width, self.few_width) if self.problem.quantizes_x else 0
+        return 2 * self.step_columns * (self.piece_columns // self.word) * widest * unit + scales
 
     @cached_property
     def packing(self) -> Packing:
         """The tables."""
         p = self.problem.pattern
-        return pack_pattern(p, self.row_pieces, self.column_pieces, self.group_rows, self.step_columns)
+        gate = self.problem.gate_rows // p.R * self.row_pieces
+        return pack_pattern(p, self.row_pieces, self.column_pieces, self.group_rows, self.step_columns, gate)

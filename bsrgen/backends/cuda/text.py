@@ -2,13 +2,16 @@
 
 import json
 import textwrap
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from bsrgen.backends.cuda.matrix import MatrixPlan
-from bsrgen.backends.cuda.packing import pack_values
+from bsrgen.backends.cuda.packing import pack_values, piece_rows_of
 from bsrgen.backends.cuda.plan import CudaPlan
+from bsrgen.backends.cuda.stream import Stream, parts, runs
 from bsrgen.emit import Source, Unit, arguments_in_c, banner, epilogue_formula, operands_in_c, render, runtime_file
 from bsrgen.gpus import GpuTarget
 from bsrgen.pattern import Weight
@@ -30,7 +33,9 @@ ERRORS = (  # of the CUDA runtime that a caller can do something about (driver_t
     (222, "the code for newer GPUs in this library needs a newer driver"),
     (700, "an address that is not on this GPU, or outside of its array"),
 )
+MADE_HERE = ("out", "inside", "gate")  # kinds of operands that no caller gives
 UNROLLED_COLUMNS = 8
+RESIDENT_WARPS = 16  # of an SM, at least, while W streams: so many registers a thread may have
 
 
 def emit(plans: tuple[CudaPlan, ...], weight: Weight) -> Source:
@@ -39,7 +44,7 @@ def emit(plans: tuple[CudaPlan, ...], weight: Weight) -> Source:
     problem, name, target = plan.problem, plan.problem.name, plan.target
     assert isinstance(target, GpuTarget)
     packing, cuts = plan.packing, (plan.row_pieces, plan.column_pieces, plan.piece_rows)
-    values = pack_values(weight.data, packing.source, *cuts)
+    values = pack_values(weight.data, packing.source, *cuts, plan.word)
     files = {f"{name}_source.bin": packing.source.tobytes()}
     if isinstance(plan, MatrixPlan):
         values = plan.in_fragments(values)
@@ -80,7 +85,8 @@ def _entry(plan: CudaPlan, values_bytes: int) -> dict[str, Any]:
         "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c, "blobs": blobs, "operands": operands,
         "prototype": prototype, "linear": problem.operator.token_axis == 0, "M": p.M, "rows": problem.rows, "K": p.K,
         "R": p.R, "C": p.C, "nnzb": p.nnzb, "values_bytes": values_bytes, "pieces": plan.packing.source.size,
-        "piece_rows": plan.piece_rows, "piece_columns": plan.piece_columns, "row_pieces": plan.row_pieces,
+        "piece_rows": plan.piece_rows, "piece_columns": plan.piece_columns, "word": plan.word,
+        "row_pieces": plan.row_pieces,
         "column_pieces": plan.column_pieces, "source": f"{name}_source", "data": f"{name}_values",
         "language": "cuda", "W_rows": p.M,
         "errors": ERRORS, "target": plan.target.name, "formula": problem.operator.formula,
@@ -94,28 +100,64 @@ def _kernel(plan: CudaPlan) -> dict[str, Any]:
     problem, p = plan.problem, plan.problem.pattern
     x, y, real = problem.x_dtype, problem.out_dtype, problem.real
     element = real if y.name == "int8" else y
+    words, ragged = plan.piece_columns // plan.word, plan.column_pieces * plan.piece_columns != p.C
     operands = operands_in_c(problem, _KIND_TEXT)
     names = iter(o["name"] for o in operands)
     steps = [
-        {"name": step.name, "c": step.c, "operands": [
-            {"kind": o.kind, "symbol": o.symbol or o.name, "name": None if o.kind == "out" else next(names)}
+        {"name": step.name, "c": step.c, "gate": step.gate and step.gate.c, "operands": [
+            {"kind": o.kind, "symbol": o.symbol or o.name, "of_w": problem.rows_of(o) != problem.rows,
+             "name": None if o.kind in MADE_HERE else next(names)}
             for o in step.operands]}
         for step in problem.epilogue
     ]  # fmt: skip
     return {
         "name": problem.name, "real_bytes": real.bytes, "accumulator": problem.accumulator.c,
         "kinds": {"w": problem.dtype.short, "x": x.short, "y": y.short, "e": element.short},
-        "M": p.M, "K": p.K, "R": p.R, "C": p.C, "rows": plan.rows, "strips": plan.strips,
-        "row_pieces": plan.row_pieces, "piece_columns": plan.piece_columns, "group_rows": plan.group_rows,
-        "ragged_columns": plan.column_pieces * plan.piece_columns != p.C,
-        "step_features": plan.step_columns * plan.piece_columns, "groups": max(plan.packing.groups.size, 1),
-        "unroll": min(plan.piece_columns, UNROLLED_COLUMNS),
-        "tables": _tables(plan), "operands": operands, "epilogue": steps, "few_n": plan.few_n,
-        "few_width": plan.few_width, "many_width": plan.width, "thread_warps": plan.thread_warps,
+        "M": p.M, "K": p.K, "result_rows": problem.rows, "gate_rows": problem.gate_rows,
+        "quantized": problem.quantizes_x, "R": p.R, "C": p.C, "rows": plan.rows, "strips": plan.strips,
+        "row_pieces": plan.row_pieces, "piece_columns": words, "group_rows": plan.group_rows, "word": plan.word,
+        "ragged_columns": ragged,
+        "step_features": plan.step_columns * words, "groups": max(plan.packing.groups.size, 1),
+        "unroll": min(words, UNROLLED_COLUMNS),
+        "tables": _tables(plan), "operands": operands, "epilogue": steps, "thread_warps": plan.thread_warps,
         "matrix": plan.matrix, "step_k": plan.step_k if isinstance(plan, MatrixPlan) else 0,
-        "by_eight": plan.piece_columns % 8 == 0 and plan.piece_columns * plan.column_pieces == p.C,
-        "variants": (("many", plan.many), ("few", plan.few)), "linear": problem.operator.token_axis == 0,
+        "stages": plan.stages if isinstance(plan, MatrixPlan) else 2,
+        "by_vector": plan.piece_columns * x.bytes % 16 == 0 and not ragged,
+        "variants": _variants(plan), "stream": _stream(plan), "linear": problem.operator.token_axis == 0,
     }  # fmt: skip
+
+
+def _variants(plan: CudaPlan) -> list[dict[str, Any]]:
+    """The kernels of a library, those for calls of fewer tokens first; the last takes what is left."""
+    rows: list[dict[str, Any]] = []
+    if stream := plan.stream:
+        resident = max(RESIDENT_WARPS // stream.warps, 1)
+        common = {"bounds": f"STREAM_THREADS, {resident}", "blocks": "STREAM_PARTS", "threads": str(32 * stream.warps)}
+        rows = [
+            {"name": f"stream{t}", "most": t, "width": t, "call": f"stream<{t}, {stream.depth(t)}>"} | common
+            for t in stream.tokens
+        ]
+        rows[-1]["most"] = plan.stream_n
+    common = {"bounds": "THREADS, 1", "blocks": "THREAD_BLOCKS", "threads": "THREADS"}
+    sides = (("few", plan.few, plan.few_n, plan.few_width), ("many", plan.many, None, plan.width))
+    for name, lanes, most, width in sides:
+        if most is None or most > plan.stream_n:
+            along = "" if plan.matrix else f", {lanes.along_tokens}"
+            rows.append({"name": name, "most": most, "width": width, "call": f"tile<{lanes.tokens}{along}>"} | common)
+    return rows
+
+
+def _stream(plan: CudaPlan) -> dict[str, Any] | None:
+    """The sizes of the kernel for few tokens."""
+    if not plan.stream:
+        return None
+    count = plan.packing.groups.size * plan.group_rows * (plan.piece_rows // plan.stream.rows)
+    sizes = asdict(plan.stream) | {"parts": max(count, 1)}
+    if isinstance(plan, MatrixPlan):
+        word = 4 // plan.problem.x_dtype.bytes
+        table, run = runs(plan.features_of_x, plan.problem.pattern.K)
+        sizes |= {"run": run, "even": run >= word and not (table % word)[table < plan.problem.pattern.K].any()}
+    return sizes
 
 
 def _tables(plan: CudaPlan) -> list[dict[str, Any]]:
@@ -126,16 +168,36 @@ def _tables(plan: CudaPlan) -> list[dict[str, Any]]:
         ("group_steps", t.steps, "its first step"),
         ("step_columns", t.columns, "first column of each step"),
         ("column_features", t.features, "first feature of each column"),
-        ("step_pieces", t.pointers, "first piece of each step and piece row of a thread block"),
+        ("step_pieces", t.pointers, "first piece of each piece row of a thread block and step"),
     )
     if isinstance(plan, MatrixPlan):  # a step has one piece row and all of its columns
-        rows = (*rows[:4], ("step_fragments", plan.fragments, "first tile of 16 features of each step"))
+        rows = (*rows[:4], ("step_fragments", plan.fragments, "first tile of features of each step"))
     else:
         rows = (*rows, ("piece_slots", t.slots, "which column of its step a piece has"))
+    if plan.stream:
+        rows += _stream_tables(plan, plan.stream)
     return [
         {"name": name, "type": _C_TABLE[table.dtype.name], "text": text, "lines": _numbers(table)}
         for name, table, text in rows
     ]
+
+
+def _stream_tables(plan: CudaPlan, stream: Stream) -> tuple[tuple[str, NDArray[Any], str], ...]:
+    """Who walks what of W in calls of few tokens, and the features of X that belong to it."""
+    t, p = plan.packing, plan.problem.pattern
+    rows = (t.groups.astype(np.int64)[:, None] + np.arange(plan.group_rows)).ravel()
+    if isinstance(plan, MatrixPlan):
+        ends = plan.fragments[t.steps]
+        features = ("tile_features", runs(plan.features_of_x, p.K)[0], "first of features side by side, of each tile")
+    else:
+        ends = piece_rows_of(t, plan.group_rows)
+        features = ("piece_features", t.features[t.piece_columns], "first feature of each piece")
+    work = parts(rows, ends, plan.piece_rows // stream.rows, plan.halves)
+    text = {
+        "row": "piece row of each part of W, the longest first", "share": "which of its rows",
+        "begin": f"its first {'tile' if plan.matrix else 'piece'}", "end": "and the one behind its last",
+    }  # fmt: skip
+    return (*((f"part_{name}", work[name], text[name]) for name in text), features)
 
 
 def _numbers(table: NDArray[Any]) -> list[str]:

@@ -8,7 +8,7 @@ from bsrgen.gpus import GpuTarget
 from bsrgen.problem import Problem
 
 LACKS = (
-    "use smaller blocks; for GPUs it has no int8, swiglu, geglu or quantize_x (backend='cuda' has int8), and of very "
+    "use smaller blocks; for GPUs it has no int8, swiglu, geglu or quantize_x (backend='cuda' has them), and of very "
     "many blocks, use larger ones"
 )
 

@@ -19,9 +19,10 @@
 #include "bsrgen_cuda.h"
 
 typedef float acc_t;
+typedef w_t w_word; /* of W */
 
 enum { /* a piece is a block, or the part of one that a thread block has room for */
-    M = 18, K = 24, R = 5, C = 3, /* the matrix and its blocks */
+    M = 18, K = 24, R = 5, C = 3, /* rows of Y, of X; a block */
     ROWS = 5, STRIPS = 1, PIECE_ROWS = ROWS * STRIPS, ROW_PIECES = 1, /* a warp has a strip of ROWS rows */
     PIECE_COLUMNS = 3, GROUP_ROWS = 2, /* piece rows of a thread block */
     STEP_FEATURES = 12, /* of X in shared memory at a time */
@@ -41,7 +42,7 @@ static __device__ const int step_columns[] = { /* first column of each step */
 static __device__ const int column_features[] = { /* first feature of each column */
     6, 9, 18, 21, 0, 12,
 };
-static __device__ const int step_pieces[] = { /* first piece of each step and piece row of a thread block */
+static __device__ const int step_pieces[] = { /* first piece of each piece row of a thread block and step */
     0, 2, 4, 6, 6,
 };
 static __device__ const unsigned short piece_slots[] = { /* which column of its step a piece has */
@@ -55,7 +56,7 @@ struct arguments {
     int64_t ldx;
     y_t *y;
     int64_t ldy;
-    const w_t *values; /* [pieces][PIECE_COLUMNS][PIECE_ROWS] */
+    const w_word *values; /* [pieces][PIECE_COLUMNS][PIECE_ROWS] */
     int64_t tiles; /* of tokens */
     const real *bias;
 };
@@ -75,6 +76,14 @@ DEVICE void finish(const struct arguments &a, int m, int64_t n, acc_t sum)
     a.y[n * a.ldy + m] = put_y(v);
 }
 
+/* Feature k of X of token n, as it is multiplied. */
+DEVICE acc_t x_at(const struct arguments &a, int64_t n, int64_t k)
+{
+    return (acc_t)get_x(a.x[n * a.ldx + k]);
+}
+
+DEVICE acc_t multiply_add(acc_t sum, w_word w, acc_t x) { return sum + (acc_t)get_w(w) * x; }
+
 /* X of one step, widened, feature-major: panel[feature][token].  Zeros where there is no feature or no token. */
 template <int WIDTH, int STRIDE> DEVICE void stage(const struct arguments &a, acc_t *panel, int step, int64_t n0)
 {
@@ -85,50 +94,46 @@ template <int WIDTH, int STRIDE> DEVICE void stage(const struct arguments &a, ac
         const int k0 = column_features[first + f / PIECE_COLUMNS], c = f % PIECE_COLUMNS;
         const bool there = k0 + c < K;
         for (int t = threadIdx.x / SIDE; t < WIDTH; t += THREADS / SIDE)
-            panel[f * STRIDE + t] = there && n0 + t < a.n ? (acc_t)get_x(a.x[(n0 + t) * a.ldx + k0 + c]) : (acc_t)0;
+            panel[f * STRIDE + t] = there && n0 + t < a.n ? x_at(a, n0 + t, k0 + c) : (acc_t)0;
     }
 }
 
 /* sums[ROWS][TOKENS] += one column of W, a strip of it, times one feature of X. */
-template <int TOKENS> DEVICE void multiply(acc_t (&sums)[ROWS][TOKENS], const w_t *w, const acc_t *x)
+template <int TOKENS> DEVICE void multiply(acc_t (&sums)[ROWS][TOKENS], const w_word *w, const acc_t *x)
 {
-    w_t column[ROWS];
+    w_word column[ROWS];
     acc_t tokens[TOKENS];
     load_vector(column, w);
     load_vector(tokens, x);
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
-        for (int t = 0; t < TOKENS; t++) sums[r][t] += (acc_t)get_w(column[r]) * tokens[t];
+        for (int t = 0; t < TOKENS; t++) sums[r][t] = multiply_add(sums[r][t], column[r], tokens[t]);
 }
 
-/* Y of the piece rows of a thread block and TOKENS * LANES tokens.  Of a warp's lanes LANES have tokens of their own, the
- * others share the sums: the order of additions is that of the tables, and the same in every call. */
-template <int TOKENS, int LANES> DEVICE void tile(const struct arguments &a)
+/* Sums of a warp over a group of piece rows.  Of its lanes LANES have tokens of their own, the others share the sums: the
+ * order of additions is that of the tables, and the same in every call. */
+template <int TOKENS, int LANES> DEVICE void walk(const struct arguments &a, acc_t (&sums)[ROWS][TOKENS], acc_t *panels, int group, int64_t n0)
 {
     constexpr int WIDTH = TOKENS * LANES, STRIDE = WIDTH + (WIDTH >= 16 ? 4 : 0), PARTS = 32 / LANES;
-    SHARED(acc_t, panels, 2 * STEP_FEATURES * STRIDE); /* one is read while the other is filled */
     const int warp = threadIdx.x / 32, token = threadIdx.x % LANES * TOKENS, part = threadIdx.x % 32 / LANES;
-    const int group = (int)(blockIdx.x / a.tiles), row = warp / STRIPS, strip = warp % STRIPS;
-    const int64_t n0 = blockIdx.x % a.tiles * WIDTH;
-    const int first = group_steps[group], last = group_steps[group + 1];
-    acc_t sums[ROWS][TOKENS] = {};
+    const int row = warp / STRIPS, strip = warp % STRIPS, first = group_steps[group], last = group_steps[group + 1];
 
     if (first < last) stage<WIDTH, STRIDE>(a, panels, first, n0);
     for (int step = first; step < last; step++) {
         acc_t *panel = panels + (step - first) % 2 * (STEP_FEATURES * STRIDE);
         __syncthreads();
         if (step + 1 < last) stage<WIDTH, STRIDE>(a, panels + (step + 1 - first) % 2 * (STEP_FEATURES * STRIDE), step + 1, n0);
-        const int begin = step_pieces[step * GROUP_ROWS + row], end = step_pieces[step * GROUP_ROWS + row + 1];
+        const int *pieces = step_pieces + first * GROUP_ROWS + row * (last - first) + step - first, begin = pieces[0], end = pieces[1];
         if constexpr (PARTS == 1) {
             for (int b = begin; b < end; b++) {
-                const w_t *w = a.values + (int64_t)b * (PIECE_COLUMNS * PIECE_ROWS) + strip * ROWS;
+                const w_word *w = a.values + (int64_t)b * (PIECE_COLUMNS * PIECE_ROWS) + strip * ROWS;
                 const acc_t *x = panel + piece_slots[b] * (PIECE_COLUMNS * STRIDE) + token;
 #pragma unroll 3
                 for (int c = 0; c < PIECE_COLUMNS; c++) multiply(sums, w + c * PIECE_ROWS, x + c * STRIDE);
             }
         } else {
-            const w_t *w = a.values + (int64_t)begin * (PIECE_COLUMNS * PIECE_ROWS) + strip * ROWS;
+            const w_word *w = a.values + (int64_t)begin * (PIECE_COLUMNS * PIECE_ROWS) + strip * ROWS;
             for (int e = part; e < (end - begin) * PIECE_COLUMNS; e += PARTS) {
                 const int feature = piece_slots[begin + e / PIECE_COLUMNS] * PIECE_COLUMNS + e % PIECE_COLUMNS;
                 multiply(sums, w + e * PIECE_ROWS, panel + feature * STRIDE + token);
@@ -141,6 +146,18 @@ template <int TOKENS, int LANES> DEVICE void tile(const struct arguments &a)
         for (int r = 0; r < ROWS; r++)
 #pragma unroll
             for (int t = 0; t < TOKENS; t++) sums[r][t] += __shfl_xor_sync(0xffffffffu, sums[r][t], distance);
+}
+
+/* Y of the piece rows of a thread block and TOKENS * LANES tokens. */
+template <int TOKENS, int LANES> DEVICE void tile(const struct arguments &a)
+{
+    constexpr int WIDTH = TOKENS * LANES, STRIDE = WIDTH + (WIDTH >= 16 ? 4 : 0), PARTS = 32 / LANES;
+    SHARED(acc_t, panels, 2 * STEP_FEATURES * STRIDE); /* one is read while the other is filled */
+    const int warp = threadIdx.x / 32, token = threadIdx.x % LANES * TOKENS, part = threadIdx.x % 32 / LANES;
+    const int group = (int)(blockIdx.x / a.tiles), row = warp / STRIPS, strip = warp % STRIPS;
+    const int64_t n0 = blockIdx.x % a.tiles * WIDTH;
+    acc_t sums[ROWS][TOKENS] = {};
+    walk<TOKENS, LANES>(a, sums, panels, group, n0);
 
     const int i = group_rows[group] + row, within = i % ROW_PIECES * PIECE_ROWS + strip * ROWS, m0 = i / ROW_PIECES * R + within;
     /* Each lane finishes its share of the sums; rows of zeros, and piece rows that the last group lacks, are not written. */
@@ -155,26 +172,26 @@ template <int TOKENS, int LANES> DEVICE void tile(const struct arguments &a)
     }
 }
 
-__global__ void __launch_bounds__(THREADS) linear_f32_18x24_b5x3_c8cf43a9_many(const struct arguments a)
-{
-    tile<4, 32>(a);
-}
-
-__global__ void __launch_bounds__(THREADS) linear_f32_18x24_b5x3_c8cf43a9_few(const struct arguments a)
+__global__ void __launch_bounds__(THREADS, 1) linear_f32_18x24_b5x3_c8cf43a9_few(const struct arguments a)
 {
     tile<4, 1>(a);
 }
 
+__global__ void __launch_bounds__(THREADS, 1) linear_f32_18x24_b5x3_c8cf43a9_many(const struct arguments a)
+{
+    tile<4, 32>(a);
+}
+
 #else
 #include "bsrgen_parts.h"
-static void linear_f32_18x24_b5x3_c8cf43a9_many(const struct arguments) {}
 static void linear_f32_18x24_b5x3_c8cf43a9_few(const struct arguments) {}
+static void linear_f32_18x24_b5x3_c8cf43a9_many(const struct arguments) {}
 static void __attribute__((constructor)) kernels_are_found()
 {
     static const char *const names[] = {BSRGEN_KERNELS}; /* in the order of their definitions */
     static found_kernel kernels[] = {
-        {names[0], (const void *)linear_f32_18x24_b5x3_c8cf43a9_many, NULL},
-        {names[1], (const void *)linear_f32_18x24_b5x3_c8cf43a9_few, NULL},
+        {names[0], (const void *)linear_f32_18x24_b5x3_c8cf43a9_few, NULL},
+        {names[1], (const void *)linear_f32_18x24_b5x3_c8cf43a9_many, NULL},
     };
     find_kernels(kernels, 2);
 }
@@ -190,22 +207,33 @@ static int failed(cudaError_t error)
     return BSRGEN_CUDA + (int)error;
 }
 
+/* The kernels, those for fewer tokens first. */
+static const struct {
+    int64_t most, width; /* tokens of a call, and of a thread block */
+    int blocks, threads;
+    void (*kernel)(const struct arguments);
+} variants[] = {
+    {4, 4, THREAD_BLOCKS, THREADS, linear_f32_18x24_b5x3_c8cf43a9_few},
+    {INT64_MAX, 128, THREAD_BLOCKS, THREADS, linear_f32_18x24_b5x3_c8cf43a9_many},
+};
+
 /* One launch on the caller's stream and device: no allocation, no synchronisation. */
 HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_launch(const struct bsrgen_call *call)
 {
-    const bool few = call->n <= 4;
-    const int64_t width = few ? 4 : 128, tiles = (call->n + width - 1) / width;
-    if (tiles > INT32_MAX / THREAD_BLOCKS) return BSRGEN_BAD_ARGUMENT; /* more thread blocks than a grid holds */
+    int which = 0;
+    while (call->n > variants[which].most) which++;
+    const int64_t width = variants[which].width, tiles = (call->n + width - 1) / width;
+    if (tiles > INT32_MAX / variants[which].blocks) return BSRGEN_BAD_ARGUMENT; /* more thread blocks than a grid holds */
     struct arguments a = {};
     a.n = call->n, a.x = (const x_t *)call->x, a.ldx = call->ldx, a.y = (y_t *)call->y, a.ldy = call->ldy;
-    a.values = (const w_t *)call->values, a.tiles = tiles;
+    a.values = (const w_word *)call->values, a.tiles = tiles;
     a.bias = (const real *)call->operands[0].data;
     int before = -1;
     cudaError_t error = cudaGetDevice(&before);
     if (!error && call->threads >= 0 && call->threads != before) error = cudaSetDevice(call->threads);
     void *parameters[] = {&a};
     if (!error)
-        error = cudaLaunchKernel(few ? linear_f32_18x24_b5x3_c8cf43a9_few : linear_f32_18x24_b5x3_c8cf43a9_many, dim3((unsigned)(tiles * THREAD_BLOCKS)), dim3(THREADS), parameters, 0, (cudaStream_t)(uintptr_t)call->parallel);
+        error = cudaLaunchKernel(variants[which].kernel, dim3((unsigned)(tiles * variants[which].blocks)), dim3((unsigned)variants[which].threads), parameters, 0, (cudaStream_t)(uintptr_t)call->parallel);
     if (call->threads >= 0 && call->threads != before && before >= 0) cudaSetDevice(before);
     return failed(error);
 }
@@ -221,8 +249,8 @@ HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_copy(const void *host, int64_t bytes, 
     if (!error) error = cudaMalloc(to, bytes ? (size_t)bytes : 1);
     if (!error && bytes) error = cudaMemcpy(*to, host, (size_t)bytes, cudaMemcpyHostToDevice);
     cudaFuncAttributes attributes;
-    if (!error) error = cudaFuncGetAttributes(&attributes, linear_f32_18x24_b5x3_c8cf43a9_many);
     if (!error) error = cudaFuncGetAttributes(&attributes, linear_f32_18x24_b5x3_c8cf43a9_few);
+    if (!error) error = cudaFuncGetAttributes(&attributes, linear_f32_18x24_b5x3_c8cf43a9_many);
     if (error && *to) cudaFree(*to), *to = NULL;
     if (device >= 0 && before >= 0) cudaSetDevice(before);
     return failed(error);

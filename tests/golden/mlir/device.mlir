@@ -195,7 +195,9 @@ gpu.module @linear_f32_10x12_b5x2_fcbe89be {
       }
       %ready = arith.cmpi ugt, %step, %first : index
       scf.if %ready {
-        %q = affine.apply affine_map<(step, warp) -> ((step - 1) * 4 + warp)>(%step, %warp)
+        %steps = arith.subi %last, %first : index
+        %before = arith.muli %warp, %steps : index
+        %q = affine.apply affine_map<(step, first, before) -> (first * 4 + before + step - first - 1)>(%step, %first, %before)
         %q1 = arith.addi %q, %c1 : index
         %begin = memref.load %step_pieces[%q] : memref<9xi32, 1>
         %stop = memref.load %step_pieces[%q1] : memref<9xi32, 1>
@@ -370,7 +372,9 @@ gpu.module @linear_f32_10x12_b5x2_fcbe89be {
       }
       %ready = arith.cmpi ugt, %step, %first : index
       scf.if %ready {
-        %q = affine.apply affine_map<(step, warp) -> ((step - 1) * 4 + warp)>(%step, %warp)
+        %steps = arith.subi %last, %first : index
+        %before = arith.muli %warp, %steps : index
+        %q = affine.apply affine_map<(step, first, before) -> (first * 4 + before + step - first - 1)>(%step, %first, %before)
         %q1 = arith.addi %q, %c1 : index
         %begin = memref.load %step_pieces[%q] : memref<9xi32, 1>
         %stop = memref.load %step_pieces[%q1] : memref<9xi32, 1>
