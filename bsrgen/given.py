@@ -35,7 +35,7 @@ class Given:
     def weight(self, dtype: DType, paired: bool) -> tuple[Weight, tuple[int, ...], Pit | None]:
         """The weight, the parts of its Y where a list came, and mode="pit"'s.  ArgumentError, PatternError."""
         if self.max_blocks is not None and self.mode != "dynamic":
-            raise ArgumentError(f"max_blocks={self.max_blocks!r} with mode={self.mode!r}: only mode='dynamic' plans for more")
+            raise ArgumentError(f"max_blocks={self.max_blocks!r} with mode={self.mode!r}: it is for mode='dynamic'")
         if self.transposed and (paired or self.mode != "static"):
             raise UnsupportedError(
                 f"transposed=True with {'swiglu or geglu' if paired else f'mode={self.mode!r}'}: give W.T itself"
