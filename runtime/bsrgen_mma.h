@@ -41,6 +41,12 @@ DEVICE void copy_later(void *shared, const void *global, int bytes)
 }
 
 DEVICE void copies_done() { asm volatile("cp.async.wait_all;" : : : "memory"); }
+
+/* The copies since the last call become one group. */
+DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+
+/* All groups of this thread but the last LEFT have landed. */
+template <int LEFT> DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" : : "n"(LEFT) : "memory"); }
 #endif
 #define multiply_matrices NAME_OF(multiply_, W_KIND)
 #endif

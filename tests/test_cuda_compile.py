@@ -1,6 +1,7 @@
 """The CUDA backend up to the library: nvcc, its golden text, its registers and machine code, loading without a GPU."""
 
 import difflib
+import importlib.util
 import os
 import re
 import shutil
@@ -152,6 +153,11 @@ def compiled(plan, weight, folder):
     assert log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(kernels)
     assert "warning" not in log
     assert max(map(int, re.findall(r"(\d+) bytes smem", log))) == plan.shared_bytes
+    return disassembled(library)
+
+
+def disassembled(library):
+    """The machine code of all kernels, which use no local memory; None where nothing can read it."""
     if (tools := disassembler()) is None:
         return None
     environment = os.environ | {"PATH": os.pathsep.join((tools, os.environ["PATH"]))}
@@ -164,8 +170,9 @@ def compiled(plan, weight, folder):
 
 def disassembler() -> str | None:
     """The folder with cuobjdump and nvdisasm: the toolkit's, or that of their wheels of PyPI."""
-    wheel = nvcc._in_wheels()
-    folders = [Path(nvcc.find_nvcc().runtime).parents[1] / "bin", *([Path(wheel).parent] if wheel else [])]
+    spec = importlib.util.find_spec("nvidia.cu13") if importlib.util.find_spec("nvidia") else None
+    wheels = (spec.submodule_search_locations or []) if spec else []
+    folders = [Path(nvcc.find_nvcc().runtime).parents[1] / "bin", *(Path(folder) / "bin" for folder in wheels)]
     both = ("cuobjdump", "nvdisasm")
     return next((str(folder) for folder in folders if all((folder / tool).is_file() for tool in both)), None)
 

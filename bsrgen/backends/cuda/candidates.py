@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from bsrgen.backends.cuda import hopper
 from bsrgen.backends.cuda.matrix import MatrixPlan, tokens
 from bsrgen.backends.cuda.plan import SHARED_BYTES, CudaPlan, Lanes
 from bsrgen.gpus import GpuTarget
@@ -19,7 +20,7 @@ FEW = (Lanes(4, 1), 4)
 LACKS = "it has no swiglu, geglu or quantize_x; of very many blocks, use larger ones"
 
 
-def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Iterator[CudaPlan]:
+def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Iterator[CudaPlan | hopper.HopperPlan]:
     """Legal plans, a good guess first.  All work on the problem's own blocks.
 
     Empty for pairs of weights (swiglu, geglu), for X that the kernel would have to quantise, and where the tables
@@ -28,6 +29,7 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
     p = problem.pattern
     if problem.gate_rows or problem.quantizes_x or max(p.M, p.K) > INT_MAX:
         return
+    yield from hopper.candidates(problem, target)
     yield from _matrix(problem, target)
     for rows in rows_of_tiles(p.R):
         for many in LANES:
