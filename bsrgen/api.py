@@ -123,7 +123,7 @@ def compile(
         "mlir" makes them too, for targets of "cuda", with both extras.
     target: "native", an ISA level or microarchitecture, or several for one library that picks at run time.  Where the
         lowest one's plan uses the matrix unit (AMX), x86-64-v4-bf16 is added: the system may refuse that unit.  Of
-        "cuda", one or several of sm_75, sm_80, sm_86, sm_89, sm_90; "native" is that of the first GPU here.
+        "cuda", one or several of sm_75, sm_80, sm_86, sm_89, sm_90, sm_90a; "native" is that of the first GPU here.
     n, threads: hints.  n is the number of tokens to plan for (128); threads the default of calls, None all cores.
     tune: "off" takes the first legal plan, "model" the one the cost model likes best, "measure" times the best few: on
         one core, or on the first GPU here that runs them; without one the model chooses, and a note says so.

@@ -63,13 +63,14 @@ GPUS = {
         _gpu("sm_86", 72, 128, 2, 1.70, 600, 6, 125),  # A10
         _gpu("sm_89", 142, 128, 2, 2.52, 864, 48, 362),  # L40S
         _gpu("sm_90", 132, 128, 64, 1.83, 3350, 50, 989),  # H100 SXM
+        _gpu("sm_90a", 132, 128, 64, 1.83, 3350, 50, 989),  # and what Hopper alone has: wgmma
     )
 }
 
 
 def as_gpus(value: str | tuple[str, ...] | list[str]) -> tuple[GpuTarget, ...]:
-    """One target for all architectures of `value`: a library holds machine code for each, and PTX of the newest for
-    those still to come.  A call on an older GPU than all of them returns an error."""
+    """One target for all architectures of `value`: a library holds machine code for each, and PTX of the newest that is
+    not of one GPU alone (sm_90a is) for those still to come.  A call on any other GPU returns an error."""
     names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else value
     if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
         raise ArgumentTypeError(f"target={value!r}: an architecture or a tuple of them, e.g. 'sm_80'")
@@ -80,10 +81,13 @@ def as_gpus(value: str | tuple[str, ...] | list[str]) -> tuple[GpuTarget, ...]:
             raise ArgumentError(f"target {name!r} with backend='cuda': 'native', or of {', '.join(GPUS)}")
     here = native_gpu() if "native" in names else None
     archs = tuple(sorted({here.name if here and name == "native" else name for name in names}))
+    if {"sm_90", "sm_90a"} <= set(archs):
+        raise ArgumentError(f"target={names}: sm_90 and sm_90a are code for the same GPU; give one of them")
     codes = [code_flags(arch, arch) for arch in archs]
-    newest = code_flags(archs[-1], archs[-1].replace("sm_", "compute_"))
+    lasting = [arch for arch in archs if not arch.endswith("a")]  # an `a` is for one GPU alone
+    newest = [code_flags(lasting[-1], lasting[-1].replace("sm_", "compute_"))] if lasting else []
     row = here if here and here.name == archs[-1] else GPUS[archs[-1]]
-    return (replace(row, name=",".join(archs), flags=(*codes, newest), requires=archs, archs=archs),)
+    return (replace(row, name=",".join(archs), flags=(*codes, *newest), requires=archs, archs=archs),)
 
 
 def native_gpu() -> GpuTarget:

@@ -158,6 +158,11 @@ def compiled(plan, weight, folder):
     assert log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(kernels)
     assert "warning" not in log
     assert max(map(int, re.findall(r"(\d+) bytes smem", log))) == plan.shared_bytes
+    return disassembled(library)
+
+
+def disassembled(library):
+    """The machine code of all kernels, which use no local memory; None where nothing can read it."""
     if (tools := disassembler()) is None:
         return None
     environment = os.environ | {"PATH": os.pathsep.join((tools, os.environ["PATH"]))}

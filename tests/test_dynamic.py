@@ -236,7 +236,7 @@ def test_what_compile_refuses() -> None:
     for options, error, match in (
         ({"mode": "nonsense"}, UnsupportedError, "mode='nonsense': one of static, dynamic"),
         ({"mode": "dynamic", "backend": "cuda"}, UnsupportedError, "it is of c"),
-        ({"max_blocks": 3}, ArgumentError, "only mode='dynamic'"),
+        ({"max_blocks": 3}, ArgumentError, "for mode='dynamic'"),
         ({"mode": "dynamic", "max_blocks": 1}, ArgumentError, "max_blocks=1: from 2, which W has, to 4"),
         ({"mode": "dynamic", "max_blocks": 5}, ArgumentError, "to 4, which is all"),
         ({"mode": "dynamic", "max_blocks": 2.5}, ArgumentTypeError, "a number of blocks"),

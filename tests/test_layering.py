@@ -27,9 +27,10 @@ FLOORS = """
     backends.mlir
     backends.mlir.gpu_candidates  backends.mlir.gpu_text
     backends.mlir.gpu_plan  backends.cuda
-    backends.cuda.candidates  backends.cuda.text  backends.cuda.trial
-    backends.cuda.matrix
-    backends.cuda.plan
+    backends.cuda.candidates  backends.cuda.hopper_text  backends.cuda.trial
+    backends.cuda.text  backends.cuda.hopper
+    backends.cuda.matrix  backends.cuda.hopper_count
+    backends.cuda.plan  backends.cuda.hopper_packing
     backends.cuda.count  backends.cuda.packing  backends.cuda.stream
     backends.mlir.candidates  backends.mlir.text
     backends.mlir.plan  backends.c

@@ -29,6 +29,8 @@ struct dim3 {
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+static dim3 gridDim;
+
 typedef int cudaError_t;
 typedef void *cudaStream_t;
 enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
@@ -36,11 +38,11 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
 
 namespace emulation {
 
-enum { GUARD = 4096, STACK = 1 << 15, WARP = 32, MOST = 1024, ARRAYS = 8 };
+enum { GUARD = 4096, STACK = 1 << 15, WARP = 32, MOST = 8 * 384, ARRAYS = 64, CLUSTER = 8 };
 struct Copy { void *to; const void *from; int bytes, group; };
 struct Fiber { ucontext_t context; bool done; int shuffles, copies, groups; Copy copy[256]; };
 struct Exchange { uint64_t value[WARP]; int arrived[WARP]; };
-struct Array { int line; size_t bytes; uint8_t *memory, *start; }; /* shared memory, by the line of its declaration */
+struct Array { int line, block; size_t bytes; uint8_t *memory, *start; }; /* shared memory, by the line of its declaration */
 
 static char said[256];
 static Fiber fibers[MOST];
@@ -49,9 +51,13 @@ static Array arrays[ARRAYS];
 static void (*kernel)(void *), *argument;
 static ucontext_t scheduler;
 static sigjmp_buf escape;
-static unsigned threads, current, waiting; /* at the barrier */
-static long progress, barriers;
+static unsigned threads, current, cluster = 1; /* of a thread block; the one that runs; thread blocks that run together */
+static unsigned waiting[CLUSTER]; /* at the barrier */
+static long progress, barriers[CLUSTER];
 static dim3 thread_index, block_index;
+static size_t dynamic_bytes; /* of shared memory, that the launch gives */
+static void (*at_end)(); /* of a thread block: what else is to be checked */
+static void (*landed)(void *); /* who is told of copies that land */
 
 [[noreturn]] static void fail(const char *what)
 {
@@ -72,19 +78,24 @@ static unsigned *shuffled(unsigned count)
     return order;
 }
 
+/* Which thread block of its cluster a fiber belongs to. */
+static unsigned block_rank() { return current / threads; }
+
+static void enter(unsigned fiber) { current = fiber, thread_index.x = fiber % threads, block_index.x = block_index.x / cluster * cluster + fiber / threads; }
+
 static void yield()
 {
     const unsigned me = current;
     swapcontext(&fibers[me].context, &scheduler);
-    current = me, thread_index.x = me;
+    enter(me);
 }
 
 static void *shared(int line, size_t bytes)
 {
     Array *a = arrays;
-    while (a->memory && a->line != line) a++;
+    while (a->memory && (a->line != line || a->block != (int)block_rank())) a++;
     if (!a->memory) {
-        a->line = line, a->bytes = bytes, a->memory = (uint8_t *)malloc(bytes + 2 * GUARD + 16);
+        a->line = line, a->block = (int)block_rank(), a->bytes = bytes, a->memory = (uint8_t *)malloc(bytes + 2 * GUARD + 16);
         memset(a->memory, 0xff, bytes + 2 * GUARD + 16); /* NaN, -1 */
         a->start = (uint8_t *)(((uintptr_t)a->memory + 15) / 16 * 16) + GUARD;
     }
@@ -104,10 +115,11 @@ static void free_arrays()
 
 static void barrier()
 {
-    const long mine = barriers;
+    const unsigned block = block_rank();
+    const long mine = barriers[block];
     progress++;
-    if (++waiting == threads) waiting = 0, barriers++;
-    while (barriers == mine) yield();
+    if (++waiting[block] == threads) waiting[block] = 0, barriers[block]++;
+    while (barriers[block] == mine) yield();
 }
 
 static bool arrived(const Exchange &x, int count)
@@ -154,6 +166,7 @@ static void land(int left)
         }
         memset(f.copy[i].to, 0, 16);
         memcpy(f.copy[i].to, f.copy[i].from, f.copy[i].bytes);
+        if (landed) landed(f.copy[i].to);
     }
     f.copies = kept;
 }
@@ -202,8 +215,8 @@ static void fiber_main()
 static void run_block(uint8_t *stacks)
 {
     memset(exchanges, 0, sizeof exchanges);
-    waiting = 0;
-    for (unsigned t = 0; t < threads; t++) {
+    memset(waiting, 0, sizeof waiting);
+    for (unsigned t = 0; t < threads * cluster; t++) {
         Fiber &f = fibers[t];
         f.done = false, f.shuffles = f.copies = f.groups = 0;
         getcontext(&f.context);
@@ -213,32 +226,33 @@ static void run_block(uint8_t *stacks)
     }
     for (bool left = true; left;) {
         const long before = progress;
-        unsigned *order = shuffled(threads);
+        unsigned *order = shuffled(threads * cluster);
         left = false;
-        for (unsigned i = 0; i < threads; i++) {
+        for (unsigned i = 0; i < threads * cluster; i++) {
             if (fibers[order[i]].done) continue;
-            left = true, current = thread_index.x = order[i];
+            left = true, enter(order[i]);
             swapcontext(&scheduler, &fibers[current].context);
         }
         free(order);
         if (left && progress == before) fail("deadlock: a barrier or a shuffle that not all threads reach");
     }
+    if (at_end) at_end();
     free_arrays();
 }
 
 static void on_fault(int) { fail("an address outside of every array"); }
 
-static cudaError_t launch(dim3 grid, dim3 block)
+static cudaError_t launch(dim3 grid, dim3 block, size_t bytes)
 {
-    if (block.x % WARP || block.x > MOST || !grid.x) return cudaErrorInvalidConfiguration;
+    if (block.x % WARP || block.x * cluster > MOST || !grid.x || grid.x % cluster) return cudaErrorInvalidConfiguration;
     struct sigaction mine = {}, before;
     mine.sa_handler = on_fault, mine.sa_flags = SA_NODEFER;
     sigaction(SIGSEGV, &mine, &before);
-    *said = 0, threads = block.x;
-    uint8_t *stacks = (uint8_t *)malloc((size_t)threads * STACK);
-    unsigned *const order = shuffled(grid.x);
+    *said = 0, threads = block.x, gridDim = grid, dynamic_bytes = bytes, at_end = NULL, landed = NULL;
+    uint8_t *stacks = (uint8_t *)malloc((size_t)threads * cluster * STACK);
+    unsigned *const order = shuffled(grid.x / cluster);
     const bool failed = sigsetjmp(escape, 1);
-    for (unsigned i = 0; !failed && i < grid.x; i++) block_index.x = order[i], run_block(stacks);
+    for (unsigned i = 0; !failed && i < grid.x / cluster; i++) block_index.x = order[i] * cluster, run_block(stacks);
     for (Array *a = arrays; a->memory; a++) free(a->memory), a->memory = NULL;
     free(order), free(stacks);
     sigaction(SIGSEGV, &before, NULL);
@@ -327,27 +341,29 @@ static inline double normcdf(double v) { return 0.5 * erfc(-v * M_SQRT1_2); }
 template <class A> struct Launch { void (*kernel)(A); A *a; };
 template <class A> static void launched(void *l) { ((Launch<A> *)l)->kernel(*((Launch<A> *)l)->a); }
 template <class A> static cudaError_t cudaLaunchKernel(
-    void (*kernel)(A), dim3 grid, dim3 block, void **parameters, size_t, cudaStream_t stream);
-template <class A> struct Captured { void (*kernel)(A); dim3 grid, block; A a; };
+    void (*kernel)(A), dim3 grid, dim3 block, void **parameters, size_t bytes, cudaStream_t stream);
+template <class A> struct Captured { void (*kernel)(A); dim3 grid, block; A a; size_t bytes; unsigned cluster; };
 template <class A> static void captured(void *c)
 {
     Captured<A> &l = *(Captured<A> *)c;
     void *parameters[] = {&l.a};
-    cudaLaunchKernel(l.kernel, l.grid, l.block, parameters, 0, NULL);
+    emulation::cluster = l.cluster;
+    cudaLaunchKernel(l.kernel, l.grid, l.block, parameters, l.bytes, NULL);
+    emulation::cluster = 1;
 }
 template <class A> static cudaError_t cudaLaunchKernel(
-    void (*kernel)(A), dim3 grid, dim3 block, void **parameters, size_t, cudaStream_t stream)
+    void (*kernel)(A), dim3 grid, dim3 block, void **parameters, size_t bytes, cudaStream_t stream)
 {
     emulated_stream *const s = (emulated_stream *)stream;
     if (getenv(EMULATED_CAPTURE) && !s) return 900; /* cudaErrorStreamCaptureUnsupported */
     if (s && s->capturing) { /* run when the graph is launched */
         if (s->count == EMULATED_NODES) return cudaErrorMemoryAllocation;
-        s->node[s->count++] = {captured<A>, new Captured<A>{kernel, grid, block, *(A *)parameters[0]}};
+        s->node[s->count++] = {captured<A>, new Captured<A>{kernel, grid, block, *(A *)parameters[0], bytes, emulation::cluster}};
         return cudaSuccess;
     }
     Launch<A> l = {kernel, (A *)parameters[0]};
     emulation::kernel = launched<A>, emulation::argument = &l;
-    return emulation::launch(grid, block);
+    return emulation::launch(grid, block, bytes);
 }
 
 struct cudaFuncAttributes { size_t sharedSizeBytes; };

@@ -37,8 +37,8 @@ static inline cudaError_t cudaLibraryGetKernel(cudaKernel_t *kernel, cudaLibrary
     *kernel = emulated_kernel(name);
     return cudaSuccess;
 }
-static inline cudaError_t cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **parameters, size_t, cudaStream_t)
+static inline cudaError_t cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **parameters, size_t bytes, cudaStream_t)
 {
     emulation::kernel = (cudaKernel_t)kernel, emulation::argument = parameters;
-    return emulation::launch(grid, block);
+    return emulation::launch(grid, block, bytes);
 }

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+from bsrgen.backends.cuda import hopper
 from bsrgen.backends.cuda.matrix import MatrixPlan, tokens
 from bsrgen.backends.cuda.plan import SHARED_BYTES, CudaPlan, Lanes
 from bsrgen.gpus import GpuTarget
@@ -27,7 +28,7 @@ NOT_ON = {
 LACKS = "its tables would be too long: use larger blocks"
 
 
-def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Iterator[CudaPlan]:
+def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Iterator[CudaPlan | hopper.HopperPlan]:
     """Legal plans, a good guess first.  All work on the problem's own blocks.
 
     Empty where the tables outgrow what nvcc takes as text.
@@ -35,6 +36,7 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
     p = problem.pattern
     if max(p.M, p.K) > INT_MAX:
         return
+    yield from hopper.candidates(problem, target)
     yield from _matrix(problem, target)
     for rows in rows_of_tiles(p.R):
         for many in LANES:

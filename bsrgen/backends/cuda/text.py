@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +16,9 @@ from bsrgen.backends.cuda.stream import Stream, parts, runs
 from bsrgen.emit import Source, Unit, arguments_in_c, banner, epilogue_formula, operands_in_c, render, runtime_file
 from bsrgen.gpus import GpuTarget
 from bsrgen.pattern import Weight
+from bsrgen.plan import Plan
+from bsrgen.problem import Problem
+from bsrgen.targets import Target
 
 _KIND_TEXT = {
     "row": "[M], one for each output feature",
@@ -22,7 +26,7 @@ _KIND_TEXT = {
     "scalar": "one number",
     "element": "like y, ld_{name} elements from row to row",
 }
-_C_TABLE = {"int32": "int", "uint16": "unsigned short"}
+_C_TABLE = {"int32": "int", "uint16": "unsigned short", "uint8": "unsigned char"}
 ERRORS = (  # of the CUDA runtime that a caller can do something about (driver_types.h)
     (2, "out of memory on the GPU"),
     (35, "no usable NVIDIA driver"),
@@ -41,55 +45,68 @@ RESIDENT_WARPS = 16  # of an SM, at least, while W streams: so many registers a 
 def emit(plans: tuple[CudaPlan, ...], weight: Weight) -> Source:
     """Sources and data of one artifact: device text, host text, the packed values.  Pure: equal inputs, equal bytes."""
     (plan,) = plans
-    problem, name, target = plan.problem, plan.problem.name, plan.target
-    assert isinstance(target, GpuTarget)
     packing, cuts = plan.packing, (plan.row_pieces, plan.column_pieces, plan.piece_rows)
     values = pack_values(weight.data, packing.source, *cuts, plan.word)
-    files = {f"{name}_source.bin": packing.source.tobytes()}
+    data = {"source": packing.source.tobytes()}
     if isinstance(plan, MatrixPlan):
         values = plan.in_fragments(values)
-        files[f"{name}_features.bin"] = plan.features_of_tiles.tobytes()
-    files[f"{name}_values.bin"] = values.tobytes()
-    entry = _entry(plan, values.nbytes)
+        data["features"] = plan.features_of_tiles.tobytes()
+    headers = ["bsrgen_mma.h"] if plan.matrix else []
+    data["values"] = values.tobytes()
+    return source_of(plan, "cuda/kernel.cu.j2", _kernel(plan), _entry(plan, values.nbytes), data, headers)
+
+
+def source_of(
+    plan: Plan, template: str, kernel: dict[str, Any], entry: dict[str, Any], data: Mapping[str, bytes],
+    headers: Iterable[str],
+) -> Source:  # fmt: skip
+    """All files of an artifact: data is that of the blobs, headers beside those that all kernels have."""
+    problem, name, target = plan.problem, plan.problem.name, plan.target
+    assert isinstance(target, GpuTarget)
+    files = {f"{name}_{what}.bin": content for what, content in data.items()}
     manifest = {"name": name, "problem": str(problem), "pattern": problem.pattern.digest}
     entry["manifest_lines"] = [json.dumps(line + "\n") for line in json.dumps(manifest, indent=1).splitlines()]
-    head = banner(problem, plans)
-    files[f"{name}_device.cu"] = render("cuda/kernel.cu.j2", k=_kernel(plan), banner=head).encode()
+    head = banner(problem, (plan,))
+    files[f"{name}_device.cu"] = render(template, k=kernel, banner=head).encode()
     files[f"{name}.c"] = render("cuda/main.c.j2", a=entry, banner=head).encode()
     files[f"{name}.h"] = render("cuda/header.h.j2", a=entry, banner=head).encode()
-    for runtime in ("bsrgen.h", "bsrgen_cuda.h", *(["bsrgen_mma.h"] if plan.matrix else [])):
+    for runtime in ("bsrgen.h", "bsrgen_cuda.h", *headers):
         files[runtime] = runtime_file(runtime)
     units = (Unit(f"{name}.c", ()), Unit(f"{name}_device.cu", target.flags))
-    return Source(name, plans, files, units, entry["prototype"], (f"{name}_values.bin",), entry)
+    return Source(name, (plan,), files, units, entry["prototype"], (f"{name}_values.bin",), entry)
 
 
 def _entry(plan: CudaPlan, values_bytes: int) -> dict[str, Any]:
     """What the host's text and the companions of the library see."""
-    problem, p = plan.problem, plan.problem.pattern
-    name, x, y = problem.name, problem.x_dtype, problem.out_dtype
+    name = plan.problem.name
+    blobs = {"values": "unsigned char", "source": "int64_t"}
+    matrix = {}
+    if isinstance(plan, MatrixPlan):
+        blobs["features"] = "int64_t"
+        matrix = {"features": f"{name}_features", "tiles": int(plan.fragments[-1])}
+    return entry_of(plan.problem, plan.target, values_bytes, blobs) | matrix | {
+        "matrix": plan.matrix, "pieces": plan.packing.source.size, "row_pieces": plan.row_pieces,
+        "piece_rows": plan.piece_rows, "piece_columns": plan.piece_columns, "column_pieces": plan.column_pieces,
+        "word": plan.word,
+    }  # fmt: skip
+
+
+def entry_of(problem: Problem, target: Target, values_bytes: int, blobs: Mapping[str, str]) -> dict[str, Any]:
+    """The part of it that does not depend on the kernel; blobs: NAME_<what>.bin, the C type of its elements."""
+    p, name, x, y = problem.pattern, problem.name, problem.x_dtype, problem.out_dtype
     operands = operands_in_c(problem, _KIND_TEXT)
     prototype = (
         f"int {name}(int64_t n, const {x.c} *x, int64_t ldx, {y.c} *y, int64_t ldy, "
         f"{arguments_in_c(operands)}const void *values, void *stream)"
     )
-    blobs = [
-        {"symbol": f"{name}_values", "file": f"{name}_values.bin", "c": "unsigned char"},
-        {"symbol": f"{name}_source", "file": f"{name}_source.bin", "c": "int64_t"},
-    ]
-    matrix = {}
-    if isinstance(plan, MatrixPlan):
-        blobs.append({"symbol": f"{name}_features", "file": f"{name}_features.bin", "c": "int64_t"})
-        matrix = {"features": f"{name}_features", "tiles": int(plan.fragments[-1])}
-    return matrix | {
-        "name": name, "matrix": plan.matrix,
-        "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c, "blobs": blobs, "operands": operands,
+    return {
+        "name": name, "matrix": False, "hopper": False, "operands": operands,
+        "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c,
+        "blobs": [{"symbol": f"{name}_{what}", "file": f"{name}_{what}.bin", "c": c} for what, c in blobs.items()],
         "prototype": prototype, "linear": problem.operator.token_axis == 0, "M": p.M, "rows": problem.rows, "K": p.K,
-        "R": p.R, "C": p.C, "nnzb": p.nnzb, "values_bytes": values_bytes, "pieces": plan.packing.source.size,
-        "piece_rows": plan.piece_rows, "piece_columns": plan.piece_columns, "word": plan.word,
-        "row_pieces": plan.row_pieces,
-        "column_pieces": plan.column_pieces, "source": f"{name}_source", "data": f"{name}_values",
-        "language": "cuda", "W_rows": p.M,
-        "errors": ERRORS, "target": plan.target.name, "formula": problem.operator.formula,
+        "R": p.R, "C": p.C, "nnzb": p.nnzb, "values_bytes": values_bytes,
+        "source": f"{name}_source", "data": f"{name}_values", "language": "cuda", "W_rows": p.M,
+        "errors": ERRORS, "target": target.name, "formula": problem.operator.formula,
         "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
         "epilogue_formula": epilogue_formula(problem),
     }  # fmt: skip
@@ -97,10 +114,27 @@ def _entry(plan: CudaPlan, values_bytes: int) -> dict[str, Any]:
 
 def _kernel(plan: CudaPlan) -> dict[str, Any]:
     """What the device's text sees."""
-    problem, p = plan.problem, plan.problem.pattern
-    x, y, real = problem.x_dtype, problem.out_dtype, problem.real
-    element = real if y.name == "int8" else y
+    p = plan.problem.pattern
     words, ragged = plan.piece_columns // plan.word, plan.column_pieces * plan.piece_columns != p.C
+    variants = _variants(plan)
+    return kernel_of(plan.problem) | {
+        "accumulator": plan.problem.accumulator.c, "M": p.M, "result_rows": plan.problem.rows,
+        "gate_rows": plan.problem.gate_rows, "quantized": plan.problem.quantizes_x,
+        "R": p.R, "C": p.C, "rows": plan.rows, "strips": plan.strips, "row_pieces": plan.row_pieces,
+        "piece_columns": words, "group_rows": plan.group_rows, "word": plan.word, "ragged_columns": ragged,
+        "step_features": plan.step_columns * words, "groups": max(plan.packing.groups.size, 1),
+        "unroll": min(words, UNROLLED_COLUMNS), "tables": _tables(plan), "thread_warps": plan.thread_warps,
+        "matrix": plan.matrix, "step_k": plan.step_k if isinstance(plan, MatrixPlan) else 0,
+        "stages": plan.stages if isinstance(plan, MatrixPlan) else 2,
+        "by_vector": plan.piece_columns * plan.problem.x_dtype.bytes % 16 == 0 and not ragged,
+        "variants": variants, "kernels": [v["name"] for v in variants], "stream": _stream(plan),
+    }  # fmt: skip
+
+
+def kernel_of(problem: Problem) -> dict[str, Any]:
+    """The part of it that does not depend on the plan: types, operands, the epilogue."""
+    y, real = problem.out_dtype, problem.real
+    element = real if y.name == "int8" else y
     operands = operands_in_c(problem, _KIND_TEXT)
     names = iter(o["name"] for o in operands)
     steps = [
@@ -110,20 +144,10 @@ def _kernel(plan: CudaPlan) -> dict[str, Any]:
             for o in step.operands]}
         for step in problem.epilogue
     ]  # fmt: skip
+    kinds = {"w": problem.dtype.short, "x": problem.x_dtype.short, "y": y.short, "e": element.short}
     return {
-        "name": problem.name, "real_bytes": real.bytes, "accumulator": problem.accumulator.c,
-        "kinds": {"w": problem.dtype.short, "x": x.short, "y": y.short, "e": element.short},
-        "M": p.M, "K": p.K, "result_rows": problem.rows, "gate_rows": problem.gate_rows,
-        "quantized": problem.quantizes_x, "R": p.R, "C": p.C, "rows": plan.rows, "strips": plan.strips,
-        "row_pieces": plan.row_pieces, "piece_columns": words, "group_rows": plan.group_rows, "word": plan.word,
-        "ragged_columns": ragged,
-        "step_features": plan.step_columns * words, "groups": max(plan.packing.groups.size, 1),
-        "unroll": min(words, UNROLLED_COLUMNS),
-        "tables": _tables(plan), "operands": operands, "epilogue": steps, "thread_warps": plan.thread_warps,
-        "matrix": plan.matrix, "step_k": plan.step_k if isinstance(plan, MatrixPlan) else 0,
-        "stages": plan.stages if isinstance(plan, MatrixPlan) else 2,
-        "by_vector": plan.piece_columns * x.bytes % 16 == 0 and not ragged,
-        "variants": _variants(plan), "stream": _stream(plan), "linear": problem.operator.token_axis == 0,
+        "name": problem.name, "real_bytes": real.bytes, "kinds": kinds, "K": problem.pattern.K, "operands": operands,
+        "epilogue": steps, "linear": problem.operator.token_axis == 0,
     }  # fmt: skip
 
 
@@ -176,6 +200,11 @@ def _tables(plan: CudaPlan) -> list[dict[str, Any]]:
         rows = (*rows, ("piece_slots", t.slots, "which column of its step a piece has"))
     if plan.stream:
         rows += _stream_tables(plan, plan.stream)
+    return tables_in_c(rows)
+
+
+def tables_in_c(rows: Iterable[tuple[str, NDArray[Any], str]]) -> list[dict[str, Any]]:
+    """Name, numbers and meaning of each, as the templates print them."""
     return [
         {"name": name, "type": _C_TABLE[table.dtype.name], "text": text, "lines": _numbers(table)}
         for name, table, text in rows

@@ -1,0 +1,353 @@
+/* The driver's types and Hopper's own instructions for kernels that run on the CPU.
+ *
+ * Barriers have phases and count arrivals and bytes.  Copies land at any time after they were asked for, in any order;
+ * until then there is NaN.  Products run right after they were asked for, or when somebody waits for them at last, from
+ * what then lies in shared memory, through the very descriptors; until they are waited for, their sums are NaN.  Found are, beside what cuda_runtime.h finds:
+ * arrivals too many, barriers that are not there, bytes that do not add up, addresses that are not aligned, products
+ * without a fence, copies and products that nobody waited for, or that were not shown to products, shared memory beyond what was asked for, or of a thread
+ * block that is over.  Not modelled:
+ * the memory model between the two proxies, registers. */
+#pragma once
+#include "cuda_runtime.h"
+
+typedef int CUresult;
+typedef uint32_t cuuint32_t;
+typedef uint64_t cuuint64_t;
+typedef int CUtensorMapDataType, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill;
+struct alignas(64) CUtensorMap { const uint8_t *base; uint64_t size[2], stride; uint32_t box[2]; int swizzle_bytes; };
+enum { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1 };
+enum { CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 };
+enum { CU_TENSOR_MAP_SWIZZLE_NONE = 0, CU_TENSOR_MAP_SWIZZLE_32B = 32, CU_TENSOR_MAP_SWIZZLE_64B = 64, CU_TENSOR_MAP_SWIZZLE_128B = 128 };
+enum { CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE };
+
+#define PARAMETER const
+#define DYNAMIC_SHARED(name, bytes) unsigned char *name = emulation::dynamic_shared(bytes)
+
+namespace emulation {
+
+enum { BARRIERS = 64 * CLUSTER, FLYING = 4096, GROUPS = 8, PRODUCTS = 64, NAMED = 16, BASE = 1024 + 16 * 37 };
+struct Barrier { const void *at; int count, pending, phase; long bytes; bool usable; };
+struct Copying { unsigned block; uint8_t *to; const uint8_t *from; uint32_t bytes; const CUtensorMap *map; int x, y; Barrier *barrier; };
+struct Product { float *sums; int width; uint64_t w, x; bool transposed; float (*widen)(uint16_t); };
+struct Warpgroup { /* of one thread: groups of products, the open one last; what the sums were, where they are in use */
+    Product product[PRODUCTS];
+    int group[PRODUCTS], products, opened, run; /* the last group that has run */
+    bool fenced;
+    size_t bytes; /* of the sums of one */
+    float *owner[4], before[4][128];
+    int owners;
+};
+struct Meeting { int arrived; long times; };
+
+static Barrier barrier_list[BARRIERS];
+static Copying flying[FLYING];
+static int barrier_count, flying_count;
+static Warpgroup warpgroups[MOST];
+static Meeting meetings[CLUSTER][NAMED];
+static uint8_t *rings[CLUSTER]; /* dynamic shared memory of each thread block */
+static Meeting cluster_meeting;
+static long products_run;
+static bool at_once; /* products of this thread block */
+static size_t allowed_bytes = 48 << 10; /* of dynamic shared memory */
+static uint64_t dice = 99194853094755497u;
+
+static void finish_block()
+{
+    if (flying_count) fail("a copy that nobody waited for");
+    for (unsigned t = 0; t < threads * cluster; t++)
+        if (warpgroups[t].products) fail("products that nobody waited for");
+    for (int i = 0; i < barrier_count; i++)
+        if (barrier_list[i].bytes) fail("a barrier whose bytes never came");
+    at_end = NULL;
+}
+
+/* Addresses of shared memory begin at some multiple of 16. */
+static uint32_t address(const void *at, unsigned block)
+{
+    const uint8_t *byte = (const uint8_t *)at, *ring = rings[block];
+    if (!ring || byte < ring || byte >= ring + dynamic_bytes) fail("not an address of shared memory");
+    return (uint32_t)(byte - ring) + BASE;
+}
+static uint8_t *place(uint32_t address, unsigned block)
+{
+    if (address < BASE || address >= BASE + dynamic_bytes) fail("an operand outside of shared memory");
+    return rings[block] + (address - BASE);
+}
+
+/* What a thread's own copies wrote is not the products' to read until that thread says so: by 16 bytes, 1 + its number. */
+static uint16_t hidden_by[CLUSTER][(227 << 10) / 16 + 1];
+static void hide(void *to) { hidden_by[block_rank()][(address(to, block_rank()) - BASE) / 16] = (uint16_t)(current + 1); }
+static void show()
+{
+    uint16_t *by = hidden_by[block_rank()];
+    for (size_t i = 0; i < dynamic_bytes / 16; i++)
+        if (by[i] == current + 1) by[i] = 0;
+}
+
+static uint8_t *dynamic_shared(size_t bytes)
+{
+    if (bytes > dynamic_bytes) fail("more shared memory than the launch gives");
+    if (dynamic_bytes > allowed_bytes) fail("more shared memory than the kernel was allowed");
+    if (!at_end) { /* the first thread of a thread block */
+        memset(warpgroups, 0, sizeof *warpgroups * threads * cluster), memset(meetings, 0, sizeof meetings);
+        memset(rings, 0, sizeof rings), memset(hidden_by, 0, sizeof hidden_by), landed = hide, cluster_meeting = {};
+        at_once = !at_once;
+        flying_count = 0, barrier_count = 0, at_end = finish_block;
+    }
+    return rings[block_rank()] = (uint8_t *)shared(-1, bytes);
+}
+
+static Barrier *barrier_at(const void *at)
+{
+    for (int i = 0; i < barrier_count; i++)
+        if (barrier_list[i].at == at) return barrier_list + i;
+    fail("a barrier that nobody initialised");
+}
+static void turn(Barrier *b)
+{
+    if (b->pending < 0) fail("more arrivals than a barrier counts");
+    progress++;
+    if (!b->pending && !b->bytes) b->phase ^= 1, b->pending = b->count;
+}
+
+/* 128-byte, 64-byte and 32-byte swizzling: bits 4 to 6 of an address are mixed with bits 7 to 9. */
+static uint32_t swizzled(uint32_t address, int bytes) { return bytes < 32 ? address : address ^ (address >> 3 & (uint32_t)(bytes / 16 - 1) << 4); }
+
+static void copy_lands(int i)
+{
+    const Copying c = flying[i];
+    flying[i] = flying[--flying_count];
+    if (!c.map) memcpy(c.to, c.from, c.bytes);
+    else
+        for (uint32_t r = 0; r < c.map->box[1]; r++)
+            for (uint32_t e = 0; e < c.map->box[0]; e++) {
+                const int64_t x = (int64_t)c.x + e, y = (int64_t)c.y + r;
+                const bool there = x >= 0 && y >= 0 && x < (int64_t)c.map->size[0] && y < (int64_t)c.map->size[1];
+                const uint16_t value = there ? *(const uint16_t *)(c.map->base + y * c.map->stride + 2 * x) : 0;
+                memcpy(place(swizzled(address(c.to, c.block) + (r * c.map->box[0] + e) * 2, c.map->swizzle_bytes), c.block), &value, 2);
+            }
+    c.barrier->bytes -= c.bytes;
+    turn(c.barrier);
+}
+
+static void fly(Copying c)
+{
+    if (flying_count == FLYING) fail("more copies on their way than the emulation has room for");
+    if (!c.barrier->usable) fail("a copy before barriers_done()");
+    memset(c.to, 0xff, c.bytes);
+    flying[flying_count++] = c;
+}
+
+static void wait_phase(Barrier *b, int parity)
+{
+    while (b->phase == parity) {
+        dice ^= dice << 13, dice ^= dice >> 7, dice ^= dice << 17;
+        if (flying_count) {
+            progress++;
+            if (dice % 64 == 0) copy_lands((int)(dice / 64 % flying_count));
+        }
+        yield();
+    }
+}
+
+/* Element of an operand: row (of W, or token of X) and feature, through the descriptor. */
+static uint16_t element(uint64_t d, int row, int k, bool transposed)
+{
+    const uint32_t start = (d & 0x3fff) << 4, leading = (d >> 16 & 0x3fff) << 4, stride = (d >> 32 & 0x3fff) << 4;
+    const int mode = (int)(d >> 62), line = mode == 1 ? 128 : mode == 2 ? 64 : mode == 3 ? 32 : 16;
+    const uint32_t at = transposed ? start + row / (line / 2) * leading + row % (line / 2) * 2 + k / 8 * stride + k % 8 * line
+                                   : start + row / 8 * stride + row % 8 * line + (line == 16 ? k / 8 * leading + k % 8 * 2 : k * 2);
+    uint16_t value;
+    const uint8_t *byte = place(swizzled(at, line), block_rank());
+    if (hidden_by[block_rank()][(byte - rings[block_rank()]) / 16]) fail("products read what a thread has copied and not shown");
+    memcpy(&value, byte, 2);
+    return value;
+}
+
+/* A product of one warp, all lanes' sums: rows 16 * warp + lane / 4 and 8 more, tokens 8 i + lane % 4 * 2 and one more. */
+static void multiply_now(const Product *const *lanes, int warp)
+{
+    static float w[16][16], x[256][16];
+    const Product &p = *lanes[0];
+    products_run++;
+    for (int k = 0; k < 16; k++) {
+        for (int r = 0; r < 16; r++) w[r][k] = p.widen(element(p.w, 16 * warp + r, k, false));
+        for (int t = 0; t < p.width; t++) x[t][k] = p.widen(element(p.x, t, k, p.transposed));
+    }
+    for (int lane = 0; lane < WARP; lane++) {
+        if (lanes[lane]->w != p.w || lanes[lane]->x != p.x) fail("lanes of a warp with operands of their own");
+        const Warpgroup &g = warpgroups[current / WARP * WARP + lane];
+        float *sums = NULL;
+        for (int o = 0; o < g.owners; o++)
+            if (g.owner[o] == lanes[lane]->sums) sums = (float *)g.before[o];
+        for (int e = 0; e < p.width / 2; e++)
+            for (int k = 0; k < 16; k++) sums[e] += w[lane / 4 + e / 2 % 2 * 8][k] * x[e / 4 * 8 + lane % 4 * 2 + e % 2][k];
+    }
+}
+
+static void products_left(int left)
+{
+    Warpgroup &g = warpgroups[current];
+    progress++, yield(); /* others may do what they like meanwhile */
+    const uint64_t *all = gathered((uint64_t)(uintptr_t)&g);
+    const int now = at_once ? g.opened : g.opened - left; /* or as late as may be */
+    if (current % WARP == 0)
+        for (int i = 0; i < g.products && g.group[i] < now; i++) {
+            if (g.group[i] < g.run) continue;
+            const Product *lanes[WARP];
+            for (int lane = 0; lane < WARP; lane++) lanes[lane] = ((const Warpgroup *)(uintptr_t)all[lane])->product + i;
+            multiply_now(lanes, (int)(current % threads / WARP % 4));
+        }
+    looked();
+    if (now > g.run) g.run = now;
+    int done = 0;
+    while (done < g.products && g.group[done] < g.opened - left) done++;
+    for (int i = done; i < g.products; i++) g.product[i - done] = g.product[i], g.group[i - done] = g.group[i];
+    g.products -= done;
+    for (int o = 0; !g.products && o < g.owners; o++) memcpy(g.owner[o], g.before[o], g.bytes);
+    if (!g.products) g.owners = 0;
+}
+
+static void product(float *sums, int width, uint64_t w, uint64_t x, bool transposed, float (*widen)(uint16_t))
+{
+    Warpgroup &g = warpgroups[current];
+    if (!g.fenced) fail("products without a fence before them");
+    if (g.products == PRODUCTS || g.owners == 4) fail("more products under way than the emulation has room for");
+    bool known = false;
+    for (int o = 0; o < g.owners; o++) known |= g.owner[o] == sums;
+    if (!known) {
+        g.bytes = sizeof(float) * (size_t)(width / 2);
+        memcpy(g.before[g.owners], sums, g.bytes), g.owner[g.owners++] = sums;
+        memset((void *)sums, 0xff, g.bytes);
+    }
+    g.product[g.products] = {sums, width, w, x, transposed, widen}, g.group[g.products++] = g.opened;
+}
+
+static void meet(Meeting &m, int count)
+{
+    const long mine = m.times;
+    progress++;
+    if (++m.arrived == count) m.arrived = 0, m.times++;
+    while (m.times == mine) yield();
+}
+
+static float elsewhere(const float *at, int rank)
+{
+    if (rank < 0 || rank >= (int)cluster || !rings[rank]) fail("no such thread block in the cluster");
+    bool there = false;
+    for (unsigned t = 0; t < threads; t++) there |= !fibers[rank * threads + t].done;
+    if (!there) fail("shared memory of a thread block that is over");
+    return *(const float *)place(address(at, block_rank()), (unsigned)rank);
+}
+
+static int capability[2] = {9, 0};
+
+/* As cuTensorMapEncodeTiled checks them (driver API, tensor map object management). */
+static CUresult encode(CUtensorMap *map, CUtensorMapDataType, cuuint32_t rank, void *base, const cuuint64_t *size, const cuuint64_t *stride,
+                       const cuuint32_t *box, const cuuint32_t *every, CUtensorMapInterleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill)
+{
+    const bool right = rank == 2 && (uintptr_t)base % 16 == 0 && (uintptr_t)map % 64 == 0 && stride[0] % 16 == 0 && stride[0] < 1ull << 40 &&
+                       size[0] && size[1] && box[0] && box[1] && box[0] <= 256 && box[1] <= 256 && every[0] == 1 && every[1] == 1 &&
+                       box[0] * 2 % 16 == 0 && (!swizzle || box[0] * 2 <= (cuuint32_t)swizzle);
+    if (!right) return CUDA_ERROR_INVALID_VALUE;
+    *map = {(const uint8_t *)base, {size[0], size[1]}, stride[0], {box[0], box[1]}, swizzle};
+    return CUDA_SUCCESS;
+}
+
+} // namespace emulation
+
+static inline void barrier_init(uint64_t *at, int count)
+{
+    if (emulation::barrier_count == emulation::BARRIERS || (uintptr_t)at % 8) emulation::fail("barriers too many, or not aligned");
+    emulation::address(at, emulation::block_rank());
+    emulation::barrier_list[emulation::barrier_count++] = {at, count, count, 0, 0, false};
+}
+static inline void barriers_done()
+{
+    for (int i = 0; i < emulation::barrier_count; i++) emulation::barrier_list[i].usable = true;
+}
+static inline void barrier_arrive(uint64_t *at)
+{
+    emulation::Barrier *b = emulation::barrier_at(at);
+    b->pending--, emulation::turn(b);
+    emulation::yield(); /* whoever waited may go on first */
+}
+static inline void barrier_expect(uint64_t *at, uint32_t bytes)
+{
+    emulation::Barrier *b = emulation::barrier_at(at);
+    b->bytes += bytes, b->pending--, emulation::turn(b);
+}
+static inline void barrier_wait(uint64_t *at, int parity) { emulation::wait_phase(emulation::barrier_at(at), parity); }
+static inline void copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *barrier)
+{
+    if (emulation::address(to, emulation::block_rank()) % 16 || (uintptr_t)from % 16 || bytes % 16 || !bytes) emulation::fail("a bulk copy that is not aligned");
+    emulation::fly({emulation::block_rank(), (uint8_t *)to, (const uint8_t *)from, bytes, NULL, 0, 0, emulation::barrier_at(barrier)});
+}
+static inline void copy_box(void *to, const CUtensorMap *map, int x, int y, uint64_t *barrier)
+{
+    if (emulation::address(to, emulation::block_rank()) % 128) emulation::fail("a box that is not aligned");
+    emulation::fly({emulation::block_rank(), (uint8_t *)to, NULL, map->box[0] * map->box[1] * 2, map, x, y, emulation::barrier_at(barrier)});
+}
+static inline void seen_by_all() { emulation::show(); }
+static inline void products_fence() { emulation::warpgroups[emulation::current].fenced = true; }
+static inline void products_commit()
+{
+    emulation::Warpgroup &g = emulation::warpgroups[emulation::current];
+    g.opened++, g.fenced = false;
+}
+template <int LEFT> static void products_wait() { emulation::products_left(LEFT); }
+template <int COUNT> static void sums_done(float (&)[COUNT]) {}
+template <int COUNT> static void registers_more() {}
+template <int COUNT> static void registers_less() {}
+static inline void warps_meet(int number, int count) { emulation::meet(emulation::meetings[emulation::block_rank()][number], count); }
+static inline void cluster_meet() { emulation::meet(emulation::cluster_meeting, (int)(emulation::threads * emulation::cluster)); }
+static inline float there(const float *at, int rank) { return emulation::elsewhere(at, rank); }
+static inline void __syncwarp() { emulation::gathered(0), emulation::looked(); }
+static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+static inline uint32_t __cvta_generic_to_shared(const void *at) { return emulation::address(at, emulation::block_rank()); }
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor, cudaDevAttrL2CacheSize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
+static const cudaError_t cudaErrorInvalidValue = 1, cudaErrorInsufficientDriver = 35;
+enum { cudaEnableDefault };
+#define CUDART_VERSION 13000
+static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int)
+{
+    *value = what == cudaDevAttrMultiProcessorCount ? 3 : what == cudaDevAttrL2CacheSize ? 1 << 16 : emulation::capability[what == cudaDevAttrComputeCapabilityMinor];
+    return cudaSuccess;
+}
+static inline cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int bytes)
+{
+    if (bytes > 227 << 10) return cudaErrorInvalidValue;
+    emulation::allowed_bytes = (size_t)bytes;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaGetDriverEntryPointByVersion(const char *, void **function, unsigned, int, cudaDriverEntryPointQueryResult *how)
+{
+    *function = (void *)emulation::encode, *how = cudaDriverEntryPointSuccess;
+    return cudaSuccess;
+}
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute { cudaLaunchAttributeID id; struct { struct { unsigned x, y, z; } clusterDim; } val; };
+struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; cudaLaunchAttribute *attrs; unsigned numAttrs; };
+template <class A> static cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(A), A &a)
+{
+    void *parameters[] = {&a};
+    emulation::cluster = config->attrs[0].val.clusterDim.x;
+    const cudaError_t error = cudaLaunchKernel(kernel, config->gridDim, config->blockDim, parameters, config->dynamicSmemBytes, config->stream);
+    emulation::cluster = 1;
+    return error;
+}
+
+/* Which GPU the next launches find. */
+extern "C" __attribute__((visibility("default"))) void emulation_gpu(int major, int minor) { emulation::capability[0] = major, emulation::capability[1] = minor; }
+
+/* Products of warpgroups, one for each warp, since somebody asked last. */
+extern "C" __attribute__((visibility("default"))) long emulation_products(void)
+{
+    const long run = emulation::products_run;
+    emulation::products_run = 0;
+    return run;
+}

@@ -1,0 +1,343 @@
+"""The Hopper kernel without a GPU: barriers, copies and products of warpgroups are those of tests/cuda/cuda.h.
+
+None of this has run on a Hopper, all of it on the CPU: layouts of operands are as PTX ISA 8.5 has them, read by us.
+"""
+
+import ctypes
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from device_emulation import check_device_calls, emulated, run, said
+from support import assert_right, make_weight, problem_of, single
+
+from bsrgen import advice, cost, tune
+from bsrgen.backends import BACKENDS
+from bsrgen.backends.cuda import HopperPlan, candidates
+from bsrgen.backends.cuda.hopper import SHARED_BYTES
+from bsrgen.backends.cuda.hopper_packing import Cut, clustered, pack_hopper, pack_tiles
+from bsrgen.choose import allowed
+from bsrgen.dtypes import DTYPES
+from bsrgen.errors import ArgumentError, DeviceError, UnsupportedError
+from bsrgen.even import EvenPattern
+from bsrgen.gpus import GPUS, as_gpus
+from bsrgen.pattern import Weight, as_weight, random_weight
+
+HOPPER = GPUS["sm_90a"]
+SMALL = replace(HOPPER, sms=4)  # clusters of two for the small matrices here
+
+
+def weight_of(kind, shape, block, dtype="float16", seed=1):
+    weight = make_weight(kind, shape, block, "float32", seed)
+    return Weight(weight.pattern, weight.data.astype(DTYPES[dtype].numpy))
+
+
+def plan_of(problem, slots=2, widths=(16, 64)):
+    return HopperPlan(problem, SMALL, slots, widths)
+
+
+def library_of(kernel):
+    return ctypes.CDLL(str(kernel.artifact.library))
+
+
+# block, operator, type of W and X, of Y, epilogue, kind of pattern, slots, tokens of tiles, tokens of calls
+TABLE = [
+    ((128, 64), "linear", "bfloat16", None, ("bias", "silu"), "uniform", 2, (16, 64), (0, 5, 66)),
+    ((64, 64), "spmm", "float16", None, ("scale", "relu"), "powerlaw", 4, (64, 128), (64, 200)),
+    ((64, 32), "linear", "float16", "float32", ("bias", "accumulate"), "uniform", 4, (32,), (33,)),
+    ((32, 16), "linear", "bfloat16", None, ("residual", "clamp"), "uniform", 2, (64,), (70,)),
+    ((37, 8), "linear", "float16", None, (), "full", 2, (8,), (12,)),
+    ((32, 1), "spmm", "bfloat16", "float32", ("bias",), "uniform", 2, (64,), (72,)),
+    ((200, 3), "spmm", "float16", None, ("residual",), "uniform", 2, (64, 128), (8,)),
+    ((64, 64), "linear", "bfloat16", None, ("bias",), "one", 2, (256,), (260,)),
+    ((8, 24), "spmm", "bfloat16", None, (), "uniform", 4, (128,), (136,)),
+]
+
+
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: f"{case[0][0]}x{case[0][1]}-{case[1]}-{case[2]}-{case[5]}")
+def test_table(case, rng, tmp_path):
+    (R, C), operator, dtype, y, epilogue, kind, slots, widths, tokens = case
+    shape = (R * max(3, 150 // R) - R // 3, C * max(3, -(-200 // C)))
+    weight = weight_of(kind, shape, (R, C), dtype)
+    problem = problem_of(weight, operator, epilogue, y=y)
+    plan = plan_of(problem, slots, widths)
+    kernel = emulated(plan, weight, tmp_path)
+    check_device_calls(kernel, problem, weight, rng, tokens, exact=False)  # X that is not aligned: the other kernel
+    assert library_of(kernel).emulation_products() > 0, "X was aligned, and wgmma was not used"
+    other = Weight(weight.pattern, weight.data * 2)
+    kernel.update(other)  # packed by the library
+    library_of(kernel).emulation_gpu(8, 0)  # what other GPUs of the library run, of aligned X
+    x, given = problem.sample(rng, tokens[-1])
+    out = problem.sample_out(rng, tokens[-1])
+    assert_right(problem, other, run(kernel, x, out.copy(), given), x, given, out)
+    assert library_of(kernel).emulation_products() == 0
+
+
+@pytest.mark.parametrize(("block", "operator", "slots"), [((128, 64), "linear", 2), ((200, 3), "spmm", 4)])
+def test_absent_blocks_contribute_nothing(block, operator, slots, rng, tmp_path):
+    """Zeros of W meet zeros of X where a step is not full, and no other X where the plan says that it is not filled."""
+    (R, C) = block
+    weight = single((3 * R, 40 * C), block)
+    weight = Weight(weight.pattern, weight.data.astype(np.float16))
+    problem = problem_of(weight, operator)
+    plan = plan_of(problem, slots, (64,))
+    assert not plan.zero_filled
+    x, _ = problem.sample(rng, 64)
+    (x if operator == "spmm" else x.T)[: 39 * C] = np.nan
+    kernel = emulated(plan, weight, tmp_path)
+    y = run(kernel, x, problem.sample_out(rng, 64), {})
+    assert library_of(kernel).emulation_products() > 0
+    assert_right(problem, weight, y, np.where(np.isnan(x), 0, x).astype(x.dtype))
+
+
+# ── mutations: what the emulation must find ──────────────────────────────────────────────────────────────────────────
+
+MUTATIONS = {
+    "stage given back while it is read": ("products_wait<1>()", "products_wait<2>()"),
+    "sums read too early": ("    products_wait<0>();\n    if (held", "    if (held"),
+    "wrong parity": ("parity = 1; /*", "parity = 0; /*"),
+    "a step without W keeps its stage": ("            if (threadIdx.x % 32 == 0) barrier_arrive(empty + stage);\n", ""),
+    "a stage kept over steps without W": ("            if (held >= 0) {\n", "            if (false) {\n"),
+    "X not announced": ("WIDTH * 128 + bytes", "bytes"),
+    "W not swizzled": ("32 * k16, 16, 1024, SWIZZLE_128)", "32 * k16, 16, 1024, SWIZZLE_NONE)"),
+    "wrong stride": ("32 * k16, 16, 1024,", "32 * k16, 16, 512,"),
+    "no fence": ("            products_fence();\n", ""),
+    "barriers not there yet": ("        barriers_done();\n", ""),
+    "wrong tile of W": ("__popc(mask & ((1 << group * MINE) - 1))", "0"),
+    "boxes over each other": ("box * (WIDTH * PIECE * 2)", "box * (WIDTH * PIECE)"),
+    "one piece for all": ("step_features[step * PIECES + box]", "step_features[step * PIECES]"),
+    "tokens past the end": ("&& n_v < a.n", "&& n_v < a.n + 8"),
+    "rows past the end": (" && rows[r + VECTOR - 1] == rows[r] + VECTOR - 1", ""),
+    "nobody waits for results": ("            }\n            warps_meet(1 + group, 128);\n", "            }\n"),
+    "results overwritten": ("warps_meet(1 + group, 128); /*", "/*"),
+    "shared memory not asked for": ("SHARED_BYTES<WIDTH>);\n    void *parameters", "49152);\n    void *parameters"),
+    "shared memory not given": ("parameters, SHARED_BYTES<WIDTH>", "parameters, 49152"),
+}  # fmt: skip
+
+
+FEW_MUTATIONS = {
+    "a part left out": ("p < PARTS; p++", "p < PARTS - 1; p++"),
+    "parts that begin too late": ("(int64_t)count * part / PARTS)", "(int64_t)count * part / PARTS) + 1"),
+    "sums of others too early": ("    cluster_meet();\n    for (int e", "    for (int e"),
+    "gone while others read": ("    cluster_meet(); /* nobody", "    /* nobody"),
+    "sums that nobody waited for": ("        products_wait<0>();\n        sums_done", "        sums_done"),
+}
+
+
+GATHER_MUTATIONS = {
+    "copies not shown to products": ("                seen_by_all();\n", ""),
+    "told of before they land": ("                copies_wait<BEHIND>();\n", ""),
+    "gathered, not swizzled": ("((j ^ f) % 8)", "(j % 8)"),
+    "the last steps kept": ("for (; behind > 0; behind--)", "for (; behind > 1; behind--)"),
+}
+
+
+def test_gather_in_four_stages(rng, tmp_path):
+    weight = weight_of("full", (64, 300), (64, 3))
+    problem = problem_of(weight, "spmm")
+    change = " STAGES = 8;", " STAGES = 4;"
+    kernel = emulated(plan_of(problem, 2, (64,)), weight, tmp_path, lambda text: replaced(text, *change))
+    check_device_calls(kernel, problem, weight, rng, (72,), exact=False)
+
+
+@pytest.mark.parametrize("name", GATHER_MUTATIONS)
+def test_mutation_of_a_gather_is_found(name, rng, tmp_path):
+    few_stages, mutation = (" STAGES = 8;", " STAGES = 4;"), GATHER_MUTATIONS[name]
+    weight = weight_of("full", (64, 300), (64, 3))
+    problem = problem_of(weight, "spmm")
+    kernel = emulated(
+        plan_of(problem, 2, (64,)), weight, tmp_path, lambda text: replaced(replaced(text, *few_stages), *mutation)
+    )
+    with pytest.raises((AssertionError, DeviceError, pytest.fail.Exception)) as found:
+        check_device_calls(kernel, problem, weight, rng, (72,), exact=False)
+    assert found.type is not DeviceError or said(kernel.artifact)
+
+
+def replaced(text, old, new):
+    assert old in text
+    return text.replace(old, new)
+
+
+@pytest.fixture(scope="module")
+def victim():
+    """A kernel in which all of them matter: a ring of two stages, gaps, two pieces a step, rows and tokens that end."""
+    rng = np.random.default_rng(5)
+    stored = rng.random((5, 24)) < np.array([[0.9], [0.15], [0.7], [0.5], [0.6]])
+    dense = np.kron(stored, np.ones((64, 32))) * rng.standard_normal((320, 768))
+    weight = as_weight(dense[:300].astype(np.float16), blocksize=(64, 32), dtype="float16")
+    return weight, problem_of(weight, "linear", "bias"), (72,)
+
+
+def changed(text, old="", new=""):
+    """The victim's text, with two stages and one change."""
+    text = replaced(text, " STAGES = 8;", " STAGES = 2;")
+    return replaced(text, old, new) if old else text
+
+
+def test_victim_is_right(victim, rng, tmp_path):
+    weight, problem, tokens = victim
+    kernel = emulated(plan_of(problem, 2, (16, 64)), weight, tmp_path, changed)
+    check_device_calls(kernel, problem, weight, rng, (9, *tokens), exact=False)
+
+
+@pytest.mark.parametrize("name", [*MUTATIONS, *FEW_MUTATIONS])
+def test_mutation_is_found(name, victim, rng, tmp_path):
+    (weight, problem, tokens), widths = victim, (64,)
+    if name in FEW_MUTATIONS:
+        tokens, widths = (9,), (16, 64)
+    change = (MUTATIONS | FEW_MUTATIONS)[name]
+    kernel = emulated(plan_of(problem, 2, widths), weight, tmp_path, lambda text: changed(text, *change))
+    with pytest.raises((AssertionError, DeviceError, pytest.fail.Exception)) as found:
+        check_device_calls(
+            kernel, problem, weight, rng, 3 * tokens, exact=False
+        )  # copies land in another order each time
+    assert found.type is not DeviceError or said(kernel.artifact)
+
+
+# ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+TALL_AND_NARROW = ((128, 64), (64, 64), (64, 32), (32, 8), (16, 16), (37, 5), (200, 12), (8, 1))
+
+
+@pytest.mark.parametrize("slots", [2, 4])
+@pytest.mark.parametrize("block", TALL_AND_NARROW, ids=str)
+@pytest.mark.parametrize("kind", ["uniform", "powerlaw", "full", "one"])
+def test_tables_hold_the_matrix(kind, block, slots):
+    """W as tiles, rows and features say it is: every stored element once, zeros elsewhere."""
+    (R, C) = block
+    weight = make_weight(kind, (R * 7 - R // 3, C * 19 - C // 2), block, "float32")
+    p = weight.pattern
+    plan = plan_of(problem_of(Weight(p, weight.data.astype(np.float16)), "spmm"), slots, (64,))
+    t, cut = plan.packing, plan.cut
+    tiles = pack_tiles(weight.data, t.source, cut)
+    r, j = np.ogrid[:64, :8]
+    tiles = tiles[:, r, j ^ r % 8].reshape(-1, 64, 64)  # swizzling is its own inverse
+    W = np.zeros((p.M + 1, p.K + 64 + R * C), np.float32)
+    for tile in range(t.steps.size - 1):
+        for step in range(t.steps[tile], t.steps[tile + 1]):
+            features = (t.features[step * cut.pieces : (step + 1) * cut.pieces, None] + np.arange(cut.width)).ravel()
+            at = t.values[step]
+            for slot in range(slots):
+                if t.masks[step] >> slot & 1:
+                    rows = t.rows[(tile * slots + slot) * 64 :][:64]
+                    np.add.at(W, (rows[:, None], features[None, :]), tiles[at])
+                    at += 1
+            assert at == t.values[step + 1]
+    np.testing.assert_array_equal(W[: p.M, : p.K], dense_of(weight))
+    assert not W[p.M].any()
+    assert not W[:, p.K :].any()
+    assert sorted(t.rows[t.rows >= 0]) == list(range(p.M))
+    work = np.diff(t.steps)
+    assert t.steps[-1] == t.masks.size == t.features.size // cut.pieces
+    assert kind != "uniform" or work[0] >= work[-1]
+
+
+def dense_of(weight):
+    p = weight.pattern
+    W = np.zeros((p.block_rows * p.R, p.block_cols * p.C), np.float32)
+    for b, (i, j) in enumerate(zip(p.rows, p.indices, strict=True)):
+        W[i * p.R : (i + 1) * p.R, j * p.C : (j + 1) * p.C] = weight.data[b]
+    return W[: p.M, : p.K]
+
+
+def test_rows_that_share_columns_share_x(rng):
+    """Eight kinds of block rows in disorder: groups of four are all of a kind, and X is read a quarter as often."""
+    kinds = rng.random((8, 64)) < 0.2
+    stored = kinds[rng.permutation(np.repeat(np.arange(8), 4))]
+    p = as_weight(np.kron(stored, np.ones((64, 64), np.float32)), blocksize=(64, 64)).pattern
+    assert sorted(clustered(p, 4)) == list(range(32))
+    t = pack_hopper(p, Cut(1, 1, 4, 1, 64))
+    assert t.steps[-1] == stored.sum() // 4
+    assert (t.masks == 15).all()
+
+
+# ── plans ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("dtype", "block", "operator", "archs", "there"), [
+    ("float16", (128, 64), "linear", ("sm_90a",), True), ("bfloat16", (64, 64), "spmm", ("sm_80", "sm_90a"), True),
+    ("bfloat16", (32, 1), "spmm", ("sm_90a",), True), ("bfloat16", (32, 1), "linear", ("sm_90a",), False),
+    ("float16", (64, 64), "linear", ("sm_75", "sm_90a"), False), ("float16", (64, 64), "linear", ("sm_90",), False),
+    ("float32", (64, 64), "linear", ("sm_90a",), False), ("float16", (4, 64), "linear", ("sm_90a",), False),
+])  # fmt: skip
+def test_where_hopper_plans_serve(dtype, block, operator, archs, there):
+    problem = problem_of(weight_of("uniform", (256, 192), block, dtype), operator)
+    plans = list(candidates(problem, as_gpus(archs)[0]))
+    assert any(isinstance(plan, HopperPlan) for plan in plans) == there
+    assert not all(isinstance(plan, HopperPlan) for plan in plans)
+    for plan in plans:
+        assert plan.shared_bytes <= SHARED_BYTES
+        assert isinstance(plan.counts(300).cycles, float)
+        if isinstance(plan, HopperPlan):
+            assert min(plan.stages(width) for width in plan.widths) >= 3
+            assert plan.widths[-1] // 2 * plan.slots // 2 <= 128, "sums in registers"
+
+
+def test_strict_kernels_multiply_no_zeros():
+    problem = problem_of(weight_of("uniform", (256, 256), (32, 64)))
+    assert any(isinstance(plan, HopperPlan) for plan in allowed(BACKENDS["cuda"], problem, HOPPER))
+    assert not any(isinstance(plan, HopperPlan) for plan in allowed(BACKENDS["cuda"], problem, HOPPER, strict=True))
+
+
+def test_targets():
+    (both,) = as_gpus(("sm_90a", "sm_80"))
+    assert both.name == "sm_80,sm_90a"
+    assert both.flags == (
+        "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_80,code=compute_80",
+    )  # fmt: skip
+    assert as_gpus("sm_90a")[0].flags == ("-gencode=arch=compute_90a,code=sm_90a",)
+    with pytest.raises(ArgumentError, match="the same GPU"):
+        as_gpus(("sm_90", "sm_90a"))
+    with pytest.raises(UnsupportedError, match="sm_90a"):
+        as_gpus("native")
+
+
+def large(block, density, n, size=8192):
+    blocks = (size // block[0]) * (size // block[1])
+    return replace(
+        problem_of(weight_of("uniform", (256, 256), (64, 64), "bfloat16")),
+        pattern=EvenPattern((size, size), block, round(density * blocks)), n=n,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("block", "density", "n", "least", "most"), [
+    ((128, 64), 0.1, 8192, 0.6, 1.0), ((128, 64), 0.8, 8192, 0.65, 1.05), ((64, 64), 0.1, 8192, 0.35, 0.75),
+    ((32, 32), 0.1, 8192, 0.15, 0.45), ((16, 16), 0.1, 8192, 0.05, 0.3),
+])  # fmt: skip
+def test_predictions_are_within_the_ceilings(block, density, n, least, most):
+    """Rate per nonzero over the dense one, as research has it: no kernel here has been timed."""
+    problem = large(block, density, n)
+    best, plan = tune.rank(list(candidates(problem, HOPPER)), n)[0]
+    assert isinstance(plan, HopperPlan)
+    efficiency = density * best.dense_seconds / best.seconds
+    assert least <= efficiency <= most, f"{efficiency:.3f}"
+
+
+def test_dense_is_advised_above_break_even():
+    for block, least, most in (((128, 64), 0.6, 1.0), ((64, 64), 0.35, 0.95), ((16, 16), 0.1, 0.6)):
+        verdicts = [verdict_of(large(block, density, 4096, 4096)) for density in (0.02, 0.99)]
+        assert verdicts[0].choice == "sparse", block
+        found = verdicts[0].break_even
+        assert found is not None
+        assert least <= found <= most, (block, found)
+        if found < 0.95:
+            assert verdicts[1].choice == "dense"
+            assert str(verdicts[1]).startswith("dense")
+
+
+def verdict_of(problem):
+    plans = tune.rank(list(candidates(problem, HOPPER)), problem.n)
+    weight = random_weight(0, problem.pattern.shape, problem.pattern.blocksize, problem.pattern.density)
+    return advice.judge(BACKENDS["cuda"], plans[0][1], plans, weight)
+
+
+def test_products_wait_for_copies_in_the_model():
+    """Two block rows that share X: fewer bytes from L2, and that is what the time is made of below 128 rows."""
+    problem = large((64, 64), 0.1, 8192)
+    two, four = (replace(plan_of(problem, slots, widths)) for slots, widths in ((2, (256,)), (4, (128,))))
+    whole = plan_of(large((128, 64), 0.1, 8192), 2, (256,))
+    assert whole.counts(8192).l2_bytes < two.counts(8192).l2_bytes
+    assert whole.counts(8192).cycles < min(two.counts(8192).cycles, four.counts(8192).cycles)
+    assert cost.estimate(two, 8192).seconds > cost.estimate(whole, 8192).seconds
