@@ -1,0 +1,11 @@
+"""bsrgen in PyTorch: prune a model, convert it in place, run, compile, export or fine-tune it at its fixed pattern.
+
+    import bsrgen.integrations.torch as bt
+    bt.convert_(model, bt.BsrConfig(blocksize=(32, 1)))
+"""
+
+from bsrgen.integrations.torch.config import BsrConfig
+from bsrgen.integrations.torch.convert import Conversion, convert_
+from bsrgen.integrations.torch.layer import BsrLinear
+
+__all__ = ["BsrConfig", "BsrLinear", "Conversion", "convert_"]

@@ -1,0 +1,147 @@
+"""The kernels of this process by their specs, and packed values by the tensors that hold them."""
+
+import threading
+import weakref
+from typing import Any, Literal
+
+import torch
+
+from bsrgen.errors import ArgumentError, UnsupportedError
+from bsrgen.foreign import host, view
+from bsrgen.instance import Instance
+from bsrgen.integrations.torch.config import Spec, parsed
+from bsrgen.kernel import Kernel
+from bsrgen.pattern import Pattern, Weight, with_random_values
+
+Role = Literal["forward", "dx", "dw"]  # y = x @ W.T, dx = dy @ W, dW = dy.T @ x at the pattern
+_kernels: dict[tuple[str, Role, str], Kernel] = {}
+_packed: dict[tuple[int, str, Role], "Packed"] = {}
+_lock = threading.Lock()
+
+
+def kernel_of(text: str, role: Role, crow: Any, col: Any, device: str = "cpu") -> Kernel:
+    """The kernel of a spec: this process's, else from the store, else compiled.
+
+    crow, col: the pattern's indptr and indices as tensors, looked at only where the process has no such kernel.
+    Values in its artifact are random: what is multiplied comes from the layer, and one artifact serves every step of
+    training.  Errors: those of bsrgen.compile, and ArgumentError for indices that are not of the spec's pattern.
+    """
+    found = _kernels.get((text, role, device))
+    if found is None:
+        spec = parsed(text)
+        found = _kernels.setdefault((text, role, device), _made(spec, role, _pattern(spec, crow, col), device))
+    return found
+
+
+def build(text: str, role: Role, pattern: Pattern, device: str) -> None:
+    """Have the kernel compiled: into this process and the store.  Plain data in, so that another process may do it."""
+    if (text, role, device) not in _kernels:
+        _kernels.setdefault((text, role, device), _made(parsed(text), role, pattern, device))
+
+
+def _pattern(spec: Spec, crow: Any, col: Any) -> Pattern:
+    pattern = Pattern(spec.shape, spec.blocksize, host("crow_indices", crow), host("col_indices", col))
+    if pattern.digest != spec.pattern:
+        raise ArgumentError(
+            f"crow_indices and col_indices are {pattern}, of another pattern than the layer was made for: a layer's "
+            "pattern is fixed; load_state_dict takes another one, or convert the model again"
+        )
+    return pattern
+
+
+def _made(spec: Spec, role: Role, pattern: Pattern, device: str) -> Kernel:
+    from bsrgen import api
+
+    weight = with_random_values(pattern, _rng(pattern))
+    common: dict[str, Any] = {"n": spec.n, "tune": spec.tune, **_place(spec, device)}
+    x = spec.x_dtype
+    if role == "dw":
+        return api.compile(weight, operator="linear_grad", dtype=x, **common)
+    if role == "dx":
+        return api.compile(weight, transposed=True, dtype=x, strict=spec.strict, **common)
+    return api.compile(
+        weight, dtype=spec.dtype, x_dtype=x, out_dtype=x, quantize_x=spec.quantize_x, strict=spec.strict,
+        epilogue=("bias",) if spec.bias else (), **common,
+    )  # fmt: skip
+
+
+def _rng(pattern: Pattern) -> Any:
+    import numpy as np
+
+    return np.random.default_rng(int(pattern.digest[:16], 16))
+
+
+def _place(spec: Spec, device: str) -> dict[str, Any]:
+    """backend and target for tensors on `device`.  UnsupportedError where the config has chosen others."""
+    if device == "cpu":
+        if spec.backend == "cuda":
+            raise UnsupportedError("a layer with backend='cuda' was called with CPU tensors; move the model and x")
+        return {"backend": spec.backend, "target": spec.target}
+    if spec.backend not in ("auto", "cuda"):
+        raise UnsupportedError(
+            f"a layer with backend={spec.backend!r} was called with CUDA tensors; convert with backend='cuda' or 'auto'"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    return {"backend": "cuda", "target": f"sm_{major}{minor}" if spec.target == "native" else spec.target}
+
+
+class Packed:
+    """The values of one tensor as a kernel keeps them, and the bias; made anew when either has changed.
+
+    A tensor is known by itself, its address and its version, which every in-place change counts up; changes through
+    `.data` of another tensor are not counted, nor those of inference tensors.
+    """
+
+    __slots__ = ("__weakref__", "bias", "bias_at", "bias_version", "instance", "operands", "pointer", "ref", "version")
+
+    def __init__(self, kernel: Kernel, values: Any, bias: Any) -> None:
+        self.version, self.pointer = version(values), values.data_ptr()
+        self.ref = weakref.ref(values)
+        data = view(values.detach().resolve_neg().contiguous())
+        self.instance = Instance(kernel, Weight(kernel._given[0], data))
+        self._take(kernel, bias)
+
+    def _take(self, kernel: Kernel, bias: Any) -> None:
+        """Where C finds the bias: where it lies if it has the kernel's type, else in a copy."""
+        self.bias, self.bias_at, self.bias_version = None, 0, 0
+        if bias is None:
+            self.operands = self.instance.operands()
+            return
+        if tuple(bias.shape) != (kernel.shape[0],):
+            raise ArgumentError(f"{kernel.name}: bias has shape {tuple(bias.shape)}, expected ({kernel.shape[0]},)")
+        real = getattr(torch, kernel.problem.real.name)
+        self.bias_at, self.bias_version = bias.data_ptr(), version(bias)
+        self.bias = bias.detach().to(real).contiguous()
+        self.operands = self.instance.operands(bias=self.bias.data_ptr())
+
+    def holds(self, values: Any, bias: Any) -> bool:
+        """Whether it is still right."""
+        return (
+            self.ref() is values
+            and self.version == version(values)
+            and self.pointer == values.data_ptr()
+            and (bias is None or (self.bias_at == bias.data_ptr() and self.bias_version == version(bias)))
+        )
+
+
+def version(tensor: Any) -> int:
+    """How often the tensor was changed in place; those of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def packed(text: str, role: Role, values: Any, crow: Any, col: Any, bias: Any) -> Packed:
+    """The values as the kernel takes them, packed now if they have changed since the last call."""
+    key = (id(values), text, role)
+    found = _packed.get(key)
+    if found is None or not found.holds(values, bias):
+        kernel = kernel_of(text, role, crow, col)
+        found = _packed[key] = Packed(kernel, values, bias)
+        found.ref = weakref.ref(values, lambda ref, key=key: _forget(key, ref))
+    return found
+
+
+def _forget(key: tuple[int, str, Role], ref: Any) -> None:
+    with _lock:
+        found = _packed.get(key)
+        if found is not None and found.ref is ref:
+            del _packed[key]
