@@ -1,6 +1,6 @@
 """The kernels of this process by their specs, and packed values by the tensors that hold them."""
 
-import threading
+import functools
 import weakref
 from typing import Any, Literal
 
@@ -11,12 +11,13 @@ from bsrgen.foreign import host, view
 from bsrgen.instance import Instance
 from bsrgen.integrations.torch.config import Spec, parsed
 from bsrgen.kernel import Kernel
+from bsrgen.loading import kernel_of as kernel_from
 from bsrgen.pattern import Pattern, Weight, with_random_values
 
 Role = Literal["forward", "dx", "dw"]  # y = x @ W.T, dx = dy @ W, dW = dy.T @ x at the pattern
 _kernels: dict[tuple[str, Role, str], Kernel] = {}
 _packed: dict[tuple[int, str, Role], "Packed"] = {}
-_lock = threading.Lock()
+_resident: dict[tuple[int, str, Role], tuple[Any, int, int, Kernel]] = {}  # of tensors on GPUs
 
 
 def kernel_of(text: str, role: Role, crow: Any, col: Any, device: str = "cpu") -> Kernel:
@@ -89,16 +90,21 @@ class Packed:
     """The values of one tensor as a kernel keeps them, and the bias; made anew when either has changed.
 
     A tensor is known by itself, its address and its version, which every in-place change counts up; changes through
-    `.data` of another tensor are not counted, nor those of inference tensors.
+    `.data` are not counted, nor those of tensors made in inference mode.
     """
 
-    __slots__ = ("__weakref__", "bias", "bias_at", "bias_version", "instance", "operands", "pointer", "ref", "version")
+    __slots__ = (
+        "__weakref__", "bias", "bias_at", "bias_version", "dtype", "features", "instance", "operands", "pointer", "ref",
+        "rows", "tracked", "version",
+    )  # fmt: skip
 
-    def __init__(self, kernel: Kernel, values: Any, bias: Any) -> None:
-        self.version, self.pointer = version(values), values.data_ptr()
-        self.ref = weakref.ref(values)
+    def __init__(self, kernel: Kernel, values: Any, bias: Any, ref: Any) -> None:
+        self.ref, self.pointer = ref, values.data_ptr()
+        self.tracked = not values.is_inference() and (bias is None or not bias.is_inference())
+        self.version = values._version if self.tracked else 0
         data = view(values.detach().resolve_neg().contiguous())
         self.instance = Instance(kernel, Weight(kernel._given[0], data))
+        (self.rows, self.features), self.dtype = kernel.shape, getattr(torch, kernel.x_dtype.name)
         self._take(kernel, bias)
 
     def _take(self, kernel: Kernel, bias: Any) -> None:
@@ -107,26 +113,23 @@ class Packed:
         if bias is None:
             self.operands = self.instance.operands()
             return
-        if tuple(bias.shape) != (kernel.shape[0],):
-            raise ArgumentError(f"{kernel.name}: bias has shape {tuple(bias.shape)}, expected ({kernel.shape[0]},)")
-        real = getattr(torch, kernel.problem.real.name)
-        self.bias_at, self.bias_version = bias.data_ptr(), version(bias)
-        self.bias = bias.detach().to(real).contiguous()
+        if tuple(bias.shape) != (self.rows,):
+            raise ArgumentError(f"{kernel.name}: bias has shape {tuple(bias.shape)}, expected ({self.rows},)")
+        self.bias_at, self.bias_version = bias.data_ptr(), bias._version if self.tracked else 0
+        self.bias = bias.detach().to(getattr(torch, kernel.problem.real.name)).contiguous()
         self.operands = self.instance.operands(bias=self.bias.data_ptr())
 
     def holds(self, values: Any, bias: Any) -> bool:
         """Whether it is still right."""
         return (
             self.ref() is values
-            and self.version == version(values)
             and self.pointer == values.data_ptr()
-            and (bias is None or (self.bias_at == bias.data_ptr() and self.bias_version == version(bias)))
+            and (not self.tracked or self.version == values._version)
+            and (
+                bias is None
+                or (self.bias_at == bias.data_ptr() and (not self.tracked or self.bias_version == bias._version))
+            )
         )
-
-
-def version(tensor: Any) -> int:
-    """How often the tensor was changed in place; those of inference mode do not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def packed(text: str, role: Role, values: Any, crow: Any, col: Any, bias: Any) -> Packed:
@@ -134,14 +137,31 @@ def packed(text: str, role: Role, values: Any, crow: Any, col: Any, bias: Any) -
     key = (id(values), text, role)
     found = _packed.get(key)
     if found is None or not found.holds(values, bias):
-        kernel = kernel_of(text, role, crow, col)
-        found = _packed[key] = Packed(kernel, values, bias)
-        found.ref = weakref.ref(values, lambda ref, key=key: _forget(key, ref))
+        ref = weakref.ref(values, functools.partial(_forget, key))
+        found = _packed[key] = Packed(kernel_of(text, role, crow, col), values, bias, ref)
     return found
 
 
 def _forget(key: tuple[int, str, Role], ref: Any) -> None:
-    with _lock:
-        found = _packed.get(key)
-        if found is not None and found.ref is ref:
-            del _packed[key]
+    """Drop what was packed of a tensor that is gone, unless the place has been taken since."""
+    found = _packed.get(key)
+    if found is not None and found.ref is ref:
+        del _packed[key]
+
+
+def on_device(text: str, role: Role, values: Any, crow: Any, col: Any) -> Kernel:
+    """A GPU kernel of its own for these values, which it uploads in its next call if they have changed."""
+    key = (id(values), text, role)
+    found = _resident.get(key)
+    if found is None or found[0]() is not values or found[1:3] != (values.data_ptr(), values._version):
+        kernel = kernel_of(text, role, crow, col, "cuda") if found is None else found[3]
+        own = found[3] if found is not None and found[0]() is values else kernel_from(kernel.artifact)
+        own.update(Weight(own._given[0], view(values.detach().cpu().contiguous())))
+        ref = weakref.ref(values, functools.partial(_drop, key))
+        _resident[key] = ref, values.data_ptr(), values._version, own
+    return _resident[key][3]
+
+
+def _drop(key: tuple[int, str, Role], ref: Any) -> None:
+    if _resident.get(key, (None,))[0] is ref:
+        del _resident[key]

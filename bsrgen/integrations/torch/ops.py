@@ -19,7 +19,7 @@ import torch
 
 from bsrgen.errors import ArgumentError, ArgumentTypeError
 from bsrgen.integrations.torch.config import Spec, parsed, written
-from bsrgen.integrations.torch.kernels import Role, kernel_of, packed
+from bsrgen.integrations.torch.kernels import Role, on_device, packed
 
 library = torch.library.Library("bsrgen", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -41,30 +41,44 @@ def _check(spec: Spec, name: str, x: Any, features: int) -> None:
         raise ArgumentError(f"bsrgen layer: {name} has shape {tuple(x.shape)}, expected [..., {features}]")
 
 
-def _product(role: Role, x: Any, values: Any, crow: Any, col: Any, bias: Any, text: str) -> Any:
-    """x[..., features] -> y[..., rows] on the CPU, by torch's number of threads."""
-    spec, shape = parsed(text), x.shape
-    rows, features = spec.shape if role == "forward" else spec.shape[::-1]
-    _check(spec, "x" if role == "forward" else "dy", x, features)
+def product(role: Role, x: Any, values: Any, crow: Any, col: Any, bias: Any, text: str) -> Any:
+    """x[..., features] -> y[..., rows] on the CPU, by torch's number of threads.  No gradients, no modes."""
     have = packed(text, role, values, crow, col, bias)
+    shape, features, rows = x.shape, have.features, have.rows
+    if x.dtype is not have.dtype or not shape or shape[-1] != features:
+        _check(parsed(text), "x" if role == "forward" else "dy", x, features)
     if not x.is_contiguous():
         x = x.contiguous()
-    y = torch.empty((*shape[:-1], rows), dtype=x.dtype)
+    y = x.new_empty(shape[0], rows) if len(shape) == 2 else x.new_empty((*shape[:-1], rows))
     n = x.numel() // features if features else prod(shape[:-1])
     have.instance.run(n, x.data_ptr(), features, y.data_ptr(), rows, have.operands, torch.get_num_threads())
     return y
 
 
 def _linear_cpu(x: Any, values: Any, crow: Any, col: Any, bias: Any, spec: str) -> Any:
-    return _product("forward", x, values, crow, col, bias, spec)
+    return product("forward", x, values, crow, col, bias, spec)
 
 
 def _dx_cpu(dy: Any, values: Any, crow: Any, col: Any, spec: str) -> Any:
-    return _product("dx", dy, values, crow, col, None, spec)
+    return product("dx", dy, values, crow, col, None, spec)
+
+
+def _linear_cuda(x: Any, values: Any, crow: Any, col: Any, bias: Any, spec: str) -> Any:
+    _check(parsed(spec), "x", x, parsed(spec).shape[1])
+    kernel = on_device(spec, "forward", values, crow, col)
+    given = {} if bias is None else {"bias": bias.to(getattr(torch, kernel.problem.real.name))}
+    return kernel(x.contiguous(), **given)
+
+
+def _dx_cuda(dy: Any, values: Any, crow: Any, col: Any, spec: str) -> Any:
+    _check(parsed(spec), "dy", dy, parsed(spec).shape[0])
+    return on_device(spec, "dx", values, crow, col)(dy.contiguous())
 
 
 library.impl("linear", _linear_cpu, "CPU")
 library.impl("linear_dx", _dx_cpu, "CPU")
+library.impl("linear", _linear_cuda, "CUDA")
+library.impl("linear_dx", _dx_cuda, "CUDA")
 
 
 # ── shapes and types, for tracing ────────────────────────────────────────────────────────────────────────────────────
