@@ -7,5 +7,6 @@
 from bsrgen.integrations.torch.config import BsrConfig
 from bsrgen.integrations.torch.convert import Conversion, convert_
 from bsrgen.integrations.torch.layer import BsrLinear
+from bsrgen.integrations.torch.pruning import Pruner, group_lasso, prune_
 
-__all__ = ["BsrConfig", "BsrLinear", "Conversion", "convert_"]
+__all__ = ["BsrConfig", "BsrLinear", "Conversion", "Pruner", "convert_", "group_lasso", "prune_"]
