@@ -17,6 +17,7 @@ from bsrgen.pattern import Pattern, Weight, with_random_values
 Role = Literal["forward", "dx", "dw"]  # y = x @ W.T, dx = dy @ W, dW = dy.T @ x at the pattern
 _kernels: dict[tuple[str, Role, str], Kernel] = {}
 _packed: dict[tuple[int, str, Role], "Packed"] = {}
+_seen: dict[int, tuple[Any, Any]] = {}  # copies of values that train
 _resident: dict[tuple[int, str, Role], tuple[Any, int, int, Kernel]] = {}  # of tensors on GPUs
 
 
@@ -57,7 +58,7 @@ def _made(spec: Spec, role: Role, pattern: Pattern, device: str) -> Kernel:
     common: dict[str, Any] = {"n": spec.n, "tune": spec.tune, **_place(spec, device)}
     x = spec.x_dtype
     if role == "dw":
-        return api.compile(weight, operator="linear_grad", dtype=x, **common)
+        return api.compile(weight, operator="linear_grad", dtype=x, **common | {"backend": "auto"})
     if role == "dx":
         return api.compile(weight, transposed=True, dtype=x, strict=spec.strict, **common)
     return api.compile(
@@ -90,7 +91,7 @@ class Packed:
     """The values of one tensor as a kernel keeps them, and the bias; made anew when either has changed.
 
     A tensor is known by itself, its address and its version, which every in-place change counts up; changes through
-    `.data` are not counted, nor those of tensors made in inference mode.
+    `.data` are not counted, nor those of tensors made in inference mode: see `recheck` and `forget`.
     """
 
     __slots__ = (
@@ -140,6 +141,30 @@ def packed(text: str, role: Role, values: Any, crow: Any, col: Any, bias: Any) -
         ref = weakref.ref(values, functools.partial(_forget, key))
         found = _packed[key] = Packed(kernel_of(text, role, crow, col), values, bias, ref)
     return found
+
+
+def recheck(values: Any, text: str) -> None:
+    """Forget what was packed if `values` differs from its copy of the last time, whatever its version says.
+
+    Half of the world's training code changes weights through `.data`, gradcheck too; where gradients are recorded, a
+    comparison is cheap beside them.
+    """
+    seen = _seen.get(id(values))
+    if seen is None or seen[0]() is not values or not torch.equal(seen[1], values):
+        forget(values, text)
+        _seen[id(values)] = weakref.ref(values, functools.partial(_unsee, id(values))), values.detach().clone()
+
+
+def forget(values: Any, text: str) -> None:
+    """Pack `values` anew in the next call, on every device."""
+    for role in ("forward", "dx"):
+        _packed.pop((id(values), text, role), None)
+        _resident.pop((id(values), text, role), None)
+
+
+def _unsee(key: int, ref: Any) -> None:
+    if _seen.get(key, (None,))[0] is ref:
+        del _seen[key]
 
 
 def _forget(key: tuple[int, str, Role], ref: Any) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from bsrgen.errors import ArgumentError, ArgumentTypeError, BsrgenError, UnsupportedError
 from bsrgen.foreign import host
 from bsrgen.integrations.torch.config import FLOATS, BsrConfig, spec_text
-from bsrgen.integrations.torch.kernels import Role, kernel_of
+from bsrgen.integrations.torch.kernels import Role, forget, kernel_of, recheck
 from bsrgen.integrations.torch.ops import linear, product
 from bsrgen.kernel import Kernel
 from bsrgen.pattern import Pattern, Weight, as_weight
@@ -111,9 +111,21 @@ class BsrLinear(nn.Module):
         spec = self._specs.get(x.dtype)
         if spec is None:
             raise UnsupportedError(f"BsrLinear with dtype={self.config.dtype!r} has no kernel for x of {x.dtype}")
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not x.is_cpu or _watched(x):
+        if torch.compiler.is_compiling() or not x.is_cpu or _watched(x):
+            return linear(x, values, crow, col, bias, spec)
+        if torch.is_grad_enabled():
+            if values.requires_grad:
+                recheck(values, spec)
             return linear(x, values, crow, col, bias, spec)
         return product("forward", x, values, crow, col, bias, spec)  # past the dispatcher, which takes 3 us
+
+    def refresh(self) -> None:
+        """Say that `values` has changed through `.data`, which torch does not count, to be seen without gradients too.
+
+        All other ways to change it are seen: optimizers, in-place operations, load_state_dict, .to, a new parameter.
+        """
+        for spec in self._specs.values():
+            forget(self.values, spec)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
     linear(x[..., K], values, crow_indices, col_indices, bias, spec)   -> y[..., M]  = x @ W.T + bias
     linear_dx(dy[..., M], values, crow_indices, col_indices, spec)     -> dx[..., K] = dy @ W
-    linear_dw(dy[..., M], x[..., K], crow_indices, col_indices, spec)  -> dvalues[nnzb, R, C], dy.T @ x at the pattern
+    linear_dw(dy[..., M], x[..., K], crow_indices, col_indices, spec)  -> dvalues[nnzb, R, C], dy.T @ x at
+        the pattern, of the type of sums
 
 The handle of a kernel is its spec, a string (config.Spec) that names the pattern by digest.  A graph holds it as a
 constant and the index tensors as its inputs or buffers: torch.compile, torch.export and a saved program carry all that
@@ -17,9 +18,11 @@ from typing import Any
 import msgspec
 import torch
 
-from bsrgen.errors import ArgumentError, ArgumentTypeError
+from bsrgen.dtypes import DTYPES
+from bsrgen.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from bsrgen.foreign import view
 from bsrgen.integrations.torch.config import Spec, parsed, written
-from bsrgen.integrations.torch.kernels import Role, on_device, packed
+from bsrgen.integrations.torch.kernels import Role, kernel_of, on_device, packed
 
 library = torch.library.Library("bsrgen", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -63,6 +66,24 @@ def _dx_cpu(dy: Any, values: Any, crow: Any, col: Any, spec: str) -> Any:
     return product("dx", dy, values, crow, col, None, spec)
 
 
+def _rows(t: Any) -> Any:
+    """t [..., F] as [N, F]."""
+    return t.detach().reshape(prod(t.shape[:-1]), t.shape[-1])
+
+
+def _dw_cpu(dy: Any, x: Any, crow: Any, col: Any, spec: str) -> Any:
+    (M, K), kernel = parsed(spec).shape, kernel_of(spec, "dw", crow, col)
+    _check(parsed(spec), "dy", dy, M)
+    _check(parsed(spec), "x", x, K)
+    out = _dw_fake(dy, x, crow, col, spec)
+    kernel(view(_rows(dy)), view(_rows(x)), out=out.numpy(), threads=torch.get_num_threads())
+    return out
+
+
+def _dw_cuda(dy: Any, x: Any, crow: Any, col: Any, spec: str) -> Any:
+    raise UnsupportedError("gradients of block-sparse weights have no GPU kernel yet; freeze `values`, or train on the CPU")
+
+
 def _linear_cuda(x: Any, values: Any, crow: Any, col: Any, bias: Any, spec: str) -> Any:
     _check(parsed(spec), "x", x, parsed(spec).shape[1])
     kernel = on_device(spec, "forward", values, crow, col)
@@ -77,8 +98,10 @@ def _dx_cuda(dy: Any, values: Any, crow: Any, col: Any, spec: str) -> Any:
 
 library.impl("linear", _linear_cpu, "CPU")
 library.impl("linear_dx", _dx_cpu, "CPU")
+library.impl("linear_dw", _dw_cpu, "CPU")
 library.impl("linear", _linear_cuda, "CUDA")
 library.impl("linear_dx", _dx_cuda, "CUDA")
+library.impl("linear_dw", _dw_cuda, "CUDA")
 
 
 # ── shapes and types, for tracing ────────────────────────────────────────────────────────────────────────────────────
@@ -95,7 +118,8 @@ def _dx_fake(dy: Any, values: Any, crow: Any, col: Any, spec: str) -> Any:
 
 
 def _dw_fake(dy: Any, x: Any, crow: Any, col: Any, spec: str) -> Any:
-    return dy.new_empty((col.shape[0], *parsed(spec).blocksize))
+    real = getattr(torch, DTYPES[parsed(spec).x_dtype].real)
+    return dy.new_empty((col.shape[0], *parsed(spec).blocksize), dtype=real)
 
 
 for _name, _fake in (("linear", _linear_fake), ("linear_dx", _dx_fake), ("linear_dw", _dw_fake)):
@@ -119,7 +143,7 @@ def _keep_linear(ctx: Any, inputs: Any, output: Any) -> None:
 def _linear_backward(ctx: Any, dy: Any) -> Any:
     (x, values, crow, col), need = ctx.saved_tensors, ctx.needs_input_grad
     dx = linear_dx(dy, values, crow, col, ctx.spec) if need[0] else None
-    dw = linear_dw(dy, x, crow, col, ctx.spec) if need[1] else None
+    dw = linear_dw(dy, x, crow, col, ctx.spec).to(values.dtype) if need[1] else None
     db = dy.reshape(-1, dy.shape[-1]).sum(0) if need[4] else None
     return dx, dw, None, None, db, None
 
@@ -132,7 +156,7 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
 def _dx_backward(ctx: Any, g: Any) -> Any:
     (dy, values, crow, col), need = ctx.saved_tensors, ctx.needs_input_grad
     ddy = linear(g, values, crow, col, None, _plain(ctx.spec)) if need[0] else None
-    dw = linear_dw(dy, g, crow, col, ctx.spec) if need[1] else None
+    dw = linear_dw(dy, g, crow, col, ctx.spec).to(values.dtype) if need[1] else None
     return ddy, dw, None, None, None
 
 
