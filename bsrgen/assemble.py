@@ -53,7 +53,7 @@ def compile_model(
     """
     if executor is not None and not isinstance(executor, Executor):
         raise ArgumentTypeError(f"executor={executor!r}: a concurrent.futures.Executor, or None for threads")
-    sparsity = config if isinstance(config, Sparsity) else read_sparsity(config)
+    sparsity = config if isinstance(config, Sparsity) else read_sparsity(Path(config))
     target = Path(folder).resolve()
     _refuse_strangers(target)
     source = Path(weights)

@@ -25,7 +25,7 @@ class Instance:
 
     def operands(self, **addresses: int) -> Any:
         """Operands for `run`: those named lie, contiguous and of the kernel's type for them, at these addresses."""
-        settled = self._values.settled | {name: (None, 0, 0.0) for name in addresses}
+        settled = self._values.settled | dict.fromkeys(addresses, (None, 0, 0.0))
         given = self._kernel._call.operands
         records = self._kernel._records([settled[operand.name] for operand in given])
         for record, operand in zip(records if given else (), given, strict=True):

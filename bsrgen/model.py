@@ -92,8 +92,8 @@ def load_model(
 ) -> Model:
     """Load all kernels of a model.  Never compiles; every file is checked before anything is mapped.
 
-    threads: default for calls, None means all usable cores.  expect_sha256: of model.json, which holds the digests of all
-    artifacts, when the caller knows whose model it must be.
+    threads: default for calls, None means all usable cores.  expect_sha256: of model.json, which holds the digests of
+    all artifacts, when the caller knows whose model it must be.
     Errors: ArtifactError, ArtifactCorruptError, IncompatibleCPUError.
     """
     folder = Path(folder).absolute()

@@ -60,7 +60,7 @@ def magnitude_of_all(
     largest root mean square wherever they are: weights that matter less lose more.
     Errors: ArgumentError, also for balanced with "global"; PatternError.
     """
-    shapes = {name: blocksize[name] if isinstance(blocksize, Mapping) else blocksize for name in weights}
+    shapes = {name: shape_of(blocksize, name) for name in weights}
     if scope == "layer":
         return {name: magnitude(W, shapes[name], density, balanced=balanced) for name, W in weights.items()}
     if scope != "global" or balanced:
@@ -74,6 +74,13 @@ def magnitude_of_all(
     kept[order[np.cumsum(elements[order]) <= density * elements.sum() + 0.5]] = True
     parts = np.split(kept, np.cumsum([norms[name].size for name in weights])[:-1]) if weights else []
     return {name: part.reshape(norms[name].shape) for name, part in zip(weights, parts, strict=True)}
+
+
+def shape_of(blocksize: Pair | Mapping[str, Pair], name: str) -> Pair:
+    """The block shape of one weight: the one for all, or its own.  ArgumentError."""
+    if isinstance(blocksize, Mapping) and name not in blocksize:
+        raise ArgumentError(f"blocksize has no block shape for {name!r}; give one, or leave that weight out")
+    return pair("blocksize", blocksize[name] if isinstance(blocksize, Mapping) else blocksize, 1)
 
 
 def masked(W: Any, blocksize: Pair, kept: Array) -> Array:

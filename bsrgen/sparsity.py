@@ -144,10 +144,10 @@ def _job(name: str, tensors: tuple[str, ...], sparsity: Sparsity, table: Layer |
     own = ("blocksize", "density", "balanced", "bias", "epilogue")
     options = {field: value for field, value in said.items() if field not in own and value is not None}
     target = sparsity.target if isinstance(sparsity.target, str) else tuple(sparsity.target)
-    return Job(
-        name, tensors, _blocksize(said["blocksize"]), said["density"], bool(said["balanced"]), said["bias"] is not False,
-        tuple(said["epilogue"] or ()), options | {"target": target, "backend": sparsity.backend},
-    )  # fmt: skip
+    options |= {"target": target, "backend": sparsity.backend}
+    epilogue, bias = tuple(said["epilogue"] or ()), said["bias"] is not False
+    blocksize = _blocksize(said["blocksize"])
+    return Job(name, tensors, blocksize, said["density"], bool(said["balanced"]), bias, epilogue, options)
 
 
 def _blocksize(value: Any) -> tuple[int, int] | None:

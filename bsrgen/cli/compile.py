@@ -44,7 +44,7 @@ from bsrgen.errors import ArgumentError
     help="What prints the kernel; auto is c.",
 )
 @click.option("--config", type=click.Path(path_type=Path), metavar="TOML",
-              help="Compile the layers of a model that this file chooses, into one folder; other options come from it.")  # fmt: skip
+              help="Compile the layers of a model that this file chooses, into one folder.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), help="Kernels at a time, with --config.  [default: one a core]")
 @tune_option
 @verb
@@ -94,7 +94,9 @@ def _model(weight_file: Path, config: Path, output: Path | None, jobs: int | Non
     others = [name for name in click.get_current_context().params if name not in alone]
     for name in others:
         if given(name) is ParameterSource.COMMANDLINE:
-            raise ArgumentError(f"--{name.replace('_', '-')} with --config: say it in {config}, for the layers it is for")
+            raise ArgumentError(
+                f"--{name.replace('_', '-')} with --config: say it in {config}, for the layers it is for"
+            )
     if output is None:
         raise ArgumentError("--config needs -o FOLDER: a model is a folder of artifacts")
     start = time.perf_counter()

@@ -1,7 +1,7 @@
 """bsrgen in PyTorch: prune a model, convert it in place, run, compile, export or fine-tune it at its fixed pattern.
 
-    import bsrgen.integrations.torch as bt
-    bt.convert_(model, bt.BsrConfig(blocksize=(32, 1)))
+import bsrgen.integrations.torch as bt
+bt.convert_(model, bt.BsrConfig(blocksize=(32, 1)))
 """
 
 from bsrgen.integrations.torch.config import BsrConfig

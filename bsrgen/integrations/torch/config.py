@@ -20,8 +20,9 @@ class BsrConfig:
 
     blocksize: (R, C), rows are outputs; None takes for each layer the block shape of its nonzeros that the cost model
         predicts to be fastest (`bsrgen.advise`).
-    dtype: of the weight in the kernel, a name or a torch dtype; None: as the layer computes, so that a model in bfloat16
-        runs bfloat16 kernels.  "bfloat16" or "int8" in a float32 model shorten only the weight; the parameter stays.
+    dtype: of the weight in the kernel, a name or a torch dtype; None: as the layer computes, so that a model in
+        bfloat16 runs bfloat16 kernels.  "bfloat16" or "int8" in a float32 model shorten only the weight that is read;
+        the parameter stays.
     quantize_x: with dtype="int8", the kernel makes int8 of x too, token by token.
     min_speedup: a layer whose kernel is predicted to be fewer times faster than a dense product, at n tokens on one
         core, stays an nn.Linear.  0 converts every layer.

@@ -28,7 +28,7 @@ def _watched(x: torch.Tensor) -> bool:
     return type(x) is not torch.Tensor or bool(_modes() or _functorch() or _tracing() or _profiling())
 
 
-class BsrLinear(nn.Module):
+class BsrLinear(nn.Module):  # type: ignore[misc]  # torch is not typed here
     """y = x @ W.T + bias for x [..., in_features], W block-sparse with a fixed pattern.
 
     Parameters and buffers, in the layout of torch's sparse_bsr tensors:
@@ -38,8 +38,8 @@ class BsrLinear(nn.Module):
     They can be saved, loaded, copied, pickled, moved and trained like any; optimizers that change `values` are seen in
     the next call, which packs them again without a compiler.  load_state_dict takes another pattern too.
 
-    x has the layer's type (`values.dtype`), or under autocast any: then the kernel of autocast's type runs.  Kernels are
-    compiled when a type is used for the first time, or taken from bsrgen's store; `kernel()` does it ahead.
+    x has the layer's type (`values.dtype`), or under autocast any: then the kernel of autocast's type runs.  Kernels
+    are compiled when a type is used for the first time, or taken from bsrgen's store; `kernel()` does it ahead.
     """
 
     in_features: int
@@ -82,7 +82,8 @@ class BsrLinear(nn.Module):
         layer.values.requires_grad_(w.requires_grad)
         if layer.bias is not None:
             layer.bias.requires_grad_(module.bias.requires_grad)
-        return layer.train(module.training)
+        layer.train(module.training)
+        return layer
 
     def to_linear(self) -> nn.Linear:
         """The nn.Linear of the same weight, zeros stored; its parameters are copies."""
@@ -153,7 +154,7 @@ class BsrLinear(nn.Module):
     def requests(self, train: bool) -> list[tuple[str, Role]]:
         """The kernels of the layer's type: those of a call, or of training too."""
         spec = self._specs[self.values.dtype]
-        return [(spec, role) for role in (("forward", "dx", "dw") if train else ("forward",))]  # type: ignore[misc]
+        return [(spec, role) for role in (("forward", "dx", "dw") if train else ("forward",))]
 
     def extra_repr(self) -> str:
         """For print(model)."""
@@ -198,7 +199,7 @@ class BsrLinear(nn.Module):
             return
         old = self.values
         self.values = nn.Parameter(old.detach().new_zeros(values.shape), requires_grad=old.requires_grad)
-        device = self.col_indices.device
+        device = old.device
         self.crow_indices = torch.from_numpy(pattern.indptr.astype(np.int32)).to(device)
         self.col_indices = torch.from_numpy(pattern.indices.copy()).to(device)
         self._name_kernels(pattern)

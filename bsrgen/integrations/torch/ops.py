@@ -72,16 +72,19 @@ def _rows(t: Any) -> Any:
 
 
 def _dw_cpu(dy: Any, x: Any, crow: Any, col: Any, spec: str) -> Any:
-    (M, K), kernel = parsed(spec).shape, kernel_of(spec, "dw", crow, col)
+    M, K = parsed(spec).shape
     _check(parsed(spec), "dy", dy, M)
     _check(parsed(spec), "x", x, K)
     out = _dw_fake(dy, x, crow, col, spec)
+    kernel: Any = kernel_of(spec, "dw", crow, col)
     kernel(view(_rows(dy)), view(_rows(x)), out=out.numpy(), threads=torch.get_num_threads())
     return out
 
 
 def _dw_cuda(dy: Any, x: Any, crow: Any, col: Any, spec: str) -> Any:
-    raise UnsupportedError("gradients of block-sparse weights have no GPU kernel yet; freeze `values`, or train on the CPU")
+    raise UnsupportedError(
+        "gradients of block-sparse weights have no GPU kernel yet; freeze `values`, or train on the CPU"
+    )
 
 
 def _linear_cuda(x: Any, values: Any, crow: Any, col: Any, bias: Any, spec: str) -> Any:
@@ -136,7 +139,7 @@ def _plain(text: str) -> str:
 
 
 def _keep_linear(ctx: Any, inputs: Any, output: Any) -> None:
-    x, values, crow, col, bias, ctx.spec = inputs
+    x, values, crow, col, _, ctx.spec = inputs
     ctx.save_for_backward(x, values, crow, col)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from bsrgen import prune
 from bsrgen.errors import ArgumentError, ArgumentTypeError
-from bsrgen.foreign import Pair, pair
+from bsrgen.foreign import Pair
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -23,7 +23,6 @@ def linears(model: nn.Module, filter_fn: Filter | None) -> dict[str, nn.Linear]:
     }  # fmt: skip
 
 
-@torch.no_grad()
 def prune_(
     model: nn.Module, blocksize: Pair | Mapping[str, Pair], density: float, filter_fn: Filter | None = None, *,
     scope: prune.Scope = "layer", balanced: bool = False,
@@ -36,8 +35,9 @@ def prune_(
     layers = linears(model, filter_fn)
     weights = {name: layer.weight for name, layer in layers.items()}
     masks = prune.magnitude_of_all(weights, blocksize, density, scope=scope, balanced=balanced)
-    for name, kept in masks.items():
-        layers[name].weight.mul_(_elements(layers[name], _shape_of(blocksize, name), kept))
+    with torch.no_grad():
+        for name, kept in masks.items():
+            layers[name].weight.mul_(_elements(layers[name], prune.shape_of(blocksize, name), kept))
     return {name: float(kept.mean()) if kept.size else 0.0 for name, kept in masks.items()}
 
 
@@ -48,8 +48,8 @@ class Pruner:
         for batch in data: ...; optimizer.step(); pruner.step()
 
     Every `every` steps from `begin` to `end` the masks are chosen anew, at the density of the cubic schedule
-    (prune.cubic): blocks that were pruned stay zero from then on, and their weights do not train.  After `end` the pattern is
-    fixed.  Arguments as in `prune_`.  state_dict and load_state_dict keep the step and the masks.
+    (prune.cubic): blocks that were pruned stay zero from then on, and their weights do not train.  After `end` the
+    pattern is fixed.  Arguments as in `prune_`.  state_dict and load_state_dict keep the step and the masks.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Pruner:
             raise ArgumentError(f"every={every}: a number of steps from 1 up")
         prune.cubic(0, begin, end, density)
         self._layers = linears(model, filter_fn)
-        self._blocksize = {name: _shape_of(blocksize, name) for name in self._layers}
+        self._blocksize = {name: prune.shape_of(blocksize, name) for name in self._layers}
         self._final, self._begin, self._end, self._every = density, begin, end, every
         self._options: dict[str, Any] = {"scope": scope, "balanced": balanced}
         self._step = 0
@@ -71,7 +71,6 @@ class Pruner:
         """That the schedule asks for at the present step."""
         return prune.cubic(self._step, self._begin, self._end, self._final)
 
-    @torch.no_grad()
     def step(self) -> float:
         """Choose masks where the schedule says so, and set pruned weights to zero; the density asked for."""
         now, self._step = self._step, self._step + 1
@@ -86,12 +85,12 @@ class Pruner:
         self.apply()
         return density
 
-    @torch.no_grad()
     def apply(self) -> None:
         """Set pruned weights to zero."""
-        for name, mask in self._masks.items():
-            weight = self._layers[name].weight
-            weight.mul_(mask.to(weight))
+        with torch.no_grad():
+            for name, mask in self._masks.items():
+                weight = self._layers[name].weight
+                weight.mul_(mask.to(weight))
 
     def state_dict(self) -> dict[str, Any]:
         """The step and the masks."""
@@ -114,18 +113,12 @@ def group_lasso(
     """
     total = torch.zeros(())
     for name, layer in linears(model, filter_fn).items():
-        (R, C), w = _shape_of(blocksize, name), layer.weight
+        (R, C), w = prune.shape_of(blocksize, name), layer.weight
         rows, cols = -(-w.shape[0] // R), -(-w.shape[1] // C)
         padded = nn.functional.pad(w, (0, cols * C - w.shape[1], 0, rows * R - w.shape[0]))
         norms = torch.linalg.vector_norm(padded.reshape(rows, R, cols, C), dim=(1, 3))
         total = total.to(w) + (R * C) ** 0.5 * norms.sum()
     return total
-
-
-def _shape_of(blocksize: Pair | Mapping[str, Pair], name: str) -> Pair:
-    if isinstance(blocksize, Mapping) and name not in blocksize:
-        raise ArgumentError(f"blocksize has no block shape for {name!r}; filter the layer out, or give one")
-    return pair("blocksize", blocksize[name] if isinstance(blocksize, Mapping) else blocksize, 1)
 
 
 def _elements(layer: nn.Linear, blocksize: Pair, kept: Any) -> torch.Tensor:
