@@ -1,12 +1,13 @@
-"""python -m benchmarks GRID... | gpu | sampled | accuracy | fit FILE... | report FILE...   (--help after each)."""
+"""python -m benchmarks GRID... | gpu | sampled | encoder | accuracy | fit FILE... | report FILE...   (--help after each)."""
 
 import sys
 
-from benchmarks import accuracy, fit, report, run, sampled
+from benchmarks import accuracy, encoder, fit, report, run, sampled
 from benchmarks.gpu import take
 
 VERBS = {
-    "gpu": take.main, "sampled": sampled.main, "accuracy": accuracy.main, "fit": fit.main, "report": report.main,
+    "gpu": take.main, "sampled": sampled.main, "encoder": encoder.main, "accuracy": accuracy.main, "fit": fit.main,
+    "report": report.main,
 }  # fmt: skip
 
 if __name__ == "__main__":
