@@ -18,6 +18,7 @@ from torch.nn.utils import prune as pruning  # noqa: E402
 
 import bsrgen.integrations.torch as bt  # noqa: E402
 from bsrgen.integrations.torch import kernels, ops  # noqa: E402
+from bsrgen.prune import block_norms  # noqa: E402
 
 SHAPE, BLOCK = (22, 13), (3, 3)  # blocks stick out of it
 CONFIG = bt.BsrConfig(BLOCK, min_speedup=0)
@@ -251,6 +252,22 @@ def test_convert_takes_what_the_filter_takes():
     assert bt.convert_(nn.Sequential(nn.GELU()), CONFIG) == ()
 
 
+def test_a_saved_model_loads_into_its_dense_architecture():
+    model = nn.Sequential(sparse_linear(), nn.GELU(), nn.Linear(22, 4)).eval()
+    calls = []
+    model[0].register_forward_hook(lambda *a: calls.append(len(a)))
+    done = bt.convert_(model, CONFIG, lambda module, name: name == "0")
+    x = torch.randn(3, 13)
+    with torch.device("meta"):
+        fresh = nn.Sequential(nn.Linear(13, 22), nn.GELU(), nn.Linear(22, 4)).eval()
+    bt.load_(fresh, model.state_dict(), CONFIG)
+    assert torch.equal(fresh(x), model(x))
+    assert calls == [3]  # hooks stay
+    assert fresh[0].pattern() == done[0].layer.pattern()
+    with pytest.raises(ArgumentTypeError, match="BsrConfig"):
+        bt.load_(fresh, {}, None)
+
+
 def test_convert_finds_block_shapes():
     linear = sparse_linear(shape=(64, 64), block=(8, 8))
     model = nn.Sequential(linear)
@@ -450,6 +467,14 @@ def test_prune_zeroes_blocks_in_place():
         bt.prune_(nn.Sequential(nn.Linear(4, 4)), {}, 0.5)
 
 
+def test_shapes_are_searched_layer_by_layer():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+    found = bt.search(model, density=0.25, shapes=[(1, 1), (8, 8)], config=bt.BsrConfig(None, n=64))
+    bt.prune_(model, {name: one.pick.blocksize for name, one in found.items()}, 0.25)
+    for name, one in found.items():
+        assert np.array_equal(prune_norms(model[int(name)], one.pick.blocksize) > 0, one.pick.kept)
+
+
 def test_gradual_pruning_follows_its_schedule_and_goes_on_where_it_stopped():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
@@ -475,10 +500,8 @@ def test_gradual_pruning_follows_its_schedule_and_goes_on_where_it_stopped():
         again.load_state_dict({"step": 1, "masks": {"x": torch.ones(1)}})
 
 
-def prune_norms(layer):
-    from bsrgen.prune import block_norms
-
-    return block_norms(layer.weight, (4, 4))
+def prune_norms(layer, block=(4, 4)):
+    return block_norms(layer.weight, block)
 
 
 def test_group_lasso_has_a_gradient_everywhere():

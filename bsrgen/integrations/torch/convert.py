@@ -1,21 +1,23 @@
 """convert_: the linear layers of a model, in place."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from bsrgen.advice import predicted_speedup
 from bsrgen.errors import ArgumentError, ArgumentTypeError
+from bsrgen.foreign import host
 from bsrgen.integrations.torch.config import BsrConfig
 from bsrgen.integrations.torch.kernels import build
 from bsrgen.integrations.torch.layer import BsrLinear, block_weight
 from bsrgen.machine import parallel_cores
-from bsrgen.pattern import Weight
+from bsrgen.pattern import Pattern, Weight
 from bsrgen.problem import as_problem
 from bsrgen.targets import as_targets
 
@@ -91,6 +93,32 @@ def convert_(
         done.append(Conversion(job.names[0], good, job.weight.pattern.density, speedup, job.layer if good else None))
         _log.info("%s", done[-1])
     return tuple(done)
+
+
+def load_(model: nn.Module, state: Mapping[str, Any], config: BsrConfig) -> None:
+    """Load the state dict of a converted model into a dense one, in place: its nn.Linear layers whose patterns are in
+    `state` become BsrLinear.  Nothing is compiled before the first call.
+
+    model: the architecture, weights of no matter; it may be on the meta device.  Block shapes are those of `state`.
+    Errors: ArgumentError, PatternError; RuntimeError of torch where names or shapes do not match.
+    """
+    if not isinstance(model, nn.Module) or not isinstance(config, BsrConfig):
+        raise ArgumentTypeError(
+            f"load_({type(model).__name__}, ..., {type(config).__name__}): a module and a BsrConfig"
+        )
+    layers = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear) and f"{name}.crow_indices" in state:
+            values, crow, col = (state[f"{name}.{part}"] for part in ("values", "crow_indices", "col_indices"))
+            shape, block = (module.out_features, module.in_features), (int(values.shape[1]), int(values.shape[2]))
+            pattern = Pattern(shape, block, host("crow_indices", crow), host("col_indices", col))
+            weight = Weight(pattern, np.zeros((pattern.nnzb, *block), np.float32))
+            bias = None if module.bias is None else np.zeros(module.out_features, np.float32)
+            layers[name] = BsrLinear(weight, config, bias, device=values.device, dtype=values.dtype)
+            layers[name].train(module.training)
+    for name, layer in layers.items():
+        _put(model, name, layer)
+    model.load_state_dict(state, assign=True)
 
 
 def _chosen(model: nn.Module, filter_fn: Any) -> list[tuple[nn.Linear, list[str]]]:

@@ -82,6 +82,9 @@ class BsrLinear(nn.Module):  # type: ignore[misc]  # torch is not typed here
         layer.values.requires_grad_(w.requires_grad)
         if layer.bias is not None:
             layer.bias.requires_grad_(module.bias.requires_grad)
+        for name, value in vars(module).items():
+            if name.startswith(("_forward_", "_backward_")) or name == "_is_full_backward_hook":
+                setattr(layer, name, value)  # what others have hooked on the layer goes on seeing its calls
         layer.train(module.training)
         return layer
 

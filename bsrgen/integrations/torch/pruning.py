@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bsrgen import prune
+from bsrgen import prune, shapes
 from bsrgen.errors import ArgumentError, ArgumentTypeError
 from bsrgen.foreign import Pair
+from bsrgen.integrations.torch.config import BsrConfig
+from bsrgen.shapes import Search
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -39,6 +41,26 @@ def prune_(
         for name, kept in masks.items():
             layers[name].weight.mul_(_elements(layers[name], prune.shape_of(blocksize, name), kept))
     return {name: float(kept.mean()) if kept.size else 0.0 for name, kept in masks.items()}
+
+
+def search(
+    model: nn.Module, filter_fn: Filter | None = None, *, density: float | None = None, least_mass: float | None = None,
+    config: BsrConfig | None = None, **options: Any,
+) -> dict[str, Search]:  # fmt: skip
+    """For each nn.Linear of a dense model, what pruning in each block shape keeps and costs: `bsrgen.shapes.search`.
+
+    The picks go on to prune_: prune_(model, {name: found.pick.blocksize for name, found in ...}, density).
+    config gives dtype, n and target; options are those of shapes.search.
+    """
+    config = config or BsrConfig(None)
+    found = {}
+    for name, layer in linears(model, filter_fn).items():
+        x = str(layer.weight.dtype).removeprefix("torch.")
+        found[name] = shapes.search(
+            layer.weight, density=density, least_mass=least_mass, dtype=config.weight_dtype(x), x_dtype=x, n=config.n,
+            target=config.target, **options,
+        )  # fmt: skip
+    return found
 
 
 class Pruner:
