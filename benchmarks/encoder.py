@@ -81,7 +81,7 @@ def table(times: dict[str, Timing]) -> str:
 @click.option("--sequence", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=20.0, show_default=True, help="Of timing.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for encoder.md.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for DATE-encoder.md.")
 def main(sequence: int, batch: int, seconds: float, out: Path | None) -> None:
     """Time an encoder layer of BERT-base's shape: torch float32 and bfloat16, and bsrgen's after pruning."""
     at_their_best()
@@ -94,4 +94,4 @@ def main(sequence: int, batch: int, seconds: float, out: Path | None) -> None:
     click.echo(text)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "encoder.md").write_text(text + "\n")
+        (out / f"{here['date']}-encoder.md").write_text(text + "\n")
