@@ -15,12 +15,12 @@ class Instance:
     others have their defaults.
     """
 
-    __slots__ = ("_call", "_function", "_kernel", "_pointer", "_values", "ffi", "void")
+    __slots__ = ("_call", "_cast", "_function", "_kernel", "_pointer", "_values", "_void")
 
     def __init__(self, kernel: Kernel, W: Any) -> None:
         self._kernel, self._values = kernel, kernel.valued(W)
         path = kernel._tramp
-        self.ffi, self.void = path.ffi, path.ffi.typeof("void *")
+        self._cast, self._void = path.ffi.cast, path.ffi.typeof("void *")
         self._call, self._function, self._pointer = path.call, kernel._function, self._values.pointer
 
     def operands(self, **addresses: int) -> Any:
@@ -30,12 +30,12 @@ class Instance:
         records = self._kernel._records([settled[operand.name] for operand in given])
         for record, operand in zip(records if given else (), given, strict=True):
             if operand.name in addresses:
-                record.data = self.ffi.cast(self.void, addresses[operand.name])
+                record.data = self._cast(self._void, addresses[operand.name])
         return records
 
     def run(self, n: int, x: int, ldx: int, y: int, ldy: int, operands: Any, threads: int) -> None:
         """One call: n tokens of X at address x, of Y at address y, which do not overlap; ldx, ldy in elements."""
-        cast, void = self.ffi.cast, self.void
+        void, cast = self._void, self._cast
         status = self._call(
             self._function, n, cast(void, x), ldx, 0, cast(void, y), ldy, 0, self._pointer, operands, threads
         )

@@ -122,15 +122,13 @@ class Packed:
 
     def holds(self, values: Any, bias: Any) -> bool:
         """Whether it is still right."""
-        return (
-            self.ref() is values
-            and self.pointer == values.data_ptr()
-            and (not self.tracked or self.version == values._version)
-            and (
-                bias is None
-                or (self.bias_at == bias.data_ptr() and (not self.tracked or self.bias_version == bias._version))
-            )
-        )
+        if self.ref() is not values or self.pointer != values.data_ptr():
+            return False
+        if self.tracked and self.version != values._version:
+            return False
+        if bias is None:
+            return True
+        return self.bias_at == bias.data_ptr() and (not self.tracked or self.bias_version == bias._version)
 
 
 def packed(text: str, role: Role, values: Any, crow: Any, col: Any, bias: Any) -> Packed:

@@ -104,8 +104,9 @@ class BsrLinear(nn.Module):  # type: ignore[misc]  # torch is not typed here
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> y [..., out_features], of x's type."""
-        values, bias = self._parameters["values"], self._parameters["bias"]
-        crow, col = self._buffers["crow_indices"], self._buffers["col_indices"]
+        parameters, buffers = self._parameters, self._buffers  # torch's own look-up of a name takes 0.4 us
+        values, bias = parameters["values"], parameters["bias"]
+        crow, col = buffers["crow_indices"], buffers["col_indices"]
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif x.dtype is not values.dtype:
@@ -118,7 +119,7 @@ class BsrLinear(nn.Module):  # type: ignore[misc]  # torch is not typed here
         if torch.compiler.is_compiling() or not x.is_cpu or _watched(x):
             return linear(x, values, crow, col, bias, spec)
         if torch.is_grad_enabled():
-            if values.requires_grad:
+            if values.requires_grad and (self.training or x.requires_grad):
                 recheck(values, spec)
             return linear(x, values, crow, col, bias, spec)
         return product("forward", x, values, crow, col, bias, spec)  # past the dispatcher, which takes 3 us
