@@ -104,7 +104,7 @@ class Packed:
         self.tracked = not values.is_inference() and (bias is None or not bias.is_inference())
         self.version = values._version if self.tracked else 0
         data = view(values.detach().resolve_neg().contiguous())
-        self.instance = Instance(kernel, Weight(kernel._given[0], data))
+        self.instance = Instance(kernel, Weight(kernel._given, data))
         (self.rows, self.features), self.dtype = kernel.shape, getattr(torch, kernel.x_dtype.name)
         self._take(kernel, bias)
 
@@ -179,7 +179,7 @@ def on_device(text: str, role: Role, values: Any, crow: Any, col: Any) -> Kernel
     if found is None or found[0]() is not values or found[1:3] != (values.data_ptr(), values._version):
         kernel = kernel_of(text, role, crow, col, "cuda") if found is None else found[3]
         own = found[3] if found is not None and found[0]() is values else kernel_from(kernel.artifact)
-        own.update(Weight(own._given[0], view(values.detach().cpu().contiguous())))
+        own.update(Weight(own._given, view(values.detach().cpu().contiguous())))
         ref = weakref.ref(values, functools.partial(_drop, key))
         _resident[key] = ref, values.data_ptr(), values._version, own
     return _resident[key][3]
