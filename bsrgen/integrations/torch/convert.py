@@ -68,7 +68,8 @@ def convert_(
 
     All-zero blocks of a weight are absent: prune first (bsrgen.prune).  filter_fn(module, name) says which layers to
     take, None means every nn.Linear (not subclasses: others read their weight; a filter that wants them gets them).
-    A layer that is predicted to gain less than config.min_speedup stays as it is.
+    A layer that is predicted to gain less than config.min_speedup stays as it is.  A weight that something else
+    uses too, tied embeddings for one, is copied: from then on the two are apart.
 
     executor: any concurrent.futures.Executor compiles, one of processes into the store; None: threads on all cores.
     progress is told the share done, 0 to 1.  Layers of one pattern share a kernel, layers of one weight its
