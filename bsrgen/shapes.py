@@ -9,8 +9,8 @@ from numpy.typing import DTypeLike
 from bsrgen.backends import BACKENDS
 from bsrgen.dtypes import as_types
 from bsrgen.errors import ArgumentError, UnsupportedError
+from bsrgen.even import EvenPattern
 from bsrgen.foreign import Array, Pair, host, pair
-from bsrgen.occupancy import EvenPattern
 from bsrgen.problem import as_problem
 from bsrgen.prune import block_norms, fewest, magnitude, mass, share
 from bsrgen.targets import as_targets

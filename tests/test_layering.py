@@ -65,14 +65,15 @@ ROOMS = ("cli", "bench", "integrations")  # their own files may import each othe
 
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
-    "model", "loading", "device", "device_arrays", "dynamic", "even", "kernel", "sample", "sampled", "arguments", "strides",
-    "problem", "quantize", "stack", "pattern", "canonical", "foreign", "artifact", "manifest",
+    "model", "loading", "device", "device_arrays", "dynamic", "even", "kernel", "sample", "sampled", "arguments",
+    "strides", "problem", "quantize", "stack", "pattern", "canonical", "foreign", "artifact", "manifest",
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {
     "api", "attention", "sampling", "advice", "build", "choose", "clock", "calibration", "cover", "emit", "nvcc",
     "nvrtc", "gpus", "gpu_clock", "tracks", "package", "plan", "cost", "occupancy", "tune", "backends", "bench", "cli",
-    "jinja2",
+    "jinja2", "assemble",
+    "shapes", "integrations",
 }  # fmt: skip
 
 ON_USE = {
