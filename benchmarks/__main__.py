@@ -1,4 +1,4 @@
-"""python -m benchmarks GRID... | gpu | sampled | encoder | accuracy | fit FILE... | report FILE...  (--help after each)."""
+"""python -m benchmarks GRID... | gpu | sampled | encoder | accuracy | fit FILE... | report FILE...  (see --help)."""
 
 import sys
 
