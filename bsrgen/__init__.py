@@ -21,12 +21,14 @@ from bsrgen.errors import (
 )
 
 if TYPE_CHECKING:
-    from bsrgen import attention
+    from bsrgen import attention, prune, shapes
     from bsrgen.advice import advise
     from bsrgen.api import compile
+    from bsrgen.assemble import compile_model
     from bsrgen.dynamic import DynamicKernel, PreparedWeight
     from bsrgen.kernel import Kernel
     from bsrgen.loading import load
+    from bsrgen.model import load_model
 
 __version__ = "0.1.0"
 
@@ -45,10 +47,10 @@ def __getattr__(name: str) -> object:
         from bsrgen.advice import advise
 
         return advise
-    if name == "attention":
+    if name in ("attention", "prune", "shapes"):
         from importlib import import_module
 
-        return import_module("bsrgen.attention")
+        return import_module(f"bsrgen.{name}")
     if name == "load":
         from bsrgen.loading import load
 
@@ -61,6 +63,14 @@ def __getattr__(name: str) -> object:
         from bsrgen import dynamic
 
         return getattr(dynamic, name)
+    if name == "compile_model":
+        from bsrgen.assemble import compile_model
+
+        return compile_model
+    if name == "load_model":
+        from bsrgen.model import load_model
+
+        return load_model
     raise AttributeError(f"module 'bsrgen' has no attribute {name!r}")
 
 
@@ -87,5 +97,9 @@ __all__ = [
     "advise",
     "attention",
     "compile",
+    "compile_model",
     "load",
+    "load_model",
+    "prune",
+    "shapes",
 ]

@@ -149,6 +149,16 @@ def _coming(backend: Backend, plan: Plan) -> Coming:
     return Coming(static_s, cycles / (target.ghz * 1e9) + target.call_s)
 
 
+def predicted_speedup(problem: Problem, target: Target, *, strict: bool = False) -> float:
+    """The gain of the model's best sparse plan in C over a dense product, as `judge` would say it; nothing is compiled.
+    0 where no plan works."""
+    plans = [plan for plan in BACKENDS["c"].candidates(problem, target) if not (strict and plan.zero_filled)]
+    ranked = rank(plans, problem.n)
+    sparse_s = min((cost.seconds for cost, plan in ranked if not plan.dense), default=float("inf"))
+    dense_s = min((cost.seconds if plan.dense else cost.dense_seconds for cost, plan in ranked), default=0.0)
+    return dense_s / sparse_s
+
+
 def break_even(backend: Backend, problem: Problem, target: Target, sparse_s: float, dense_s: float) -> float | None:
     """Density at which the best sparse plan takes `dense_s`, blocks evenly spread; 1 where it never takes as long, None
     where no plan works on the problem's own blocks.

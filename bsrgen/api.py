@@ -244,7 +244,7 @@ def _where(target: Target) -> str:
     return "nowhere" if track is None else track.where
 
 
-_LOOKS = {"cli", "bench"}  # parts of the package that only look at artifacts
+_LOOKS = {"cli", "bench", "integrations"}  # parts of the package that only look at artifacts, and use them
 
 
 @functools.cache

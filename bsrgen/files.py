@@ -1,7 +1,8 @@
 """Weights on disk: .npz, .npy and .safetensors.  Data never becomes code: nothing is unpickled."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,19 @@ def read_weight(
     .safetensors: <key>.values, <key>.crow_indices, <key>.col_indices and metadata bsr.<key>.shape, or a dense tensor.
     `key` may be left out where the file holds one matrix.  `blocksize`, `otherwise` as in as_weight.
     """
+    with _reading(path) as path:
+        W, shape = _READERS[path.suffix](path, key)
+        return as_weight(W, blocksize=blocksize, shape=shape, dtype=None, otherwise=otherwise)
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[Path]:
+    """The path of a file that has a reader; all that goes wrong inside becomes an error of ours that names it."""
     path = Path(path)
     if path.suffix not in _READERS:
         raise ArgumentError(f"{path}: a weight is one of {', '.join(_READERS)}")
     try:
-        W, shape = _READERS[path.suffix](path, key)
-        return as_weight(W, blocksize=blocksize, shape=shape, dtype=None, otherwise=otherwise)
+        yield path
     except BsrgenError as e:
         raise type(e)(f"{path}: {e}") from e
     except OSError as e:
@@ -46,15 +54,39 @@ def matrix_names(path: str | Path) -> list[str | None]:
     A .safetensors file gives its block-sparse matrices, or where it has none every 2-D tensor; an .npz file of plain
     arrays gives every 2-D array.
     """
-    path = Path(path)
-    if path.suffix not in _READERS:
-        raise ArgumentError(f"{path}: a weight is one of {', '.join(_READERS)}")
-    try:
+    with _reading(path) as path:
         return _NAMES[path.suffix](path) if path.suffix in _NAMES else [None]
-    except OSError as e:
-        raise ArgumentError(f"{path}: cannot be read: {e.strerror or e}") from e
-    except Exception as e:  # as in read_weight
-        raise PatternError(f"{path}: damaged or not a {path.suffix} file: {e}") from e
+
+
+def model_matrices(path: str | Path) -> list[str]:
+    """The names of all matrices of a model's file, block-sparse and dense, in order of their names."""
+    with _reading(path) as path:
+        if path.suffix != ".safetensors":
+            return sorted(name for name in matrix_names(path) if name is not None)
+        from safetensors import safe_open
+
+        with path.open("rb"), safe_open(path, "np") as file:
+            return sorted(set.union(*_matrices(file)))
+
+
+def read_matrix(path: str | Path, key: str) -> Any:
+    """A matrix of a model's file: a dense one as an ndarray, a block-sparse one as a Weight."""
+    with _reading(path) as path:
+        W, shape = _READERS[path.suffix](path, key)
+        return W if shape is None else as_weight(W, shape=shape, dtype=None)
+
+
+def read_vector(path: str | Path, key: str) -> Any:
+    """A 1-D array of a model's file, or None where it holds none of that name."""
+    with _reading(path) as path:
+        if path.suffix == ".npz":
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return arrays[key] if key in arrays.files and arrays[key].ndim == 1 else None
+        from safetensors import safe_open
+
+        with path.open("rb"), safe_open(path, "np") as file:
+            found = key in file.keys() and len(file.get_slice(key).get_shape()) == 1  # noqa: SIM118  not a mapping
+            return file.get_tensor(key) if found else None
 
 
 def write_weight(path: str | Path, weight: Weight, key: str = "weight") -> None:

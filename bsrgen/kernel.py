@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 import numpy as np
@@ -187,7 +187,7 @@ class Kernel:
                     if status == _OK:
                         return out
                     if status != OVERLAP:
-                        self._raise(status)
+                        self.refuse(status)
         return self._general(values, x, out, threads, operands)
 
     def _with_numbers(self, values: _Values, operands: dict[str, Any]) -> tuple[Any, Any]:
@@ -219,12 +219,13 @@ class Kernel:
             call.threads,
         )  # fmt: skip
         if status != _OK:
-            self._raise(status)
+            self.refuse(status)
         y = call.finish()
         parts = self.artifact.manifest.parts
         return y if not parts else tuple(np.split(y, np.cumsum(parts[:-1]), axis=y.ndim - 1 - self._token_axis))
 
-    def _raise(self, status: int) -> None:
+    def refuse(self, status: int) -> NoReturn:
+        """The error for a call that came back with `status`."""
         if status == _NO_MEMORY:
             raise OutOfMemoryError(f"{self.name}: no memory for the packed activations")
         raise ArtifactError(f"{self.name}: the library refused the call (status {status})")
@@ -261,6 +262,10 @@ class Kernel:
         An int8 kernel quantises floating W with the w_scale that `compile` was given, or else with new ones, which take
         the place of the old; integers are taken as they are, and the scales stay.
         """
+        self._values = self.valued(W)
+
+    def valued(self, W: Any) -> _Values:
+        """What `update` makes of W; the kernel stays as it is (see instance.py)."""
         if self._foreign:
             raise self._foreign
         m, values = self.artifact.manifest, self._values
@@ -278,7 +283,7 @@ class Kernel:
             given = bound["w_scale"] if how == "given" else None
             weight, scale = quantized(Weight(self.pattern, data), given)
             data, bound, how = weight.data, bound | {"w_scale": scale}, "given" if how == "given" else "max"
-        self._values = self._with(bound, how, data)
+        return self._with(bound, how, data)
 
     @functools.cached_property
     def _turned(self) -> tuple[Pattern, Array]:

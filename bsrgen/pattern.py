@@ -306,14 +306,19 @@ def random_weight(
     n = round(density * rows * cols)
     check_stored(n, (R, C))
     key = _KINDS[kind](rng, rows, cols, n) if n else np.zeros(0, np.int64)
-    pattern = Pattern(shape, (R, C), *compressed(key, rows, cols))
-    data: Array = rng.standard_normal((n, R, C), np.float64 if to == np.float64 else np.float32)
-    data /= np.sqrt(pattern.row_counts * C).astype(data.dtype)[pattern.rows][:, None, None]
+    return with_random_values(Pattern(shape, (R, C), *compressed(key, rows, cols)), rng, to)
+
+
+def with_random_values(pattern: Pattern, rng: np.random.Generator, dtype: npt.DTypeLike = np.float32) -> Weight:
+    """A Weight of that pattern, its values as `random_weight` draws them."""
+    p, to = pattern, np.dtype(dtype)
+    data: Array = rng.standard_normal((p.nnzb, p.R, p.C), np.float64 if to == np.float64 else np.float32)
+    data /= np.sqrt(p.row_counts * p.C).astype(data.dtype)[p.rows][:, None, None]
     if to == np.int8:
         data = rng.integers(-127, 127, data.shape, np.int8, endpoint=True)
-    data[pattern.rows == rows - 1, shape[0] - (rows - 1) * R :, :] = 0
-    data[pattern.indices == cols - 1, :, shape[1] - (cols - 1) * C :] = 0
-    return Weight(pattern, cast(data, to, False))
+    data[p.rows == p.block_rows - 1, p.M - (p.block_rows - 1) * p.R :, :] = 0
+    data[p.indices == p.block_cols - 1, :, p.K - (p.block_cols - 1) * p.C :] = 0
+    return Weight(p, cast(data, to, False))
 
 
 def _uniform(rng: np.random.Generator, rows: int, cols: int, n: int) -> Array:

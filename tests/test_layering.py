@@ -17,11 +17,12 @@ FLOORS = """
     __main__
     cli
     bench
+    integrations
     __init__
-    attention
+    attention  assemble
     api
     choose  sampling
-    advice  package  given
+    advice  package  given  shapes
     pit_weight
     backends
     backends.mlir
@@ -45,17 +46,17 @@ FLOORS = """
     backends.c.packing
     backends.c.products  backends.c.tiles
     emit  cost  backends.c.count
-    verify
+    verify  model
     tracks
     loading
     device  sampled  dynamic  pit_kernel
-    exam
+    exam  instance
     kernel  plan  files  picture
     artifact  arguments
     selection
     problem  sample  occupancy  cover  quantize  stack  even
-    pattern
-    canonical  manifest  trampoline
+    pattern  prune
+    canonical  manifest  trampoline  sparsity
     store  llvm  gpus  gpu_clock
     pit
     operators  epilogues  targets  foreign  integrity
@@ -64,26 +65,27 @@ FLOORS = """
     errors  machine
 """
 RANK = {name: -floor for floor, line in enumerate(FLOORS.split("\n")) for name in line.split()}
-ROOMS = ("cli", "bench")  # their own files may import each other, but not in a circle
+ROOMS = ("cli", "bench", "integrations")  # their own files may import each other, but not in a circle
 
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
-    "loading", "device", "device_arrays", "dynamic", "even", "kernel", "sample", "sampled", "arguments", "strides",
-    "problem", "quantize", "pit_kernel", "selection", "pit", "stack", "pattern", "canonical", "foreign", "artifact",
-    "manifest",
+    "model", "loading", "device", "device_arrays", "dynamic", "even", "kernel", "sample", "sampled", "arguments",
+    "strides", "problem", "quantize", "pit_kernel", "selection", "pit", "stack", "pattern", "canonical", "foreign",
+    "artifact", "manifest",
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {
     "api", "attention", "sampling", "advice", "build", "choose", "clock", "calibration", "cover", "emit", "nvcc",
     "nvrtc", "gpus", "gpu_clock", "tracks", "package", "plan", "cost", "occupancy", "tune", "backends", "bench", "cli",
-    "jinja2",
+    "jinja2", "assemble",
+    "shapes", "integrations",
 }  # fmt: skip
 
 ON_USE = {
     "torch", "ml_dtypes", "jinja2", "safetensors", "scipy", "matplotlib", "click", "rich", "archspec", "threadpoolctl",
     "mlir", "torch_mlir", "llvmlite",
 }  # fmt: skip
-AT_ONCE = {"cli": {"click", "rich"}, "__main__": {"click", "rich"}, "bench": {"scipy"}}
+AT_ONCE = {"cli": {"click", "rich"}, "__main__": {"click", "rich"}, "bench": {"scipy"}, "integrations": {"torch"}}
 
 LONG = {  # more lines than the house allows, and why
     "bsrgen/api.py": "compile and what its many arguments mean",

@@ -20,6 +20,8 @@ def test_python_blocks_run(block, tmp_path, monkeypatch):
     if '"mlir"' in block:
         pytest.importorskip("torch_mlir.ir")
         pytest.importorskip("llvmlite")
+    if "integrations.torch" in block:
+        pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'bsrgen[torch]'")
     if '"cuda"' in block:
         from bsrgen.errors import CompilerNotFoundError
         from bsrgen.nvcc import find_nvcc

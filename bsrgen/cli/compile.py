@@ -6,8 +6,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
+from click.core import ParameterSource
 
-from bsrgen.cli.common import problem_options, read, show_json, tune_option, type_options, verb, working
+from bsrgen.cli.common import (
+    duration,
+    facts,
+    problem_options,
+    read,
+    show_json,
+    tune_option,
+    type_options,
+    verb,
+    working,
+)
+from bsrgen.errors import ArgumentError
 
 
 @click.command("compile")
@@ -31,13 +43,18 @@ from bsrgen.cli.common import problem_options, read, show_json, tune_option, typ
     show_default=True,
     help="What prints the kernel; auto is c.",
 )
+@click.option("--config", type=click.Path(path_type=Path), metavar="TOML",
+              help="Compile the layers of a model that this file chooses, into one folder.")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(1), help="Kernels at a time, with --config.  [default: one a core]")
 @tune_option
 @verb
 def compile_(
     *, weight_file: Path, key: str | None, blocksize: tuple[int, int] | None, output: Path | None, as_json: bool,
-    dtype: str, tune: Literal["off", "model", "measure"], **options: Any,
+    dtype: str, tune: Literal["off", "model", "measure"], config: Path | None, jobs: int | None, **options: Any,
 ) -> None:  # fmt: skip
     """Compile the kernel of WEIGHT, check it, and write its artifact.
+
+    With --config, WEIGHT is the file of a whole model, and its table of layers says what becomes a kernel and how.
 
     Without -o the artifact is left in the store, and its folder is all that is printed on stdout.  What is printed ends
     in the verdict, and in the block shape of the same nonzeros that would be faster, if there is one.
@@ -45,6 +62,8 @@ def compile_(
     from bsrgen import api
     from bsrgen.cli.inspect import artifact_document, artifact_facts
 
+    if config is not None:
+        return _model(weight_file, config, output, jobs, as_json)
     weight = read(weight_file, key, blocksize, dtype)
     start = time.perf_counter()
     with working(f"compiling {weight_file.name}"):
@@ -59,3 +78,37 @@ def compile_(
         click.echo(folder)
     else:
         artifact_facts(folder, short=True)
+
+
+def _model(weight_file: Path, config: Path, output: Path | None, jobs: int | None, as_json: bool) -> None:
+    """All layers that the tables of `config` choose."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import msgspec
+
+    from bsrgen.assemble import compile_model
+    from bsrgen.machine import parallel_cores
+
+    given = click.get_current_context().get_parameter_source
+    alone = {"weight_file", "config", "output", "jobs", "as_json", "verbose"}
+    others = [name for name in click.get_current_context().params if name not in alone]
+    for name in others:
+        if given(name) is ParameterSource.COMMANDLINE:
+            raise ArgumentError(
+                f"--{name.replace('_', '-')} with --config: say it in {config}, for the layers it is for"
+            )
+    if output is None:
+        raise ArgumentError("--config needs -o FOLDER: a model is a folder of artifacts")
+    start = time.perf_counter()
+    with ThreadPoolExecutor(jobs or parallel_cores()) as pool, working(f"compiling {weight_file.name}") as progress:
+        model = compile_model(weight_file, config, output, executor=pool, progress=progress)
+    seconds = time.perf_counter() - start
+    layers = model.record.layers
+    if as_json:
+        show_json({"folder": str(output), "seconds": seconds, "layers": msgspec.to_builtins(layers)})
+        return
+    rows = [
+        (name, f"density {r.density:.3g}, mass {r.mass:.3f}, {duration(r.seconds)} at n = {r.n}, {r.speedup:.2g}x")
+        for name, r in layers.items()
+    ]
+    facts(f"{output}: {len(layers)} kernels, {duration(model.seconds)} for one call of each, in {seconds:.1f} s", rows)

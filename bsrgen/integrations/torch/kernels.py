@@ -1,0 +1,190 @@
+"""The kernels of this process by their specs, and packed values by the tensors that hold them."""
+
+import functools
+import weakref
+from typing import Any, Literal
+
+import torch
+
+from bsrgen.errors import ArgumentError, UnsupportedError
+from bsrgen.foreign import host, view
+from bsrgen.instance import Instance
+from bsrgen.integrations.torch.config import Spec, parsed
+from bsrgen.kernel import Kernel
+from bsrgen.loading import kernel_of as kernel_from
+from bsrgen.pattern import Pattern, Weight, with_random_values
+
+Role = Literal["forward", "dx", "dw"]  # y = x @ W.T, dx = dy @ W, dW = dy.T @ x at the pattern
+_kernels: dict[tuple[str, Role, str], Kernel] = {}
+_packed: dict[tuple[int, str, Role], "Packed"] = {}
+_seen: dict[int, tuple[Any, Any]] = {}  # copies of values that train
+_resident: dict[tuple[int, str, Role], tuple[Any, int, int, Kernel]] = {}  # of tensors on GPUs
+
+
+def kernel_of(text: str, role: Role, crow: Any, col: Any, device: str = "cpu") -> Kernel:
+    """The kernel of a spec: this process's, else from the store, else compiled.
+
+    crow, col: the pattern's indptr and indices as tensors, looked at only where the process has no such kernel.
+    Values in its artifact are random: what is multiplied comes from the layer, and one artifact serves every step of
+    training.  Errors: those of bsrgen.compile, and ArgumentError for indices that are not of the spec's pattern.
+    """
+    found = _kernels.get((text, role, device))
+    if found is None:
+        spec = parsed(text)
+        found = _kernels.setdefault((text, role, device), _made(spec, role, _pattern(spec, crow, col), device))
+    return found
+
+
+def build(text: str, role: Role, pattern: Pattern, device: str) -> None:
+    """Have the kernel compiled: into this process and the store.  Plain data in, so that another process may do it."""
+    if (text, role, device) not in _kernels:
+        _kernels.setdefault((text, role, device), _made(parsed(text), role, pattern, device))
+
+
+def _pattern(spec: Spec, crow: Any, col: Any) -> Pattern:
+    pattern = Pattern(spec.shape, spec.blocksize, host("crow_indices", crow), host("col_indices", col))
+    if pattern.digest != spec.pattern:
+        raise ArgumentError(
+            f"crow_indices and col_indices are {pattern}, of another pattern than the layer was made for: a layer's "
+            "pattern is fixed; load_state_dict takes another one, or convert the model again"
+        )
+    return pattern
+
+
+def _made(spec: Spec, role: Role, pattern: Pattern, device: str) -> Kernel:
+    from bsrgen import api
+
+    weight = with_random_values(pattern, _rng(pattern))
+    common: dict[str, Any] = {"n": spec.n, "tune": spec.tune, **_place(spec, device)}
+    x = spec.x_dtype
+    if role == "dw":
+        return api.compile(weight, operator="linear_grad", dtype=x, **common | {"backend": "auto"})
+    if role == "dx":
+        return api.compile(weight, transposed=True, dtype=x, strict=spec.strict, **common)
+    return api.compile(
+        weight, dtype=spec.dtype, x_dtype=x, out_dtype=x, quantize_x=spec.quantize_x, strict=spec.strict,
+        epilogue=("bias",) if spec.bias else (), **common,
+    )  # fmt: skip
+
+
+def _rng(pattern: Pattern) -> Any:
+    import numpy as np
+
+    return np.random.default_rng(int(pattern.digest[:16], 16))
+
+
+def _place(spec: Spec, device: str) -> dict[str, Any]:
+    """backend and target for tensors on `device`.  UnsupportedError where the config has chosen others."""
+    if device == "cpu":
+        if spec.backend == "cuda":
+            raise UnsupportedError("a layer with backend='cuda' was called with CPU tensors; move the model and x")
+        return {"backend": spec.backend, "target": spec.target}
+    if spec.backend not in ("auto", "cuda"):
+        raise UnsupportedError(
+            f"a layer with backend={spec.backend!r} was called with CUDA tensors; convert with backend='cuda' or 'auto'"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    return {"backend": "cuda", "target": f"sm_{major}{minor}" if spec.target == "native" else spec.target}
+
+
+class Packed:
+    """The values of one tensor as a kernel keeps them, and the bias; made anew when either has changed.
+
+    A tensor is known by itself, its address and its version, which every in-place change counts up; changes through
+    `.data` are not counted, nor those of tensors made in inference mode: see `recheck` and `forget`.
+    """
+
+    __slots__ = (
+        "__weakref__", "bias", "bias_at", "bias_version", "dtype", "features", "instance", "operands", "pointer", "ref",
+        "rows", "tracked", "version",
+    )  # fmt: skip
+
+    def __init__(self, kernel: Kernel, values: Any, bias: Any, ref: Any) -> None:
+        self.ref, self.pointer = ref, values.data_ptr()
+        self.tracked = not values.is_inference() and (bias is None or not bias.is_inference())
+        self.version = values._version if self.tracked else 0
+        data = view(values.detach().resolve_neg().contiguous())
+        self.instance = Instance(kernel, Weight(kernel._given, data))
+        (self.rows, self.features), self.dtype = kernel.shape, getattr(torch, kernel.x_dtype.name)
+        self._take(kernel, bias)
+
+    def _take(self, kernel: Kernel, bias: Any) -> None:
+        """Where C finds the bias: where it lies if it has the kernel's type, else in a copy."""
+        self.bias, self.bias_at, self.bias_version = None, 0, 0
+        if bias is None:
+            self.operands = self.instance.operands()
+            return
+        if tuple(bias.shape) != (self.rows,):
+            raise ArgumentError(f"{kernel.name}: bias has shape {tuple(bias.shape)}, expected ({self.rows},)")
+        self.bias_at, self.bias_version = bias.data_ptr(), bias._version if self.tracked else 0
+        self.bias = bias.detach().to(getattr(torch, kernel.problem.real.name)).contiguous()
+        self.operands = self.instance.operands(bias=self.bias.data_ptr())
+
+    def holds(self, values: Any, bias: Any) -> bool:
+        """Whether it is still right."""
+        if self.ref() is not values or self.pointer != values.data_ptr():
+            return False
+        if self.tracked and self.version != values._version:
+            return False
+        if bias is None:
+            return True
+        return self.bias_at == bias.data_ptr() and (not self.tracked or self.bias_version == bias._version)
+
+
+def packed(text: str, role: Role, values: Any, crow: Any, col: Any, bias: Any) -> Packed:
+    """The values as the kernel takes them, packed now if they have changed since the last call."""
+    key = (id(values), text, role)
+    found = _packed.get(key)
+    if found is None or not found.holds(values, bias):
+        ref = weakref.ref(values, functools.partial(_forget, key))
+        found = _packed[key] = Packed(kernel_of(text, role, crow, col), values, bias, ref)
+    return found
+
+
+def recheck(values: Any, text: str) -> None:
+    """Forget what was packed if `values` differs from its copy of the last time, whatever its version says.
+
+    Half of the world's training code changes weights through `.data`, gradcheck too; where gradients are recorded, a
+    comparison is cheap beside them.
+    """
+    seen = _seen.get(id(values))
+    if seen is None or seen[0]() is not values or not torch.equal(seen[1], values):
+        forget(values, text)
+        _seen[id(values)] = weakref.ref(values, functools.partial(_unsee, id(values))), values.detach().clone()
+
+
+def forget(values: Any, text: str) -> None:
+    """Pack `values` anew in the next call, on every device."""
+    for role in ("forward", "dx"):
+        _packed.pop((id(values), text, role), None)
+        _resident.pop((id(values), text, role), None)
+
+
+def _unsee(key: int, ref: Any) -> None:
+    if _seen.get(key, (None,))[0] is ref:
+        del _seen[key]
+
+
+def _forget(key: tuple[int, str, Role], ref: Any) -> None:
+    """Drop what was packed of a tensor that is gone, unless the place has been taken since."""
+    found = _packed.get(key)
+    if found is not None and found.ref is ref:
+        del _packed[key]
+
+
+def on_device(text: str, role: Role, values: Any, crow: Any, col: Any) -> Kernel:
+    """A GPU kernel of its own for these values, which it uploads in its next call if they have changed."""
+    key = (id(values), text, role)
+    found = _resident.get(key)
+    if found is None or found[0]() is not values or found[1:3] != (values.data_ptr(), values._version):
+        kernel = kernel_of(text, role, crow, col, "cuda") if found is None else found[3]
+        own = found[3] if found is not None and found[0]() is values else kernel_from(kernel.artifact)
+        own.update(Weight(own._given, view(values.detach().cpu().contiguous())))
+        ref = weakref.ref(values, functools.partial(_drop, key))
+        _resident[key] = ref, values.data_ptr(), values._version, own
+    return _resident[key][3]
+
+
+def _drop(key: tuple[int, str, Role], ref: Any) -> None:
+    if _resident.get(key, (None,))[0] is ref:
+        del _resident[key]
