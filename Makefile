@@ -19,8 +19,8 @@ demo: $(VENV)/.installed-test  ## a kernel for a real pruned weight: build it, c
 	$(PY) -m bsrgen compile $(WEIGHT) -o build/demo
 	$(PY) -m bsrgen bench $(WEIGHT) --n 1,32,128
 
-test: $(VENV)/.installed-test  ## all tests on JOBS=2 processes (what is missing here is skipped, with its reason)
-	$(PY) -m pytest -q -n $(JOBS)
+test: $(VENV)/.installed-test  ## the tests on JOBS=2 processes; PYTEST=--full takes every case of the long tables
+	$(PY) -m pytest -q -n $(JOBS) $(PYTEST)
 
 gpu: $(VENV)/.installed-test  ## only the tests that need an NVIDIA GPU and nvcc
 	$(PY) -m pytest -q -m gpu

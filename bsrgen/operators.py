@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -32,7 +32,7 @@ class Operator:
     y_shape: str
     token_axis: int
     product: Callable[[Any, Array], Array]  # (W, X) -> Y; W is anything with `@`, dense or scipy
-    permutable: Mapping[str, Places]
+    permutable: Mapping[str, Places] = field(hash=False)
 
     def __reduce__(self) -> Any:
         return as_operator, (self.name,)  # the row itself: `product` cannot be pickled

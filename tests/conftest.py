@@ -1,6 +1,7 @@
 """What all tests share: one store for the whole session, the option for golden files, and skips with their reason."""
 
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,42 @@ ISA = {"sse2": "x86-64", "sse4.2": "x86-64-v2", "avx2": "x86-64-v3", "avx512": "
 ISA |= {row.removeprefix("x86-64-"): row for row in TARGETS if row.count("-") > 2}  # v4-bf16
 
 
+# Of these tests every n-th case runs, by a hash of its name; all of them with --full.  Each compiles a kernel or more.
+THINNED = {
+    "test_compilers.py": {"test_no_report_of_address_and_undefined_sanitizer": 2},
+    "test_cuda.py": {"test_table": 2, "test_reduced_types": 2},
+    "test_cuda_matrix.py": {"test_table": 2},
+    "test_epilogues.py": {"test_every_ordered_pair": 2, "test_alone": 2, "test_activation_over_the_whole_range": 2},
+    "test_expand.py": {"test_every_type": 2, "test_panels_and_patterns": 2},
+    "test_hopper.py": {"test_mutation_is_found": 2},
+    "test_isa.py": {"test_aarch64": 2},
+    "test_kernels.py": {"test_table": 2, "test_plan_space": 2, "test_inf_and_nan_in_X_and_behind_it": 2},
+    "test_matrix.py": {"test_emulated_kernel": 2, "test_real_intrinsics_compile": 2},
+    "test_mlir.py": {"test_table": 2, "test_reduced_types": 2},
+    "test_reduced.py": {
+        "test_every_level": 3, "test_every_triple": 2, "test_every_epilogue": 2, "test_every_kind": 2,
+        "test_update_of_half_types": 2, "test_verify_reads_the_weight_back": 2, "test_integers_are_exact": 2,
+        "test_bits_do_not_depend_on_threads": 2,
+    },
+    "test_shared_x.py": {"test_every_way_to_multiply": 2, "test_pairs": 2},
+}  # fmt: skip
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="all cases of the tests that are thinned out (conftest.py)")
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew instead of comparing")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked = config.getoption("--full") or any("::" in word for word in config.args)
+    left = [item for item in items if not asked and zlib.crc32(item.name.encode()) % _thinned(item)]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
+
+
+def _thinned(item: pytest.Item) -> int:
+    return THINNED.get(item.path.name, {}).get(item.name.partition("[")[0], 1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

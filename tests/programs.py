@@ -102,13 +102,13 @@ def assert_example_is_right(stdout: str, problem: Problem, weight: Weight, level
 
 
 DRIVER = Path(__file__).with_name("c") / "driver.c"
-_KINDS = {"row": "r", "element": "e", "scalar": "s"}
+DRIVEN = {"row": "r", "element": "e", "scalar": "s"}
 
 
 def driver_flags(problem: Problem) -> list[str]:
     """What tests/c/driver.c must know of a kernel."""
     p = problem.pattern
-    kinds = "".join(_KINDS[o.kind] for o in problem.operands)
+    kinds = "".join(DRIVEN[o.kind] for o in problem.operands)
     return [
         f"-DKERNEL={problem.name}", f'-DHEADER="{problem.name}.h"', f"-DREAL={problem.dtype.c}", f"-DM={p.M}",
         f"-DK={p.K}", f"-DVALUES={p.nnz}", f"-DLINEAR={int(problem.operator.token_axis == 0)}",

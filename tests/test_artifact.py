@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from programs import assert_example_is_right, build_artifact, build_example, compiler, kernel_name, run, tool
 from support import DTYPE_NAMES, check_calls, problem_of, run_python
-from test_golden import GOLDEN, Golden
+from test_golden import STATIC, Golden
 
 import bsrgen
 from bsrgen.artifact import Artifact, read_artifact
@@ -67,7 +67,7 @@ def spmm(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def golden_artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     """Every golden problem of this architecture, built."""
     root = tmp_path_factory.mktemp("golden")
-    here = [case for case in GOLDEN if case.plans[0].target.family == native().family]
+    here = [case for case in STATIC if case.plans[0].target.family == native().family]
     return {case.name: build_artifact(case.plans, case.weight, root / case.name) for case in here}
 
 
@@ -147,7 +147,7 @@ def test_library_tells_what_it_is(linear: Made) -> None:
 # ── the library ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture(params=[*(case.name for case in GOLDEN if case.plans[0].target.family == "x86_64"), "linear", "spmm"])
+@pytest.fixture(params=[*(case.name for case in STATIC if case.plans[0].target.family == "x86_64"), "linear", "spmm"])
 def library(request: pytest.FixtureRequest, golden_artifacts: dict[str, Artifact]) -> Path:
     if request.param in golden_artifacts:
         return golden_artifacts[request.param].library
@@ -228,7 +228,7 @@ def test_example_says_itself_how_it_is_built(copy: Path, linear: Made) -> None:
     assert_example_is_right(out, linear.problem, linear.weight)
 
 
-PLAIN = [case for case in GOLDEN if case.plans[0].target.family == "x86_64" and case.dtype in DTYPE_NAMES]
+PLAIN = [case for case in STATIC if case.plans[0].target.family == "x86_64" and case.dtype in DTYPE_NAMES]
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)
@@ -243,7 +243,7 @@ def test_example_of_every_kind_of_plan(case: Golden, golden_artifacts: dict[str,
 
 
 def test_golden_kernels_are_right(golden_artifacts: dict[str, Artifact], rng: np.random.Generator) -> None:
-    for case in GOLDEN:
+    for case in STATIC:
         runs = case.name in golden_artifacts and set(case.plans[-1].target.requires) <= set(native().requires)
         if runs:
             kernel = Kernel(golden_artifacts[case.name], threads=1)
@@ -334,7 +334,7 @@ def test_two_artifacts_in_one_program(
 # ── new values from C ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("case", [case for case in GOLDEN if case.plans[0].target.family == "x86_64"], ids=str)
+@pytest.mark.parametrize("case", [case for case in STATIC if case.plans[0].target.family == "x86_64"], ids=str)
 def test_pack_from_c_is_pack_of_the_plan(
     case: Golden, golden_artifacts: dict[str, Artifact], rng: np.random.Generator
 ) -> None:

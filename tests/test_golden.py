@@ -172,6 +172,8 @@ GOLDEN = (
     ),
 )  # fmt: skip
 
+STATIC = tuple(case for case in GOLDEN if not case.dynamic)  # libraries that hold their weight
+
 
 @pytest.mark.parametrize("case", GOLDEN, ids=str)
 def test_emitted_text_is_golden(case: Golden, update_golden: bool) -> None:

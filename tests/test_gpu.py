@@ -273,7 +273,7 @@ def test_compile_for_what_is_here(place: Place, rng: Any, tmp_path: Path, monkey
     if not place.real:
         monkeypatch.setattr("bsrgen.build.build", build_emulated)
         monkeypatch.setattr("bsrgen.nvcc.identity", lambda: "emulated")
-        monkeypatch.setattr("bsrgen.api.BACKENDS", patched_tools())
+        monkeypatch.setattr("bsrgen.backends.BACKENDS", patched_tools())
     monkeypatch.setattr(tune, "TOP", 8 if place.real else 2)
     said: list[float] = []
     weight = make_weight("uniform", (48, 64), (8, 8), "float32")

@@ -214,11 +214,12 @@ def test_scales_of_a_batch(rng):
 def test_all_operands_bound_is_the_fast_path(rng):
     kernel, problem, weight = built(INT8, epilogue="bias", bias=np.linspace(-1, 1, 53), x_scale=0.03)
     assert kernel._plain
+    assert kernel._values.records is not None
     x, _ = problem.sample(rng, 9)
     y = kernel(x)
     np.testing.assert_array_equal(y, kernel(x, threads=1))
     assert_right(problem, weight, y, x, kernel.artifact.arrays("operands.npz"))
-    assert not built(INT8, epilogue="bias")[0]._plain
+    assert built(INT8, epilogue="bias")[0]._values.records is None
 
 
 # ── quantisation ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -204,7 +204,7 @@ def call_of(types, operator="linear", steps=()):
     manifest = SimpleNamespace(
         name=problem.name, shape=(M, K), rows=M, operator=operator, steps=problem.epilogue,
         epilogue=tuple(step.name for step in problem.epilogue),
-        types=(problem.dtype, problem.x_dtype, problem.out_dtype),
+        types=(problem.dtype, problem.x_dtype, problem.out_dtype), given=problem.operands, as_pit=None,
     )  # fmt: skip
     return Call(manifest, 1), problem
 

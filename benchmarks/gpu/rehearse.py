@@ -24,11 +24,11 @@ def emulated() -> Iterator[None]:
 
     from bsrgen.backends import BACKENDS
 
-    row = replace(BACKENDS["cuda"], tools=lambda: "emulated")
+    row = replace(BACKENDS["cuda"], tools=lambda targets: "emulated")
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr("bsrgen.build.build", build_emulated)
-        patch.setattr("bsrgen.api.BACKENDS", BACKENDS | {"cuda": row})
+        patch.setattr("bsrgen.backends.BACKENDS", BACKENDS | {"cuda": row})
         stack.enter_context(emulated_driver(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
         yield
 

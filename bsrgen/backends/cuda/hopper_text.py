@@ -5,7 +5,7 @@ from typing import Any
 from bsrgen.backends.cuda.hopper import CHUNK, WARPGROUPS, HopperPlan
 from bsrgen.backends.cuda.hopper_packing import SLOT, pack_tiles
 from bsrgen.backends.cuda.text import entry_of, kernel_of, source_of, tables_in_c
-from bsrgen.emit import Source
+from bsrgen.emit import Source, banner, render
 from bsrgen.pattern import Weight
 
 
@@ -19,7 +19,8 @@ def emit(plans: tuple[HopperPlan, ...], weight: Weight) -> Source:
         "hopper": True, "tiles": source.shape[0], "parts": cut.parts, "segments": cut.segments, "width": cut.width,
     }  # fmt: skip
     data = {"source": source.tobytes(), "values": values.tobytes()}
-    return source_of(plan, "cuda/wgmma.cu.j2", _kernel(plan), entry, data, ("bsrgen_hopper.h", "bsrgen_mma.h"))
+    device = render("cuda/wgmma.cu.j2", k=_kernel(plan), banner=banner(plan.problem, (plan,)))
+    return source_of(plan, device, entry, data, ("bsrgen_hopper.h", "bsrgen_mma.h"))
 
 
 def _kernel(plan: HopperPlan) -> dict[str, Any]:

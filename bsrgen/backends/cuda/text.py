@@ -53,21 +53,21 @@ def emit(plans: tuple[CudaPlan, ...], weight: Weight) -> Source:
         data["features"] = plan.features_of_tiles.tobytes()
     headers = ["bsrgen_mma.h"] if plan.matrix else []
     data["values"] = values.tobytes()
-    return source_of(plan, "cuda/kernel.cu.j2", _kernel(plan), _entry(plan, values.nbytes), data, headers)
+    device = render("cuda/kernel.cu.j2", k=_kernel(plan), banner=banner(plan.problem, plans))
+    return source_of(plan, device, _entry(plan, values.nbytes), data, headers)
 
 
 def source_of(
-    plan: Plan, template: str, kernel: dict[str, Any], entry: dict[str, Any], data: Mapping[str, bytes],
-    headers: Iterable[str],
+    plan: Plan, device: str, entry: dict[str, Any], data: Mapping[str, bytes], headers: Iterable[str],
 ) -> Source:  # fmt: skip
-    """All files of an artifact: data is that of the blobs, headers beside those that all kernels have."""
+    """All files of an artifact: device is its .cu, data that of the blobs, headers those that not all kernels have."""
     problem, name, target = plan.problem, plan.problem.name, plan.target
     assert isinstance(target, GpuTarget)
     files = {f"{name}_{what}.bin": content for what, content in data.items()}
     manifest = {"name": name, "problem": str(problem), "pattern": problem.pattern.digest}
     entry["manifest_lines"] = [json.dumps(line + "\n") for line in json.dumps(manifest, indent=1).splitlines()]
     head = banner(problem, (plan,))
-    files[f"{name}_device.cu"] = render(template, k=kernel, banner=head).encode()
+    files[f"{name}_device.cu"] = device.encode()
     files[f"{name}.c"] = render("cuda/main.c.j2", a=entry, banner=head).encode()
     files[f"{name}.h"] = render("cuda/header.h.j2", a=entry, banner=head).encode()
     for runtime in ("bsrgen.h", "bsrgen_cuda.h", *headers):

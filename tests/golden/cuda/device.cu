@@ -229,22 +229,33 @@ HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_free(void *memory) { return failed(cud
 
 HIDDEN const char *linear_f32_18x24_b5x3_c8cf43a9_words(int error) { return cudaGetErrorString((cudaError_t)error); }
 
+/* The kernels, those for fewer tokens first. */
+static const struct {
+    int64_t most, width; /* tokens of a call, and of a thread block */
+    int blocks, threads;
+    void (*kernel)(const struct arguments);
+} variants[] = {
+    {4, 4, THREAD_BLOCKS, THREADS, linear_f32_18x24_b5x3_c8cf43a9_few},
+    {INT64_MAX, 128, THREAD_BLOCKS, THREADS, linear_f32_18x24_b5x3_c8cf43a9_many},
+};
+
 /* One launch on the caller's stream and device: no allocation, no synchronisation. */
 HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_launch(const struct bsrgen_call *call)
 {
-    const bool few = call->n <= 4;
-    const int64_t width = few ? 4 : 128, tiles = (call->n + width - 1) / width;
-    if (tiles > INT32_MAX / THREAD_BLOCKS) return BSRGEN_BAD_ARGUMENT; /* more thread blocks than a grid holds */
+    int which = 0;
+    while (call->n > variants[which].most) which++;
+    const int64_t width = variants[which].width, tiles = (call->n + width - 1) / width;
+    if (tiles > INT32_MAX / variants[which].blocks) return BSRGEN_BAD_ARGUMENT; /* more thread blocks than a grid holds */
     struct arguments a = {};
     a.n = call->n, a.x = (const x_t *)call->x, a.ldx = call->ldx, a.y = (y_t *)call->y, a.ldy = call->ldy;
-    a.values = (const w_t *)call->values, a.tiles = tiles;
+    a.values = (const w_word *)call->values, a.tiles = tiles;
     a.bias = (const real *)call->operands[0].data;
     int before = -1;
     cudaError_t error = cudaGetDevice(&before);
     if (!error && call->threads >= 0 && call->threads != before) error = cudaSetDevice(call->threads);
     void *parameters[] = {&a};
     if (!error)
-        error = cudaLaunchKernel(few ? linear_f32_18x24_b5x3_c8cf43a9_few : linear_f32_18x24_b5x3_c8cf43a9_many, dim3((unsigned)(tiles * THREAD_BLOCKS)), dim3(THREADS), parameters, 0, (cudaStream_t)(uintptr_t)call->parallel);
+        error = cudaLaunchKernel(variants[which].kernel, dim3((unsigned)(tiles * variants[which].blocks)), dim3((unsigned)variants[which].threads), parameters, 0, (cudaStream_t)(uintptr_t)call->parallel);
     if (call->threads >= 0 && call->threads != before && before >= 0) cudaSetDevice(before);
     return failed(error);
 }
