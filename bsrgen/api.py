@@ -23,9 +23,9 @@ from bsrgen.backends import Backend, backend_of
 from bsrgen.choose import Tuning, as_tuning, choose
 from bsrgen.dtypes import DTYPES, INT8, as_types
 from bsrgen.epilogues import as_epilogues, pair_of
-from bsrgen.errors import ArgumentError, ArgumentTypeError, BuildError, IncompatibleCPUError, UnsupportedError
+from bsrgen.errors import ArgumentError, ArgumentTypeError, IncompatibleCPUError, UnsupportedError
 from bsrgen.even import sample_of
-from bsrgen.exam import Exam, affordable
+from bsrgen.exam import Exam, affordable, require
 from bsrgen.given import Given
 from bsrgen.integrity import MANIFEST
 from bsrgen.kernel import Kernel
@@ -308,9 +308,5 @@ def _check(artifact: Artifact, exam: Exam) -> CheckRecord | None:
             share, n = exam.worst(track.load(artifact, exam.weight))
     except IncompatibleCPUError:
         return None
-    if share > 1:
-        raise BuildError(
-            f"{m.name}: the kernel differs from float64 by {share:.3g} times its bound at n = {n}: "
-            f"the compiler or bsrgen is at fault ({artifact.manifest.compiler}); please report it"
-        )
+    require(share, n, m)
     return CheckRecord(exam.tokens, share)

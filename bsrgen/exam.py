@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsrgen.dtypes import DTYPES, INT8, as_dtype
+from bsrgen.errors import BuildError
+from bsrgen.manifest import Manifest
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
 
@@ -47,6 +49,15 @@ class Exam:
             kernel(x, out=(y := old.copy()), threads=1, **given)
             shares.append(error_share(y, expected, bound))
         return max(zip(shares, self.tokens, strict=True))
+
+
+def require(share: float, n: int, manifest: Manifest) -> None:
+    """BuildError where the largest error of a check, met at n, is more than its bound."""
+    if share > 1:
+        raise BuildError(
+            f"{manifest.name}: the kernel differs from float64 by {share:.3g} times its bound at n = {n}: "
+            f"the compiler or bsrgen is at fault ({manifest.compiler}); please report it"
+        )
 
 
 def error_share(y: Array, expected: Array, bound: Array) -> float:

@@ -28,10 +28,10 @@ def pit_weight(
         raise ArgumentError(f"blocksize={blocksize} with axis='features': W is read column by column; leave it out")
     rows, M = int(mask_block[1]) if mask_block else 0, _rows(W) or 1
     pit = Pit(axis, int(mask_block[0]) if mask_block else 1, rows)
-    high = rows_of_blocks(rows) if rows else min(64, -(-M // 16) * 16) or 16
+    high = rows_of_blocks(rows) if rows else _strip(M)
     weight = source_of(W, dtype, blocksize=blocksize, shape=shape, otherwise=_within((high, WIDTH), W))
     if axis.name == "features" or (blocksize is None and not _has_blocks(W)):
-        high = min(64, -(-weight.pattern.M // 16) * 16) or 16 if axis.name == "features" else high
+        high = _strip(weight.pattern.M) if axis.name == "features" else high
         weight = _dense(weight, high, pit)
     if rows % weight.pattern.R:
         R = weight.pattern.R
@@ -59,6 +59,11 @@ def _experts(W: Any, dtype: DType, axis: Axis, blocksize: Any) -> tuple[Weight, 
     if M % weights[0].pattern.R:
         raise ArgumentError(f"axis='experts': {M} rows in blocks of {weights[0].pattern.R}: experts are whole blocks")
     return stacked(weights), Pit(axis, rows=M)
+
+
+def _strip(M: int) -> int:
+    """Rows of a strip of a matrix of M rows."""
+    return min(64, -(-M // 16) * 16) or 16
 
 
 def _rows(W: Any) -> int | None:

@@ -107,6 +107,13 @@ class Sample:
         size = {"M": p.M, "K": p.K, "N": n, "D": self.head, "B": p.nnzb, "R": p.R, "C": p.C}
         return tuple(size[letter] for letter in which)
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What a check gives beside random inputs: a scale that shows, and `out` is not read."""
+        names = {step.name for step in self.epilogue}
+        beta = {"beta": 0.0} if ACCUMULATE.name in names else {}
+        return beta | ({"scale": 0.5} if SCALE.name in names or self.operator.headed else {})
+
     def result_shape(self, n: int) -> tuple[int, ...]:
         """The shape of the result."""
         p = self.pattern

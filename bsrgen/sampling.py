@@ -15,8 +15,8 @@ from bsrgen.artifact import Artifact, write_manifest
 from bsrgen.backends.c.sampled import plan_sample
 from bsrgen.backends.c.sampled_text import emit_sampled
 from bsrgen.cost import dense_flop_per_cycle
-from bsrgen.errors import BuildError, IncompatibleCPUError
-from bsrgen.exam import error_share
+from bsrgen.errors import IncompatibleCPUError
+from bsrgen.exam import error_share, require
 from bsrgen.integrity import MANIFEST
 from bsrgen.manifest import MASK_FILE, CheckRecord, CostRecord, Manifest, parse_manifest
 from bsrgen.pattern import Weight
@@ -80,19 +80,13 @@ def _check(artifact: Artifact, problem: Sample) -> CheckRecord | None:
         kernel = SampledKernel(artifact, threads=1)
     except IncompatibleCPUError:
         return None
-    rng, shares = np.random.default_rng(0), []
+    rng, shares, numbers = np.random.default_rng(0), [], dict[str, Any](problem.numbers)
     ns = (1,) if problem.operator.headed else (3,) if problem.flop(35) > MOST_FLOP else (3, 35)
     for n in ns:
         arrays = problem.sample(rng, n)
-        numbers: dict[str, Any] = {"beta": 0} if "accumulate" in artifact.manifest.epilogue else {}
-        scale = 0.5 if problem.operator.headed or "scale" in artifact.manifest.epilogue else None
-        expected, bound = problem.reference(arrays, 1.0 if scale is None else scale)
-        y = kernel(*arrays, threads=1, scale=scale, **numbers)
+        expected, bound = problem.reference(arrays, numbers.get("scale", 1.0))
+        y = kernel(*arrays, threads=1, **numbers)
         shares.append((error_share(y, expected, bound), n))
     share, n = max(shares)
-    if share > 1:
-        raise BuildError(
-            f"{kernel.name}: the kernel differs from float64 by {share:.3g} times its bound at n = {n}: "
-            f"the compiler or bsrgen is at fault ({artifact.manifest.compiler}); please report it"
-        )
+    require(share, n, artifact.manifest)
     return CheckRecord(ns, share)

@@ -140,9 +140,7 @@ def _judged(worst: float, where: str = "") -> Finding:
 def _sampled(kernel: SampledKernel) -> list[Finding]:
     """The same of a kernel without values."""
     rng, worst, same, threads = np.random.default_rng(), 0.0, True, default_threads(None)
-    has = kernel.artifact.manifest.epilogue
-    numbers: dict[str, Any] = {"beta": 0.0} if "accumulate" in has else {}
-    numbers |= {"scale": 0.5} if "scale" in has or kernel.problem.operator.headed else {}
+    numbers: dict[str, Any] = dict(kernel.problem.numbers)
     for n in SAMPLED_N[kernel.problem.operator.headed]:
         arrays = kernel.problem.sample(rng, n)
         one = kernel(*arrays, threads=1, **numbers)
