@@ -16,7 +16,7 @@ from bsrgen.bench.ceilings import Ceilings
 from bsrgen.bench.clock import Timing, at_their_best, measure, peer_threads
 from bsrgen.dtypes import as_dtype
 from bsrgen.pattern import random_weight
-from bsrgen.sampled import SampledKernel
+from bsrgen.pattern_kernel import PatternKernel
 
 Calls = dict[str, Callable[[], object]]
 OURS, PEAK = "bsrgen", "FMA peak"
@@ -41,7 +41,7 @@ class Row:
         return f"{min(other.min_s / ours.min_s, ours.ratio(other)):.1f}x"
 
 
-def timed(what: str, kernel: SampledKernel, n: int, arrays: list[Any], peers: Calls, ceilings: Ceilings) -> Row:
+def timed(what: str, kernel: PatternKernel, n: int, arrays: list[Any], peers: Calls, ceilings: Ceilings) -> Row:
     """bsrgen, `peers` and the peak in alternation."""
     out = np.empty_like(kernel(*arrays))
     peak = ceilings.fma(as_dtype(kernel.out_dtype).short)

@@ -33,11 +33,11 @@ from bsrgen.loading import kernel_of
 from bsrgen.manifest import ABI, CheckRecord, parse_manifest
 from bsrgen.operators import as_operator
 from bsrgen.pattern import Weight
+from bsrgen.pattern_compile import compile_pattern
+from bsrgen.pattern_problem import PRODUCTS, as_pattern_problem, refuse_values
 from bsrgen.pit import as_pit
 from bsrgen.problem import Problem, as_problem
 from bsrgen.quantize import quantized
-from bsrgen.sample import PRODUCTS, as_sample, refuse_values
-from bsrgen.sampling import compile_sample
 from bsrgen.store import Store
 from bsrgen.targets import Target, native
 from bsrgen.tracks import CpuTrack, Track, gpu_of, track_of
@@ -82,7 +82,7 @@ def compile(
         rows (what `out` and operands are like), or with the epilogue "swiglu" or "geglu" [gate, up] make one,
         act(X @ gate.T) * (X @ up.T).
     operator: "linear", Y[N, M] = X[N, K] @ W.T, or "spmm", Y[M, N] = W @ X[K, N]; all row-major, N free at each call.
-        Of a pattern, W's or a Pattern, for k(a, b) (see SampledKernel): "sddmm", data[nnzb, R, C] = A[M, N] @ B[K, N].T
+        Of a pattern, W's or a Pattern, for k(a, b) (see PatternKernel): "sddmm", data[nnzb, R, C] = A[M, N] @ B[K, N].T
         at the stored blocks, the gradient of spmm's weight; "linear_grad", that of linear's, A[N, M].T @ B[N, K]; and
         "softmax" of such data by rows.  dtype is that of the arrays, the result has that of the sums; epilogues of
         products "scale" and "accumulate"; backend "c", no tuning.
@@ -154,9 +154,9 @@ def compile(
             operator, backend, operands, transposed=transposed, quantize_x=quantize_x, x_dtype=x_dtype, strict=strict,
             tune=tune if tune == "measure" else "", mode=mode if mode != "static" else "",
         )  # fmt: skip
-        sample = as_sample(operator, given.pattern(), dtype, out_dtype, epilogue, n)
+        sample = as_pattern_problem(operator, given.pattern(), dtype, out_dtype, epilogue, n)
         build.prepare_calls()
-        return compile_sample(sample, chosen.targets(target), _own_digest(), threads)
+        return compile_pattern(sample, chosen.targets(target), _own_digest(), threads)
     paired = pair_of(as_epilogues(epilogue)) is not None
     targets = chosen.targets(target)
     chosen.tools(targets)  # UnsupportedError where something is not installed

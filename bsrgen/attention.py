@@ -17,9 +17,9 @@ from bsrgen.arguments import default_threads
 from bsrgen.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from bsrgen.operators import ATTENTION, SOFTMAX
 from bsrgen.pattern import Pattern
-from bsrgen.sample import Mask, Sample, as_sample
-from bsrgen.sampled import SampledKernel
-from bsrgen.sampling import compile_sample
+from bsrgen.pattern_compile import compile_pattern
+from bsrgen.pattern_kernel import PatternKernel
+from bsrgen.pattern_problem import Mask, PatternProblem, as_pattern_problem
 from bsrgen.targets import as_targets
 
 Array = NDArray[Any]
@@ -112,7 +112,7 @@ def compile(
     dtype: DTypeLike = "float32",
     target: str | tuple[str, ...] = "native",
     threads: int | None = None,
-) -> SampledKernel:
+) -> PatternKernel:
     """The kernel Y = softmax(scale * Q @ K.T where `rule` allows it) @ V of heads of `head` elements.
 
     y = k(q, key, value, scale=...): q, y [..., tokens, head], key, value the same; tokens=(queries, keys) where they
@@ -125,7 +125,7 @@ def compile(
     Errors: ArgumentError, ArgumentTypeError, UnsupportedError, BuildError, StoreError.
     """
     pattern, mask = _blocks(tokens, rule, blocksize)
-    sample = as_sample(ATTENTION.name, pattern, dtype, head=_count("head", head, 1), mask=mask)
+    sample = as_pattern_problem(ATTENTION.name, pattern, dtype, head=_count("head", head, 1), mask=mask)
     return _kernel(sample, target, threads)
 
 
@@ -137,20 +137,20 @@ def compile_softmax(
     dtype: DTypeLike = "float32",
     target: str | tuple[str, ...] = "native",
     threads: int | None = None,
-) -> SampledKernel:
+) -> PatternKernel:
     """The kernel of the softmax alone, over elements that `rule` allows: p = k(s, scale=...), [..., nnzb, R, C] both.
 
     Arguments, numerics and errors are those of `compile`; p is zero where an element does not count.  The stored
     blocks are k.pattern: `bsrgen.compile(k.pattern, "sddmm")` gives scores in that order.
     """
     pattern, mask = _blocks(tokens, rule, blocksize)
-    return _kernel(as_sample(SOFTMAX.name, pattern, dtype, mask=mask), target, threads)
+    return _kernel(as_pattern_problem(SOFTMAX.name, pattern, dtype, mask=mask), target, threads)
 
 
-def _kernel(sample: Sample, target: str | tuple[str, ...], threads: int | None) -> SampledKernel:
+def _kernel(sample: PatternProblem, target: str | tuple[str, ...], threads: int | None) -> PatternKernel:
     default_threads(threads)
     build.prepare_calls()
-    return compile_sample(sample, as_targets(target), api._own_digest(), threads)
+    return compile_pattern(sample, as_targets(target), api._own_digest(), threads)
 
 
 def _blocks(tokens: int | tuple[int, int], rule: Rule | Array, blocksize: tuple[int, int]) -> tuple[Pattern, Mask]:

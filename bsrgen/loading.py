@@ -7,9 +7,9 @@ from bsrgen.artifact import Artifact, read_artifact
 from bsrgen.device import DeviceKernel
 from bsrgen.dynamic import DynamicKernel
 from bsrgen.kernel import Kernel
-from bsrgen.operators import SAMPLED
+from bsrgen.operators import PATTERN_OPERATORS
+from bsrgen.pattern_kernel import PatternKernel
 from bsrgen.pit_kernel import PitKernel
-from bsrgen.sampled import SampledKernel
 
 
 def load(folder: str | os.PathLike[str], *, threads: int | None = None, expect_sha256: str | None = None) -> Kernel:
@@ -24,8 +24,8 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None, expect_s
 def kernel_of(artifact: Artifact, *, threads: int | None = None, may_be_foreign: bool = False) -> Kernel:
     """The kernel of an artifact: for CPU or GPU, of a weight, of weights to come or of a pattern; see Kernel."""
     m = artifact.manifest
-    device, sampled = m.device == "cuda", m.operator in SAMPLED
+    device, sampled = m.device == "cuda", m.operator in PATTERN_OPERATORS
     if device or sampled:
-        return (DeviceKernel if device else SampledKernel)(artifact, threads=threads, may_be_foreign=may_be_foreign)
+        return (DeviceKernel if device else PatternKernel)(artifact, threads=threads, may_be_foreign=may_be_foreign)
     kind = DynamicKernel if m.mode == "dynamic" else PitKernel if m.pit else Kernel
     return kind(artifact, threads=threads, may_be_foreign=may_be_foreign)

@@ -65,7 +65,7 @@ OPERATORS: dict[str, Operator] = {row.name: row for row in (LINEAR, SPMM)}
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class PatternOperator:
     """A product of dense arrays at a block pattern: of W[M,K] only the pattern counts, every call brings all numbers.
 
     `inputs` are its arrays and their shapes: N, tokens or heads, free at each call, D of a head, B stored blocks.
@@ -79,26 +79,26 @@ class Sampled:
     headed: bool = False  # N stands for any leading axes, heads and batches, that the result has too
 
 
-SDDMM = Sampled(
+SDDMM = PatternOperator(
     "sddmm", "data[nnzb,R,C] = A[M,N] @ B[K,N].T at the stored blocks", (("a", "MN"), ("b", "KN")), "[nnzb,R,C]", 1
 )
-LINEAR_GRAD = Sampled(
+LINEAR_GRAD = PatternOperator(
     "linear_grad",
     "data[nnzb,R,C] = A[N,M].T @ B[N,K] at the stored blocks",
     (("a", "NM"), ("b", "NK")),
     "[nnzb,R,C]",
     0,
 )
-SOFTMAX = Sampled(
+SOFTMAX = PatternOperator(
     "softmax", "P[N,nnzb,R,C] = softmax(scale * S[N,nnzb,R,C]) over the stored elements of a row", (("s", "NBRC"),),
     "[N,nnzb,R,C]", 0, True,
 )  # fmt: skip
-ATTENTION = Sampled(
+ATTENTION = PatternOperator(
     "attention", "Y[N,M,D] = softmax(scale * Q[N,M,D] @ K[N,K,D].T at the stored blocks) @ V[N,K,D]",
     (("q", "NMD"), ("k", "NKD"), ("v", "NKD")), "[N,M,D]", 0, True,
 )  # fmt: skip
 
-SAMPLED: dict[str, Sampled] = {row.name: row for row in (SDDMM, LINEAR_GRAD, SOFTMAX, ATTENTION)}
+PATTERN_OPERATORS: dict[str, PatternOperator] = {row.name: row for row in (SDDMM, LINEAR_GRAD, SOFTMAX, ATTENTION)}
 
 
 def as_operator(name: str) -> Operator:

@@ -16,8 +16,8 @@ from bsrgen.kernel import Kernel
 from bsrgen.loading import load
 from bsrgen.manifest import LevelRecord
 from bsrgen.pattern import Weight
+from bsrgen.pattern_kernel import PatternKernel
 from bsrgen.problem import Problem
-from bsrgen.sampled import SampledKernel
 from bsrgen.tracks import HostCalls, gpu_of
 
 Array = NDArray[Any]
@@ -47,7 +47,7 @@ def verify(folder: str | Path, *, expect_sha256: str | None = None) -> tuple[Ker
     findings.append(Finding("cpu", True, f"runs {kernel.plan.target}; the library holds {_names(m.levels)}"))
     problem = kernel.problem  # raises where pattern.npz is not the manifest's pattern
     findings.append(Finding("pattern", True, str(problem.pattern)))
-    if isinstance(kernel, SampledKernel):
+    if isinstance(kernel, PatternKernel):
         return kernel, [*findings, *_sampled(kernel)]
     if isinstance(planned := kernel.pattern, PlannedPattern):
         findings.append(Finding("values", True, "none: they come with the call"))
@@ -137,7 +137,7 @@ def _judged(worst: float, where: str = "") -> Finding:
     return Finding("results", worst <= 1, f"{said}; on {where}" if where else said)
 
 
-def _sampled(kernel: SampledKernel) -> list[Finding]:
+def _sampled(kernel: PatternKernel) -> list[Finding]:
     """The same of a kernel without values."""
     rng, worst, same, threads = np.random.default_rng(), 0.0, True, default_threads(None)
     numbers: dict[str, Any] = dict(kernel.problem.numbers)

@@ -21,7 +21,7 @@ FLOORS = """
     __init__
     attention  assemble
     api
-    choose  sampling
+    choose  pattern_compile
     advice  package  given  shapes
     pit_weight
     backends
@@ -35,12 +35,12 @@ FLOORS = """
     backends.cuda.count  backends.cuda.packing  backends.cuda.stream
     backends.mlir.candidates  backends.mlir.text
     backends.mlir.plan  backends.c
-    backends.c.sampled_text
+    backends.c.pattern_text
     backends.c.candidates  backends.c.text
     backends.c.dynamic
     backends.c.matrix_candidates  backends.c.tiling  backends.c.levels  backends.c.features
     backends.c.covers
-    build  tune  backends.c.plan  backends.mlir.lower  backends.c.sampled
+    build  tune  backends.c.plan  backends.mlir.lower  backends.c.pattern_plan
     backends.c.layout  backends.c.count_matrix  backends.c.matrix_text
     backends.c.matrix
     backends.c.packing
@@ -49,12 +49,12 @@ FLOORS = """
     verify  model
     tracks
     loading
-    device  sampled  dynamic  pit_kernel
+    device  pattern_kernel  dynamic  pit_kernel
     exam  instance
     kernel  plan  files  picture
     artifact  arguments
     selection
-    problem  sample  occupancy  cover  quantize  stack  even
+    problem  pattern_problem  occupancy  cover  quantize  stack  even
     pattern  prune
     canonical  manifest  trampoline  sparsity
     store  llvm  gpus  gpu_clock
@@ -69,13 +69,13 @@ ROOMS = ("cli", "bench", "integrations")  # their own files may import each othe
 
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
-    "model", "loading", "device", "device_arrays", "dynamic", "even", "kernel", "sample", "sampled", "arguments",
-    "strides", "problem", "quantize", "pit_kernel", "selection", "pit", "stack", "pattern", "canonical", "foreign",
-    "artifact", "manifest",
+    "model", "loading", "device", "device_arrays", "dynamic", "even", "kernel", "pattern_problem", "pattern_kernel",
+    "arguments", "strides", "problem", "quantize", "pit_kernel", "selection", "pit", "stack", "pattern", "canonical",
+    "foreign", "artifact", "manifest",
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {
-    "api", "attention", "sampling", "advice", "build", "choose", "clock", "calibration", "cover", "emit", "nvcc",
+    "api", "attention", "pattern_compile", "advice", "build", "choose", "clock", "calibration", "cover", "emit", "nvcc",
     "nvrtc", "gpus", "gpu_clock", "tracks", "package", "plan", "cost", "occupancy", "tune", "backends", "bench", "cli",
     "jinja2", "assemble",
     "shapes", "integrations",

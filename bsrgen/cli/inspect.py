@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from bsrgen.artifact import Artifact
     from bsrgen.cost import Cost
     from bsrgen.pattern import Pattern, Weight
+    from bsrgen.pattern_problem import PatternProblem
     from bsrgen.plan import Plan
     from bsrgen.problem import Problem
-    from bsrgen.sample import Sample
     from bsrgen.verdict import Advice, Verdict
 
 SHAPES = 16  # most rows of the table of block shapes
@@ -120,14 +120,14 @@ def _sha256(artifact: "Artifact") -> str:
     return (artifact.folder / MANIFEST_DIGEST).read_text().split()[0]
 
 
-def _problem(artifact: "Artifact") -> "Problem | Sample":
-    from bsrgen.operators import SAMPLED, as_operator
+def _problem(artifact: "Artifact") -> "Problem | PatternProblem":
+    from bsrgen.operators import PATTERN_OPERATORS, as_operator
+    from bsrgen.pattern_kernel import pattern_problem_of
     from bsrgen.problem import Problem
-    from bsrgen.sampled import sample_of
 
     m, (w, x, y) = artifact.manifest, artifact.manifest.types
-    if m.operator in SAMPLED:
-        return sample_of(artifact)
+    if m.operator in PATTERN_OPERATORS:
+        return pattern_problem_of(artifact)
     return Problem(as_operator(m.operator), artifact.pattern(), w, m.steps, None, x, y)
 
 

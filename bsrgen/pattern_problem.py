@@ -1,4 +1,4 @@
-"""Sample: a product of dense arrays at a block pattern, the gradients of weights and attention, without saying how."""
+"""PatternProblem: a product of dense arrays at a block pattern (gradients, attention), without saying how."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 from bsrgen.dtypes import DTYPES, INT8, DType, as_dtype, bound_factor
 from bsrgen.epilogues import ACCUMULATE, SCALE, Epilogue, Operand, as_epilogues, operands_of
 from bsrgen.errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from bsrgen.operators import ATTENTION, LINEAR_GRAD, SAMPLED, SDDMM, SOFTMAX, Sampled, kernel_name
+from bsrgen.operators import ATTENTION, LINEAR_GRAD, PATTERN_OPERATORS, SDDMM, SOFTMAX, PatternOperator, kernel_name
 from bsrgen.pattern import Pattern
 
 Array = NDArray[Any]
@@ -50,10 +50,10 @@ def no_mask(p: Pattern) -> Mask:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One row of SAMPLED with one fixed pattern; N is chosen at each call."""
+class PatternProblem:
+    """One row of PATTERN_OPERATORS with one fixed pattern; N is chosen at each call."""
 
-    operator: Sampled
+    operator: PatternOperator
     pattern: Pattern
     dtype: DType  # of the inputs
     epilogue: tuple[Epilogue, ...] = ()
@@ -200,12 +200,12 @@ def _blocks(p: Pattern, a: Array, columns: bool = False) -> Array:
     return padded.reshape(number, size, a.shape[1])[at]
 
 
-def as_sample(
+def as_pattern_problem(
     operator: str, pattern: Pattern, dtype: DTypeLike | DType, out_dtype: DTypeLike | DType | None = None,
     epilogue: str | Sequence[str] = (), n: int | None = None, head: int = 0, mask: Mask | None = None,
-) -> Sample:  # fmt: skip
+) -> PatternProblem:  # fmt: skip
     """What is asked for with these arguments.  ArgumentError, ArgumentTypeError, UnsupportedError."""
-    row, dtype, steps = SAMPLED[operator], as_dtype(dtype), as_epilogues(epilogue)
+    row, dtype, steps = PATTERN_OPERATORS[operator], as_dtype(dtype), as_epilogues(epilogue)
     if dtype is INT8:
         raise UnsupportedError(
             f"operator {operator!r} with dtype 'int8': it multiplies float32, float64, bfloat16, float16"
@@ -226,7 +226,7 @@ def as_sample(
         raise ArgumentError(f"operator 'attention' needs the size of a head: use bsrgen.attention.compile, not {head}")
     if math.prod(pattern.blocksize) > 1 << 24:
         raise UnsupportedError(f"blocks of {pattern.R}x{pattern.C}: sampled products take up to 2^24 elements a block")
-    return Sample(row, pattern, dtype, steps, n or (1 if row.headed else None), head, mask)
+    return PatternProblem(row, pattern, dtype, steps, n or (1 if row.headed else None), head, mask)
 
 
 def refuse_values(operator: str, backend: str, operands: Mapping[str, Any], **options: Any) -> None:

@@ -1,17 +1,17 @@
-"""From plans of products at a block pattern to text: everything that templates/sampled may see is computed here."""
+"""From plans of products at a block pattern to text: everything that templates/pattern may see is computed here."""
 
 import json
 from typing import Any
 
 import numpy as np
 
+from bsrgen.backends.c.pattern_plan import PatternPlan
 from bsrgen.backends.c.products import FMA
-from bsrgen.backends.c.sampled import SamplePlan
 from bsrgen.backends.c.text import FLOP_PER_PART, ONE, PERMISSION, RUNTIME_FILES, c_string
 from bsrgen.backends.c.tiling import folds
 from bsrgen.emit import Source, Unit, banner, render, runtime_file
 from bsrgen.operators import LINEAR_GRAD
-from bsrgen.sample import Sample
+from bsrgen.pattern_problem import PatternProblem
 from bsrgen.targets import baseline
 
 _TEMPLATE = {"sddmm": "product", "linear_grad": "product", "softmax": "softmax", "attention": "attention"}
@@ -21,7 +21,7 @@ _IN_C = {
 }
 
 
-def emit_sampled(plans: tuple[SamplePlan, ...]) -> Source:
+def emit_pattern(plans: tuple[PatternPlan, ...]) -> Source:
     """Sources and tables of one artifact: one kernel text for each ISA level, best first.  Pure."""
     s = plans[0].problem
     files, blobs = _tables(s, plans[0])
@@ -37,20 +37,20 @@ def emit_sampled(plans: tuple[SamplePlan, ...]) -> Source:
     for plan, level in zip(plans, levels, strict=True):
         view = _shared(plan, level["name"]) | (_rows(plan) if s.operator.headed else _product(plan))
         template = "outer" if plan.outer else _TEMPLATE[s.operator.name]
-        text = render(f"sampled/{template}.c.j2", k=view, banner=head)
+        text = render(f"pattern/{template}.c.j2", k=view, banner=head)
         files[f"{level['name']}.c"] = text.encode()
         units.append(Unit(f"{level['name']}.c", plan.target.flags))
     manifest = {"name": s.name, "problem": str(s), "pattern": s.pattern.digest}
     entry["manifest_lines"] = [c_string(line) for line in json.dumps(manifest, indent=1).splitlines()]
-    files[f"{s.name}.c"] = render("sampled/main.c.j2", a=entry, banner=head).encode()
-    files[f"{s.name}.h"] = render("sampled/header.h.j2", a=entry, banner=head).encode()
+    files[f"{s.name}.c"] = render("pattern/main.c.j2", a=entry, banner=head).encode()
+    files[f"{s.name}.h"] = render("pattern/header.h.j2", a=entry, banner=head).encode()
     for runtime in (*RUNTIME_FILES, *(("bsrgen_math.h",) if s.operator.headed else ())):
         files[runtime] = runtime_file(runtime)
     values = (f"{s.name}_values.bin",) * len(plans)
     return Source(s.name, plans, files, tuple(units), entry["prototype"], values, entry)
 
 
-def _tables(s: Sample, plan: SamplePlan) -> tuple[dict[str, bytes], list[dict[str, str]]]:
+def _tables(s: PatternProblem, plan: PatternPlan) -> tuple[dict[str, bytes], list[dict[str, str]]]:
     """The pattern, its masks, the work of its rows; and no values."""
     tables: list[tuple[str, str, Any]] = [
         ("pointers", "<u4", s.pattern.indptr), ("indices", "<u4", s.pattern.indices),
@@ -64,7 +64,7 @@ def _tables(s: Sample, plan: SamplePlan) -> tuple[dict[str, bytes], list[dict[st
     return files, blobs
 
 
-def _mask_rows(s: Sample, plan: SamplePlan) -> Any:
+def _mask_rows(s: PatternProblem, plan: PatternPlan) -> Any:
     """The bits of all masks, rows padded to whole register tiles and to what a load reads behind them."""
     assert s.mask is not None
     kinds, rows, width = s.mask.bits.shape
@@ -73,15 +73,15 @@ def _mask_rows(s: Sample, plan: SamplePlan) -> Any:
     return padded
 
 
-def _mask_row_count(s: Sample) -> int:
+def _mask_row_count(s: PatternProblem) -> int:
     return -(-s.pattern.R // 8) * 8  # whole register tiles of every target
 
 
-def _mask_bytes(plan: SamplePlan) -> int:
+def _mask_bytes(plan: PatternPlan) -> int:
     return -(-plan.padded(plan.problem.pattern.C) // 64) * 8 + 8  # the same for every target
 
 
-def _operands(s: Sample) -> list[dict[str, str]]:
+def _operands(s: PatternProblem) -> list[dict[str, str]]:
     """What a C program gives behind the arrays."""
     names = [(o.name, o.kind) for step in s.epilogue for o in step.operands if o.kind != "out"]
     if s.operator.headed:
@@ -93,7 +93,7 @@ def _operands(s: Sample) -> list[dict[str, str]]:
 
 
 def _entry(
-    s: Sample, levels: list[dict[str, Any]], blobs: list[dict[str, str]], operands: list[dict[str, str]]
+    s: PatternProblem, levels: list[dict[str, Any]], blobs: list[dict[str, str]], operands: list[dict[str, str]]
 ) -> dict[str, Any]:
     p, real, headed = s.pattern, s.real, s.operator.headed
     inputs = [_input(s, number) for number in range(len(s.operator.inputs))]
@@ -101,7 +101,7 @@ def _entry(
     numbers = "".join(f"{o['c']}, " for o in operands)
     return {
         "name": s.name, "levels": levels, "blobs": blobs, "operands": operands, "inputs": inputs, "head": s.head,
-        "prototype": f"int {s.name}(int64_t n, {arrays}{numbers}{real.c} *y, int threads)", "language": "sampled",
+        "prototype": f"int {s.name}(int64_t n, {arrays}{numbers}{real.c} *y, int threads)", "language": "pattern",
         "x_type": s.dtype.c, "y_type": real.c, "x_one": ONE.get(s.dtype.name, "1"), "M": p.M, "K": p.K,
         "B": p.nnzb, "R": p.R, "C": p.C, "nothing": f"{'n == 0 || ' * headed}{p.M if s.head else p.nnzb} == 0",
         "needs": "!=" if headed else "<", "formula": s.operator.formula, "result": s.operator.result,
@@ -114,7 +114,7 @@ def _entry(
     }  # fmt: skip
 
 
-def _input(s: Sample, number: int) -> dict[str, Any]:
+def _input(s: PatternProblem, number: int) -> dict[str, Any]:
     """One array: where a call has it, and the least leading dimension it may have."""
     name, letters = s.operator.inputs[number]
     size = {"M": str(s.pattern.M), "K": str(s.pattern.K), "N": "n", "D": str(s.head), "C": str(s.pattern.C)}
@@ -127,7 +127,7 @@ def _input(s: Sample, number: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _shared(plan: SamplePlan, name: str) -> dict[str, Any]:
+def _shared(plan: PatternPlan, name: str) -> dict[str, Any]:
     s, p, unit = plan.problem, plan.problem.pattern, plan.product
     return {
         "name": name, "tables": s.name, "real": s.real.c, "real_bytes": s.real.bytes, "lanes": plan.lanes,
@@ -137,7 +137,7 @@ def _shared(plan: SamplePlan, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _product(plan: SamplePlan) -> dict[str, Any]:
+def _product(plan: PatternPlan) -> dict[str, Any]:
     s = plan.problem
     names = [step.name for step in s.epilogue]
     place = "PLACE(r0, t0 + l / T_ROWS)" if plan.along == "columns" else "PLACE(r0 + l / T_COLS, t0)"
@@ -149,7 +149,7 @@ def _product(plan: SamplePlan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _rows(plan: SamplePlan) -> dict[str, Any]:
+def _rows(plan: PatternPlan) -> dict[str, Any]:
     """Of attention and softmax."""
     s, p = plan.problem, plan.problem.pattern
     return {

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from bsrgen.backends.c.products import FMA, Product, products
 from bsrgen.operators import ATTENTION, SDDMM, SOFTMAX
+from bsrgen.pattern_problem import PatternProblem
 from bsrgen.plan import Counts, Plan
-from bsrgen.sample import Sample
 from bsrgen.targets import Target
 
 Array = NDArray[Any]
@@ -22,13 +22,13 @@ EXP = 20.0  # the same for each vector of weights
 
 
 @dataclass(frozen=True)
-class SamplePlan(Plan):
+class PatternPlan(Plan):
     """Lanes along columns, rows broadcast, where blocks are whole vectors of columns.  Else, and for pairs of bfloat16,
     lanes along N; a register tile of rows x columns, as many as lanes, is folded into one vector in the end.
     Attention: lanes along keys, then along the elements of a head.
     """
 
-    problem: Sample  # type: ignore[assignment]
+    problem: PatternProblem  # type: ignore[assignment]
 
     def __str__(self) -> str:
         if self.problem.operator is SOFTMAX:
@@ -172,6 +172,6 @@ class SamplePlan(Plan):
         )  # fmt: skip
 
 
-def plan_sample(problem: Sample, target: Target) -> SamplePlan:
+def plan_pattern(problem: PatternProblem, target: Target) -> PatternPlan:
     """The plan for a target: there is one."""
-    return SamplePlan(problem, target)
+    return PatternPlan(problem, target)

@@ -12,17 +12,17 @@ import numpy as np
 
 from bsrgen import build, package
 from bsrgen.artifact import Artifact, write_manifest
-from bsrgen.backends.c.sampled import plan_sample
-from bsrgen.backends.c.sampled_text import emit_sampled
+from bsrgen.backends.c.pattern_plan import plan_pattern
+from bsrgen.backends.c.pattern_text import emit_pattern
 from bsrgen.cost import dense_flop_per_cycle
 from bsrgen.errors import IncompatibleCPUError
 from bsrgen.exam import error_share, require
 from bsrgen.integrity import MANIFEST
 from bsrgen.manifest import MASK_FILE, CheckRecord, CostRecord, Manifest, parse_manifest
 from bsrgen.pattern import Weight
+from bsrgen.pattern_kernel import PatternKernel
+from bsrgen.pattern_problem import PatternProblem
 from bsrgen.plan import Plan
-from bsrgen.sample import Sample
-from bsrgen.sampled import SampledKernel
 from bsrgen.store import Store
 from bsrgen.targets import Target, native
 from bsrgen.tune import PLANNED_N
@@ -31,7 +31,9 @@ from bsrgen.verdict import Verdict
 MOST_FLOP = 1 << 26  # of the check: of larger ones a part of N is not worth waiting for
 
 
-def compile_sample(problem: Sample, targets: tuple[Target, ...], generator: str, threads: int | None) -> SampledKernel:
+def compile_pattern(
+    problem: PatternProblem, targets: tuple[Target, ...], generator: str, threads: int | None
+) -> PatternKernel:
     """The kernel of `problem`; `generator` is the digest of this package's text.  BuildError, StoreError."""
     compiler = build.find_compiler(targets[0])
     masks = (problem.mask.kinds, problem.mask.bits) if problem.mask else ()
@@ -44,12 +46,12 @@ def compile_sample(problem: Sample, targets: tuple[Target, ...], generator: str,
     key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
     folder = Store.default().publish(key, functools.partial(_make, problem, targets, compiler))
     artifact = Artifact(folder, parse_manifest((folder / MANIFEST).read_bytes(), folder))
-    return SampledKernel(artifact, threads=threads, may_be_foreign=True)
+    return PatternKernel(artifact, threads=threads, may_be_foreign=True)
 
 
-def _make(problem: Sample, targets: tuple[Target, ...], compiler: build.Compiler, folder: Path) -> None:
+def _make(problem: PatternProblem, targets: tuple[Target, ...], compiler: build.Compiler, folder: Path) -> None:
     """Build, check and describe one artifact in `folder`."""
-    source = emit_sampled(tuple(plan_sample(problem, target) for target in targets))
+    source = emit_pattern(tuple(plan_pattern(problem, target) for target in targets))
     build.build(source, folder, compiler)
     if problem.mask:
         np.savez(folder / MASK_FILE, kinds=problem.mask.kinds, bits=problem.mask.bits)
@@ -72,12 +74,12 @@ def _against_dense(manifest: Manifest, plan: Plan) -> tuple[CostRecord, Verdict]
     return msgspec.structs.replace(cost, dense_seconds=dense), verdict
 
 
-def _check(artifact: Artifact, problem: Sample) -> CheckRecord | None:
+def _check(artifact: Artifact, problem: PatternProblem) -> CheckRecord | None:
     """Run the new kernel on random arrays against the float64 reference.  None where this CPU cannot run it."""
     if artifact.manifest.family != native().family:
         return None
     try:
-        kernel = SampledKernel(artifact, threads=1)
+        kernel = PatternKernel(artifact, threads=1)
     except IncompatibleCPUError:
         return None
     rng, shares, numbers = np.random.default_rng(0), [], dict[str, Any](problem.numbers)

@@ -21,15 +21,15 @@ from bsrgen.errors import (
 from bsrgen.foreign import view
 from bsrgen.kernel import Kernel, _Values
 from bsrgen.manifest import MASK_FILE
-from bsrgen.operators import ATTENTION, SAMPLED
-from bsrgen.sample import Mask, Sample
+from bsrgen.operators import ATTENTION, PATTERN_OPERATORS
+from bsrgen.pattern_problem import Mask, PatternProblem
 from bsrgen.trampoline import trampoline
 
 Array = NDArray[Any]
 _NO_MEMORY = 3  # enum bsrgen_status in runtime/bsrgen.h
 
 
-class SampledKernel(Kernel):
+class PatternKernel(Kernel):
     """A kernel of a pattern, without values: data = k(a, b), y = k(q, k, v).  Safe to call from many threads.
 
     sddmm: a is [M, N], b [K, N], the result data[nnzb, R, C], block rows in order, columns ascending, zero in padding.
@@ -47,7 +47,7 @@ class SampledKernel(Kernel):
         self._foreign: IncompatibleCPUError | None = None
         self._tramp = trampoline()
         self._values = _Values({}, "none", {}, None, None, None, self._tramp.ffi.NULL)
-        self._operator, self._steps = SAMPLED[m.operator], m.epilogue
+        self._operator, self._steps = PATTERN_OPERATORS[m.operator], m.epilogue
         self._token_axis = self._operator.token_axis
         (M, K), (R, C) = m.shape, m.blocksize
         self._sizes = {"M": M, "K": K, "D": m.head, "B": m.nnzb, "R": R, "C": C}
@@ -228,15 +228,15 @@ class SampledKernel(Kernel):
         return self @ x
 
     @functools.cached_property
-    def problem(self) -> Sample:  # type: ignore[override]
+    def problem(self) -> PatternProblem:  # type: ignore[override]
         """What is computed."""
-        return sample_of(self.artifact)
+        return pattern_problem_of(self.artifact)
 
 
-def sample_of(artifact: Artifact) -> Sample:
+def pattern_problem_of(artifact: Artifact) -> PatternProblem:
     """What an artifact of a pattern alone computes.  ArtifactCorruptError where its pattern or its mask is not one."""
     m, mask = artifact.manifest, None
     if MASK_FILE in m.files:
         arrays = artifact.arrays(MASK_FILE)
         mask = Mask(arrays["kinds"], arrays["bits"])
-    return Sample(SAMPLED[m.operator], artifact.pattern(), m.types[0], m.steps, None, m.head, mask)
+    return PatternProblem(PATTERN_OPERATORS[m.operator], artifact.pattern(), m.types[0], m.steps, None, m.head, mask)

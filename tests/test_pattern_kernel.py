@@ -10,7 +10,7 @@ import bsrgen
 from bsrgen import attention
 from bsrgen.attention import attention_blocks, causal, global_, sliding_window
 from bsrgen.pattern import Weight, as_weight, random_weight
-from bsrgen.sampled import SampledKernel
+from bsrgen.pattern_kernel import PatternKernel
 from bsrgen.verify import verify
 
 PRODUCTS = ("sddmm", "linear_grad")
@@ -22,7 +22,7 @@ def assert_within(y, expected, bound):
     assert (error <= bound).all(), f"{(error > bound).sum()} of {y.size} results, worst {(error / bound).max():.3g}"
 
 
-def check(kernel: SampledKernel, rng, tokens, scale=None):
+def check(kernel: PatternKernel, rng, tokens, scale=None):
     for n in tokens:
         arrays = kernel.problem.sample(rng, n)
         y = kernel(*arrays, scale=scale)
@@ -49,7 +49,7 @@ def check(kernel: SampledKernel, rng, tokens, scale=None):
 def test_products_match_numpy(operator, kind, shape, blocksize, dtype, rng):
     weight = make_weight(kind, shape, blocksize, "float32")
     kernel = bsrgen.compile(weight, operator, dtype=dtype)
-    assert isinstance(kernel, SampledKernel)
+    assert isinstance(kernel, PatternKernel)
     check(kernel, rng, (0, 1, 33, 300))
 
 
