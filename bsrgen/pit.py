@@ -57,7 +57,7 @@ class Pit:
     rows: int = 0
 
     def __str__(self) -> str:
-        blocks = f" by {self.tokens}x{self.rows}" if self.axis.name == "outputs" else ""
+        blocks = f" by {self.tokens}x{self.rows}" if self.rows else ""
         return f"pit by {self.axis.name}{blocks}"
 
     @property

@@ -1,11 +1,12 @@
 """PitKernel: the kernel of mode="pit", whose calls say what is to be computed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen.errors import ArgumentTypeError
+from bsrgen.errors import ArgumentTypeError, PatternMismatchError
 from bsrgen.kernel import Kernel
 from bsrgen.quantize import source_of
 from bsrgen.stack import are_several, stacked
@@ -42,13 +43,25 @@ class PitKernel(Kernel):
     def update(self, W: Any) -> None:
         """As in Kernel; of experts W is a list or [experts, rows, K]."""
         m = self.artifact.manifest
-        if isinstance(W, np.ndarray) and W.ndim == 3:
-            W = W.reshape(-1, W.shape[-1])
-        elif m.pit and m.pit.axis == "experts" and are_several(W):
-            plain = all(isinstance(w, np.ndarray) for w in W)
-            blocks = m.blocksize
-            W = np.concatenate(W) if plain else stacked([source_of(w, m.types[0], blocksize=blocks) for w in W])
+        if m.pit and m.pit.axis == "experts":
+            experts = list(W) if isinstance(W, np.ndarray) and W.ndim == 3 else W
+            if are_several(experts):
+                W = self._experts(experts)
         super().update(W)
+
+    def _experts(self, weights: Sequence[Any]) -> Any:
+        """The weights of all experts as one.  PatternMismatchError where they are others, or others in number."""
+        m = self.artifact.manifest
+        rows, K = m.as_pit.rows if m.as_pit else 0, m.shape[1]
+        plain = all(isinstance(w, np.ndarray) for w in weights)
+        read = weights if plain else [source_of(w, m.types[0], blocksize=m.blocksize) for w in weights]
+        shapes = [w.shape if isinstance(w, np.ndarray) else w.pattern.shape for w in read]
+        if shapes != [(rows, K)] * (m.shape[0] // max(rows, 1)):
+            given = ", ".join(f"{shape[0]}x{shape[1]}" for shape in shapes)
+            raise PatternMismatchError(
+                f"{self.name}: W is {given}; each of the {m.shape[0] // max(rows, 1)} experts is {rows}x{K}"
+            )
+        return np.concatenate(read) if plain else stacked(read)
 
     @property
     def selects(self) -> str | None:

@@ -55,4 +55,6 @@ def _of_indices(name: str, indices: Array, n: int) -> Array:
         raise ArgumentError(f"{name}: live names token {wrong}; there are {n}, from 0")
     live = np.zeros(n, bool)
     live[indices] = True
+    if live.sum() != indices.size:
+        raise ArgumentError(f"{name}: live names tokens more than once; integers are indices, a mask is bool")
     return live

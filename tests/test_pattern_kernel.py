@@ -44,6 +44,8 @@ def check(kernel: PatternKernel, rng, tokens, scale=None):
         ("sddmm", "one", (33, 64), (1, 32), "float16"),
         ("sddmm", "empty", (20, 12), (4, 4), "float32"),
         ("linear_grad", "full", (20, 12), (2, 8), "float32"),
+        ("sddmm", "uniform", (60, 48), (20, 16), "float32"),  # tiles of more rows than lanes
+        ("linear_grad", "uniform", (48, 32), (16, 8), "float64"),
     ],
 )
 def test_products_match_numpy(operator, kind, shape, blocksize, dtype, rng):
@@ -71,8 +73,8 @@ def test_the_result_is_the_gradient_of_the_weight(rng):
 def test_every_level(operator, level, rng):
     dtype = DTYPE_NAMES[PRODUCTS.index(operator)]
     kernel = bsrgen.compile(random_weight(1, (21, 30), (4, 3), 0.5), operator, dtype=dtype, target=level)
-    if kernel.plan.target == level:
-        check(kernel, rng, (1, 130))
+    assert kernel.plan.target == level
+    check(kernel, rng, (1, 130))
 
 
 @given(st.lists(st.booleans(), min_size=30, max_size=30))

@@ -75,7 +75,7 @@ class PatternPlan(Plan):
     @property
     def cols(self) -> int:
         """Columns of the register tile, of one block or of neighbours in a block row."""
-        return self.lanes // self.rows
+        return max(self.lanes // self.rows, 1)
 
     @property
     def vectors(self) -> int:
