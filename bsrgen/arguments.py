@@ -181,9 +181,9 @@ class Call:
         value = given.get(operand.name)
         if operand.kind in SELECTING and self.pit:
             n = shape[self.operator.token_axis]
-            fits = self.pit.selection_shape(n, self.stacked)
-            tokens = fits if operand.kind == "mask" else () if batch is None else batch
-            return selected(self.name, operand, value, fits, tokens, self.pit.groups(self.stacked))
+            own = self.pit.selection_shape(n, self.stacked)
+            tokens = own if operand.kind == "mask" else () if batch is None else batch
+            return selected(self.name, operand, value, own, tokens, self.pit.groups(self.stacked))
         if value is None and operand.default is None:
             raise ArgumentTypeError(f"{self.name}: operand {operand.name!r} is missing: k(x, {operand.name}=...)")
         if operand.kind == "scalar" or value is None or (operand.kind == "token" and np.ndim(value) == 0):

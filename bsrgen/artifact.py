@@ -2,9 +2,6 @@
 
 import hashlib
 import io
-import os
-import shutil
-import uuid
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +12,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen.errors import ArgumentError, ArtifactCorruptError, ArtifactError, PatternError
+from bsrgen.errors import ArtifactCorruptError, ArtifactError, PatternError
 from bsrgen.even import PlannedPattern
-from bsrgen.integrity import MANIFEST, MANIFEST_DIGEST, typed, verify_folder
-from bsrgen.manifest import PATTERN_FILE, Manifest, parse_manifest
+from bsrgen.folder import refuse_strangers, replacing
+from bsrgen.integrity import MANIFEST, MANIFEST_DIGEST, verify_folder
+from bsrgen.manifest import MASK_FILE, PATTERN_FILE, Manifest, parse_manifest
+from bsrgen.operators import OPERATORS, PATTERN_OPERATORS
 from bsrgen.pattern import Pattern
+from bsrgen.pattern_problem import Mask, PatternProblem
+from bsrgen.problem import Problem
 
 Array = NDArray[Any]
 
@@ -35,6 +36,11 @@ class Artifact:
     def library(self) -> Path:
         """The shared library."""
         return self.folder / self.manifest.library
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the manifest, which holds those of all files."""
+        return (self.folder / MANIFEST_DIGEST).read_text().split()[0]
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -79,6 +85,17 @@ class Artifact:
             raise ArtifactCorruptError(f"{self.folder / PATTERN_FILE}: not the pattern of the manifest")
         return pattern
 
+    def problem(self) -> Problem | PatternProblem:
+        """What is computed.  ArtifactCorruptError where the pattern or the mask is not one."""
+        m, (w, x, y) = self.manifest, self.manifest.types
+        if m.operator not in PATTERN_OPERATORS:
+            return Problem(OPERATORS[m.operator], self.pattern(), w, m.steps, None, x, y, m.as_pit)
+        mask = None
+        if MASK_FILE in m.files:
+            arrays = self.arrays(MASK_FILE)
+            mask = Mask(arrays["kinds"], arrays["bits"])
+        return PatternProblem(PATTERN_OPERATORS[m.operator], self.pattern(), w, m.steps, None, m.head, mask)
+
 
 def read_artifact(folder: str | Path, expect_sha256: str | None = None) -> Artifact:
     """Check every file of `folder` against its manifest, then parse the manifest.
@@ -92,10 +109,9 @@ def read_artifact(folder: str | Path, expect_sha256: str | None = None) -> Artif
             f"{folder}: no such folder; an artifact is a folder made by bsrgen.compile(...).save(folder)"
         )
     verify_folder(folder)
-    digest = (folder / MANIFEST_DIGEST).read_text().split()[0]
-    if expect_sha256 is not None and digest != expect_sha256.lower():
-        raise ArtifactCorruptError(f"{folder}: manifest has sha256 {digest}, expected {expect_sha256}")
     artifact = Artifact(folder, parse_manifest((folder / MANIFEST).read_bytes(), folder))
+    if expect_sha256 is not None and artifact.sha256 != expect_sha256.lower():
+        raise ArtifactCorruptError(f"{folder}: manifest has sha256 {artifact.sha256}, expected {expect_sha256}")
     _check_values(artifact)
     return artifact
 
@@ -118,50 +134,16 @@ def save_artifact(artifact: Artifact, target: Path, changed: Mapping[str, bytes]
     new folder complete before the old one goes.  StoreError where the disk says no; the old folder is there then.
     """
     target = target.resolve()
-    _refuse_strangers(target)
-    with typed(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temp = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        temp.mkdir()  # not mkdtemp: others may read what is saved, as the umask says
-        try:
-            for name in {**artifact.manifest.files, **changed}:
-                (temp / name).write_bytes(changed[name] if name in changed else artifact.read(name))
-            write_manifest(temp, manifest)
-            _exchange(temp, target)
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
+    refuse_strangers(target, "an artifact", files_of)
+    with replacing(target) as new:
+        for name in {**artifact.manifest.files, **changed}:
+            (new / name).write_bytes(changed[name] if name in changed else artifact.read(name))
+        write_manifest(new, manifest)
 
 
-def _refuse_strangers(target: Path) -> None:
-    """ArgumentError unless `target` may be replaced without losing anything but an artifact."""
-    if not os.path.lexists(target):
-        return
-    if not target.is_dir():
-        raise ArgumentError(f"{target}: exists and is not a folder; choose another name")
-    names = {path.name for path in target.iterdir()}
-    if not names:
-        return
-    try:
-        ours = {*parse_manifest((target / MANIFEST).read_bytes(), target).files, MANIFEST, MANIFEST_DIGEST}
-    except (OSError, ArtifactError):
-        raise ArgumentError(f"{target}: exists and is not an artifact; choose a new or empty folder") from None
-    if names - ours:
-        raise ArgumentError(f"{target}: also holds {min(names - ours)!r}, which is not the artifact's; move it away")
-
-
-def _exchange(new: Path, target: Path) -> None:
-    """Rename `new` to `target`; what was there is put back if that fails, and removed if not."""
-    if not target.exists():
-        os.rename(new, target)
-        return
-    old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
-    os.rename(target, old)
-    try:
-        os.rename(new, target)
-    except OSError:
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def files_of(folder: Path) -> set[str]:
+    """The files of the artifact in a folder, as its manifest says.  OSError, ArtifactError."""
+    return {*parse_manifest((folder / MANIFEST).read_bytes(), folder).files, MANIFEST, MANIFEST_DIGEST}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Artifact:

@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
@@ -15,12 +13,13 @@ import msgspec
 import numpy as np
 
 from bsrgen import __version__, api
+from bsrgen.artifact import Artifact
 from bsrgen.errors import ArgumentError, ArgumentTypeError, PatternError
 from bsrgen.files import model_matrices, read_matrix, read_vector
-from bsrgen.integrity import typed
+from bsrgen.folder import refuse_strangers, replacing
 from bsrgen.kernel import Kernel
 from bsrgen.machine import parallel_cores
-from bsrgen.model import KERNELS, MODEL, SCHEMA, LayerRecord, Model, ModelRecord, digest_of, load_model
+from bsrgen.model import KERNELS, MODEL, SCHEMA, LayerRecord, Model, ModelRecord, load_model, model_files
 from bsrgen.pattern import Weight, as_weight
 from bsrgen.prune import block_norms, magnitude, masked, mass
 from bsrgen.sparsity import Job, Sparsity, jobs_of, read_sparsity
@@ -55,23 +54,14 @@ def compile_model(
         raise ArgumentTypeError(f"executor={executor!r}: a concurrent.futures.Executor, or None for threads")
     sparsity = config if isinstance(config, Sparsity) else read_sparsity(Path(config))
     target = Path(folder).resolve()
-    _refuse_strangers(target)
+    refuse_strangers(target, "a model", model_files)
     source = Path(weights)
     made = [_prepare(job, source) for job in jobs_of(sparsity, model_matrices(source))]
     _build_all(made, executor, progress or (lambda share: None))
-    with typed(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temp = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        try:
-            temp.mkdir()
-            layers = _save_all(made, temp / KERNELS)
-            record = ModelRecord(SCHEMA, __version__, hashlib.sha256(source.read_bytes()).hexdigest(), layers)
-            (temp / MODEL).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2))
-            if target.exists():
-                shutil.rmtree(target)
-            os.rename(temp, target)
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
+    with replacing(target) as new:
+        layers = _save_all(made, new / KERNELS)
+        record = ModelRecord(SCHEMA, __version__, hashlib.sha256(source.read_bytes()).hexdigest(), layers)
+        (new / MODEL).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2))
     return load_model(target)
 
 
@@ -87,6 +77,8 @@ def _prepare(job: Job, source: Path) -> _Made:
         masses.append(kept)
         if job.bias and (bias := read_vector(source, f"{name.removesuffix('.weight')}.bias")) is not None:
             biases.append(bias)
+    if biases and "bias" in job.epilogue:
+        raise ArgumentError(f"{job.name}: its bias is in the file and comes first; leave 'bias' out of epilogue")
     if biases and len(biases) != len(weights):
         raise ArgumentError(f"{job.name}: {len(biases)} of {len(weights)} tensors have a bias; say bias = false")
     operands = {"bias": np.concatenate(biases)} if biases else {}
@@ -142,14 +134,7 @@ def _save_all(made: Sequence[_Made], folder: Path) -> dict[str, LayerRecord]:
             kernel.save(folder / place)
         m, v = kernel.artifact.manifest, kernel.verdict
         layers[one.job.name] = LayerRecord(
-            place, digest_of(folder / place), one.job.tensors, kernel.pattern.density, one.mass, m.cost.n,
+            place, Artifact(folder / place, m).sha256, one.job.tensors, kernel.pattern.density, one.mass, m.cost.n,
             m.cost.measured_seconds or m.cost.seconds, v.speedup,
         )  # fmt: skip
     return layers
-
-
-def _refuse_strangers(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        known = target.is_dir() and {path.name for path in target.iterdir()} == {MODEL, KERNELS}
-        if not known:
-            raise ArgumentError(f"{target}: exists and is not a model of bsrgen; choose a new or empty folder")

@@ -409,8 +409,9 @@ class Kernel:
     @functools.cached_property
     def problem(self) -> Problem:
         """What is computed."""
-        m, (w, x, y) = self.artifact.manifest, self.artifact.manifest.types
-        return Problem(OPERATORS[m.operator], self.pattern, w, m.steps, None, x, y, m.as_pit)
+        problem = self.artifact.problem()
+        assert isinstance(problem, Problem)
+        return problem
 
     @property
     def plan(self) -> LevelRecord:

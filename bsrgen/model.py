@@ -4,14 +4,13 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from bsrgen.artifact import Artifact, files_of, read_artifact
 from bsrgen.errors import ArtifactCorruptError, ArtifactError
-from bsrgen.integrity import MANIFEST_DIGEST
 from bsrgen.kernel import Kernel
-from bsrgen.loading import load
+from bsrgen.loading import kernel_of
 
 MODEL = "model.json"
 KERNELS = "kernels"  # folder of the artifacts
@@ -98,15 +97,16 @@ def load_model(
     """
     folder = Path(folder).absolute()
     record = read_record(folder, expect_sha256)
-    own: dict[str, Kernel] = {}
-    kernels: dict[str, Any] = {}
+    own: dict[str, Artifact] = {}
+    kernels: dict[str, Kernel] = {}
     for name, layer in record.layers.items():
         if layer.kernel not in own:
-            own[layer.kernel] = load(folder / KERNELS / layer.kernel, threads=threads, expect_sha256=layer.sha256)
-        kernels[name] = own[layer.kernel]
+            own[layer.kernel] = read_artifact(folder / KERNELS / layer.kernel, layer.sha256)
+        kernels[name] = kernel_of(own[layer.kernel], threads=threads)  # one each: layers are updated one by one
     return Model(folder, record, kernels)
 
 
-def digest_of(folder: Path) -> str:
-    """sha256 of an artifact's manifest."""
-    return (folder / MANIFEST_DIGEST).read_text().split()[0]
+def model_files(folder: Path) -> set[str]:
+    """The files of the model in a folder, as its records say.  OSError, ArtifactError."""
+    places = {f"{KERNELS}/{layer.kernel}" for layer in read_record(folder).layers.values()}
+    return {MODEL, *(f"{place}/{name}" for place in places for name in files_of(folder / place))}

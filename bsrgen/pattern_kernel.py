@@ -20,9 +20,8 @@ from bsrgen.errors import (
 )
 from bsrgen.foreign import view
 from bsrgen.kernel import Kernel, _Values
-from bsrgen.manifest import MASK_FILE
 from bsrgen.operators import ATTENTION, PATTERN_OPERATORS
-from bsrgen.pattern_problem import Mask, PatternProblem
+from bsrgen.pattern_problem import PatternProblem
 from bsrgen.trampoline import trampoline
 
 Array = NDArray[Any]
@@ -230,13 +229,6 @@ class PatternKernel(Kernel):
     @functools.cached_property
     def problem(self) -> PatternProblem:  # type: ignore[override]
         """What is computed."""
-        return pattern_problem_of(self.artifact)
-
-
-def pattern_problem_of(artifact: Artifact) -> PatternProblem:
-    """What an artifact of a pattern alone computes.  ArtifactCorruptError where its pattern or its mask is not one."""
-    m, mask = artifact.manifest, None
-    if MASK_FILE in m.files:
-        arrays = artifact.arrays(MASK_FILE)
-        mask = Mask(arrays["kinds"], arrays["bits"])
-    return PatternProblem(PATTERN_OPERATORS[m.operator], artifact.pattern(), m.types[0], m.steps, None, m.head, mask)
+        problem = self.artifact.problem()
+        assert isinstance(problem, PatternProblem)
+        return problem

@@ -54,10 +54,10 @@ class PitKernel(Kernel):
         m = self.artifact.manifest
         rows, K = m.as_pit.rows if m.as_pit else 0, m.shape[1]
         plain = all(isinstance(w, np.ndarray) for w in weights)
-        read = weights if plain else [source_of(w, m.types[0], blocksize=m.blocksize) for w in weights]
+        read: list[Any] = list(weights) if plain else [source_of(w, m.types[0], blocksize=m.blocksize) for w in weights]
         shapes = [w.shape if isinstance(w, np.ndarray) else w.pattern.shape for w in read]
         if shapes != [(rows, K)] * (m.shape[0] // max(rows, 1)):
-            given = ", ".join(f"{shape[0]}x{shape[1]}" for shape in shapes)
+            given = ", ".join(f"{one}x{k}" for one, k in shapes)
             raise PatternMismatchError(
                 f"{self.name}: W is {given}; each of the {m.shape[0] // max(rows, 1)} experts is {rows}x{K}"
             )

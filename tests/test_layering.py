@@ -57,6 +57,7 @@ FLOORS = """
     problem  pattern_problem  occupancy  cover  quantize  stack  even
     pattern  prune
     canonical  manifest  trampoline  sparsity
+    folder
     store  llvm  gpus  gpu_clock
     pit
     operators  epilogues  targets  foreign  integrity
@@ -71,7 +72,7 @@ ROOMS = ("cli", "bench", "integrations")  # their own files may import each othe
 DEPLOY = [
     "model", "loading", "device", "device_arrays", "dynamic", "even", "kernel", "pattern_problem", "pattern_kernel",
     "arguments", "strides", "problem", "quantize", "pit_kernel", "selection", "pit", "stack", "pattern", "canonical",
-    "foreign", "artifact", "manifest",
+    "foreign", "artifact", "manifest", "folder",
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -15,7 +16,7 @@ from bsrgen.__main__ import main
 from bsrgen.assemble import compile_model
 from bsrgen.errors import ArgumentError, ArtifactCorruptError, ArtifactError
 from bsrgen.model import load_model
-from bsrgen.pattern import as_weight
+from bsrgen.pattern import Weight, as_weight
 from bsrgen.problem import as_problem
 from bsrgen.prune import magnitude, masked
 from bsrgen.sparsity import jobs_of, read_sparsity
@@ -103,7 +104,12 @@ def test_one_manifest_says_what_is_there(folder):
     assert layers["h.0.qk"]["tensors"] == ["h.0.q.weight", "h.0.k.weight"]
     assert 0 < layers["h.0.up"]["mass"] < 1
     model = load_model(folder)
-    assert model["h.0.up"] is model["h.1.up"]
+    one, other = model["h.0.up"], model["h.1.up"]
+    x = np.ones((3, one.shape[1]), one.x_dtype)
+    before = other(x)
+    one.update(Weight(one.pattern, np.zeros((one.pattern.nnzb, *one.pattern.blocksize), one.dtype)))
+    assert not np.array_equal(one(x), before)
+    np.testing.assert_array_equal(other(x), before)  # equal layers share a file, and are updated one by one
     assert model.seconds == pytest.approx(sum(layer["seconds"] for layer in layers.values()))
     assert "4 kernels" in repr(model)
     digest = hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
@@ -148,23 +154,31 @@ def test_tables_that_say_nonsense(tensors, tmp_path, text, words):
         jobs_of(read_sparsity(tmp_path / "s.toml"), [name for name in tensors if name.endswith("weight")])
 
 
-def test_nothing_is_overwritten_or_half_written(files, tmp_path):
+def test_nothing_is_overwritten_or_half_written(files, folder, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(ArgumentError, match="not a model"):
-        compile_model(files / "model.safetensors", files / "sparsity.toml", tmp_path / "mine")
+    (tmp_path / "alike" / "kernels").mkdir(parents=True)
+    (tmp_path / "alike" / "model.json").write_text("{}")
+    for name in ("mine", "alike"):
+        with pytest.raises(ArgumentError, match="not a model"):
+            compile_model(files / "model.safetensors", files / "sparsity.toml", tmp_path / name)
+    shutil.copytree(folder, tmp_path / "more")
+    (tmp_path / "more" / "kernels" / "thesis.txt").write_text("all of it")
+    with pytest.raises(ArgumentError, match=r"also holds 'kernels/thesis\.txt'"):
+        compile_model(files / "model.safetensors", files / "sparsity.toml", tmp_path / "more")
+    (tmp_path / "twice.toml").write_text("[[layer]]\nmatch='*.up.weight'\nblocksize='4x1'\nepilogue=['bias']\n")
+    with pytest.raises(ArgumentError, match="its bias is in the file"):
+        compile_model(files / "model.safetensors", tmp_path / "twice.toml", tmp_path / "new")
     (tmp_path / "bad.toml").write_text("[[layer]]\nmatch='*.up.weight'\nblocksize='4x1'\nepilogue=['sing']\n")
     with pytest.raises(bsrgen.BsrgenError):
         compile_model(files / "model.safetensors", tmp_path / "bad.toml", tmp_path / "new")
     (tmp_path / "bad.toml").write_text("[[layer]]\nmatch='*.up.weight'\ndensity=0.5\n")
     with pytest.raises(ArgumentError, match=r"h\.0\.up\.weight: density="):
         compile_model(files / "model.safetensors", tmp_path / "bad.toml", tmp_path / "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.toml", "mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alike", "bad.toml", "mine", "more", "twice.toml"]
 
 
 def test_damaged_models_are_refused(folder, tmp_path):
-    import shutil
-
     with pytest.raises(ArtifactError, match=r"no model\.json"):
         load_model(tmp_path)
     copied = tmp_path / "copy"

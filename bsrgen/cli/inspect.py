@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from bsrgen.artifact import Artifact
     from bsrgen.cost import Cost
     from bsrgen.pattern import Pattern, Weight
-    from bsrgen.pattern_problem import PatternProblem
     from bsrgen.plan import Plan
-    from bsrgen.problem import Problem
     from bsrgen.verdict import Advice, Verdict
 
 SHAPES = 16  # most rows of the table of block shapes
@@ -74,7 +72,7 @@ def artifact_document(folder: Path) -> dict[str, Any]:
     manifest = msgspec.to_builtins(artifact.manifest)
     counts = [level.counts for level in artifact.manifest.levels]
     return {
-        "artifact": str(folder), "sha256": _sha256(artifact), "pattern": pattern_document(artifact.pattern()),
+        "artifact": str(folder), "sha256": artifact.sha256, "pattern": pattern_document(artifact.pattern()),
         "counts": {"n": artifact.manifest.cost.n, "levels": counts}, "manifest": manifest,
     }  # fmt: skip
 
@@ -82,7 +80,7 @@ def artifact_document(folder: Path) -> dict[str, Any]:
 def artifact_facts(folder: Path, *, short: bool = False, err: bool = False) -> None:
     """The artifact for people; `short` is what `compile` prints."""
     artifact = _artifact(folder)
-    m, problem = artifact.manifest, _problem(artifact)
+    m, problem = artifact.manifest, artifact.problem()
     rows: Rows = [("problem", str(problem))]
     for level in m.levels:
         rows.append(("plan", level.plan))
@@ -104,7 +102,7 @@ def artifact_facts(folder: Path, *, short: bool = False, err: bool = False) -> N
         sizes = {name: (artifact.folder / name).stat().st_size for name in m.files}
         rows += [("files" * (not i), f"{name}  {size(n)}") for i, (name, n) in enumerate(sizes.items())]
     rows += [("notes" * (not i), line) for i, line in enumerate(m.notes)]
-    rows += [("folder", str(folder)), ("sha256", _sha256(artifact))]
+    rows += [("folder", str(folder)), ("sha256", artifact.sha256)]
     facts(m.name, rows if short else [*rows, *_pattern_rows(problem.pattern)], err=err)
 
 
@@ -112,23 +110,6 @@ def _artifact(folder: Path) -> "Artifact":
     from bsrgen.artifact import read_artifact
 
     return read_artifact(folder)
-
-
-def _sha256(artifact: "Artifact") -> str:
-    from bsrgen.integrity import MANIFEST_DIGEST
-
-    return (artifact.folder / MANIFEST_DIGEST).read_text().split()[0]
-
-
-def _problem(artifact: "Artifact") -> "Problem | PatternProblem":
-    from bsrgen.operators import PATTERN_OPERATORS, as_operator
-    from bsrgen.pattern_kernel import pattern_problem_of
-    from bsrgen.problem import Problem
-
-    m, (w, x, y) = artifact.manifest, artifact.manifest.types
-    if m.operator in PATTERN_OPERATORS:
-        return pattern_problem_of(artifact)
-    return Problem(as_operator(m.operator), artifact.pattern(), w, m.steps, None, x, y)
 
 
 # ── a weight ─────────────────────────────────────────────────────────────────────────────────────────────────────────
