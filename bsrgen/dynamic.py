@@ -32,6 +32,7 @@ class _Triple(NamedTuple):
     indices: Array
     indptr: Array
     w_scale: Array | None = None
+    ordered: bool = True  # whether blocks come in the caller's order
 
 
 class PreparedWeight:
@@ -40,10 +41,10 @@ class PreparedWeight:
     Made by `DynamicKernel.prepare`; any number of calls and threads may use it.  `nnzb` blocks are stored.
     """
 
-    __slots__ = ("_values", "kernel", "nnzb")
+    __slots__ = ("_ordered", "_values", "kernel", "nnzb")
 
-    def __init__(self, kernel: "DynamicKernel", nnzb: int, values: _Values) -> None:
-        self.kernel, self.nnzb, self._values = kernel, nnzb, values
+    def __init__(self, kernel: "DynamicKernel", triple: _Triple, values: _Values) -> None:
+        self.kernel, self.nnzb, self._values, self._ordered = kernel, len(triple.data), values, triple.ordered
 
     def __repr__(self) -> str:
         return f"<bsrgen.PreparedWeight of {self.nnzb} blocks for {self.kernel.name}>"
@@ -57,10 +58,12 @@ class PreparedWeight:
         """New values for the same blocks, in the order they were given to `prepare`: [nnzb, R, C], in place.
 
         The pattern is neither checked nor planned again.  No other thread may be in a call with this weight meanwhile.
-        int8 takes integers, the scales stay.  Errors: PatternError (shape, values), ArgumentTypeError; nothing has
-        changed then.
+        int8 takes integers, the scales stay.  Errors: PatternError (shape, values), ArgumentTypeError, UnsupportedError
+        for a weight that `prepare` had to bring into other blocks or another order; nothing has changed then.
         """
         k, m = self.kernel, self.kernel.artifact.manifest
+        if not self._ordered:
+            raise UnsupportedError(f"{k.name}: the weight was not prepared from blocks in one order; prepare it anew")
         raw = read((data, (), ()), k.shape).data
         if raw.shape != (self.nnzb, *m.blocksize):
             raise PatternError(f"{k.name}: data has shape {raw.shape}, the prepared {(self.nnzb, *m.blocksize)}")
@@ -107,7 +110,7 @@ class DynamicKernel(Kernel):
             raise self._foreign
         triple = self._triple(weight)
         self._in_c(triple, buffer := aligned(self._in_c(triple, None)))
-        return PreparedWeight(self, len(triple.data), self._bundle(self._bound(triple), "none", None, buffer))
+        return PreparedWeight(self, triple, self._bundle(self._bound(triple), "none", None, buffer))
 
     def ready(self, weight: Weight) -> Callable[..., Any]:
         """Calls of this kernel for `weight`."""
@@ -140,11 +143,13 @@ class DynamicKernel(Kernel):
             raise PatternMismatchError(f"{self.name}: W has shape {shape}, the kernel {m.shape}")
         quantises = self.dtype == np.int8 and not several and parts[0].dtype.kind not in "iu"
         if several or blocksize != m.blocksize or quantises:
-            weight = self._weight(W)
+            weight, scale = self._weight(W), None
             if weight.data.dtype != self.dtype:
                 weight, scale = quantized(weight, self._values.bound.get("w_scale"))
-                return _Triple(weight.data, weight.pattern.indices, weight.pattern.indptr, scale)
-            return _Triple(weight.data, weight.pattern.indices, weight.pattern.indptr)
+            p = weight.pattern
+            by_rows = not several and (isinstance(W, Weight) or raw.layout in ("bsr", "csr"))
+            same = by_rows and np.array_equal(parts[1], p.indices)
+            return _Triple(weight.data, p.indices, p.indptr, scale, same)
         return _Triple(self._cast(parts[0]), *self._integers(parts[0], parts[1], parts[2]))
 
     def _cast(self, data: Array) -> Array:

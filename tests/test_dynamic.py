@@ -153,6 +153,15 @@ def test_what_a_weight_may_be(rng: np.random.Generator) -> None:
         (blocks, kernel(x, blocks.todense())),  # in other blocks
     ):
         np.testing.assert_array_equal(kernel(x, other), expected)
+    ready = kernel.prepare(csr)
+    ready.update(2 * weight.data)  # in the order of csr.data
+    np.testing.assert_array_equal(kernel(x, ready), kernel(x, 2 * csr))
+    mixed = rng.permutation(csr.nnz)
+    coo = csr.tocoo()
+    coo = scipy.sparse.coo_array((coo.data[mixed], (coo.row[mixed], coo.col[mixed])), SHAPE)
+    for other in (csr.tocsc(), coo, weight.todense()):
+        with pytest.raises(UnsupportedError, match="prepare it anew"):
+            kernel.prepare(other).update(weight.data)
     torch = pytest.importorskip("torch")
     arrays = (p.indptr, p.indices.astype(np.int64), weight.data)
     bsr = torch.sparse_bsr_tensor(*(torch.from_numpy(a.copy()) for a in arrays), SHAPE)
