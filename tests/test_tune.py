@@ -1,7 +1,6 @@
 """Tuning by the clock: who takes part, in which executor, for how long, and what becomes of plans that fail."""
 
 import functools
-import gc
 import pickle
 import re
 import threading
@@ -366,11 +365,12 @@ def test_a_level_that_cannot_run_here_is_left_to_the_model(monkeypatch: pytest.M
 
 
 def test_libraries_of_a_race_are_closed() -> None:
-    gc.collect()  # what the errors of other tests hold
+    def mapped() -> set[str]:
+        return {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/tune/" in line}
+
+    others = mapped()  # races for GPUs in this process leave theirs: the CUDA runtime in them may have threads
     tuned()
-    mapped = Path("/proc/self/maps").read_text()
-    assert "/tune/0/" not in mapped
-    assert "/tune/2/" not in mapped
+    assert mapped() == others
 
 
 def test_huge_matrices_are_timed_at_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
