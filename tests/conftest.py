@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bsrgen.api import _own_digest
 from bsrgen.targets import TARGETS, native, runs_here
 
 ISA = {"sse2": "x86-64", "sse4.2": "x86-64-v2", "avx2": "x86-64-v3", "avx512": "x86-64-v4", "neon": "aarch64"}
 ISA |= {row.removeprefix("x86-64-"): row for row in TARGETS if row.count("-") > 2}  # v4-bf16
 
 
-# Of these tests every n-th case runs, by a hash of its name; all of them with --full.  Each compiles a kernel or more.
+# Of these tests one case in n runs, drawn by its name and the sources of bsrgen, so that each change draws others; all
+# run with --full.  Each compiles a kernel or more.
 THINNED = {
     "test_bench.py": {"test_every_peer_is_right_or_says_why_not": 2},
     "test_compilers.py": {
@@ -25,7 +27,7 @@ THINNED = {
     "test_cuda_matrix.py": {"test_table": 2, "test_mutation_is_found": 2},
     "test_cuda_pairs.py": {"test_cases": 2, "test_mutation_is_found": 2},
     "test_cuda_stream.py": {"test_on_ordinary_cores": 2, "test_mutation_is_found": 2},
-    "test_epilogues.py": {"test_every_ordered_pair": 3, "test_alone": 2, "test_activation_over_the_whole_range": 3},
+    "test_epilogues.py": {"test_every_ordered_pair": 4, "test_alone": 2, "test_activation_over_the_whole_range": 3},
     "test_expand.py": {"test_every_type": 3, "test_panels_and_patterns": 3},
     "test_hopper.py": {"test_mutation_is_found": 2},
     "test_isa.py": {"test_aarch64": 3},
@@ -33,14 +35,14 @@ THINNED = {
         "test_table": 3, "test_plan_space": 3, "test_inf_and_nan_in_X_and_behind_it": 3,
         "test_extreme_weights_compile_and_are_right": 2,
     },
-    "test_matrix.py": {"test_emulated_kernel": 3, "test_real_intrinsics_compile": 3},
-    "test_mlir.py": {"test_table": 3, "test_reduced_types": 2},
+    "test_matrix.py": {"test_emulated_kernel": 4, "test_real_intrinsics_compile": 3},
+    "test_mlir.py": {"test_table": 4, "test_reduced_types": 3},
     "test_reduced.py": {
         "test_every_level": 4, "test_every_triple": 3, "test_every_epilogue": 3, "test_every_kind": 3,
         "test_update_of_half_types": 2, "test_verify_reads_the_weight_back": 2, "test_integers_are_exact": 3,
-        "test_bits_do_not_depend_on_threads": 3,
+        "test_bits_do_not_depend_on_threads": 3, "test_tuned_by_the_clock": 2, "test_scales_of_tokens": 2,
     },
-    "test_shared_x.py": {"test_every_way_to_multiply": 2, "test_pairs": 2},
+    "test_shared_x.py": {"test_every_way_to_multiply": 3, "test_pairs": 2},
     "test_threads.py": {"test_fork": 2},
 }  # fmt: skip
 
@@ -52,14 +54,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     asked = config.getoption("--full") or any("::" in word for word in config.args)
-    left = [item for item in items if not asked and zlib.crc32(item.name.encode()) % _thinned(item)]
+    left = [item for item in items if not asked and not _drawn(item)]
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in set(left)]
 
 
-def _thinned(item: pytest.Item) -> int:
-    return THINNED.get(item.path.name, {}).get(item.name.partition("[")[0], 1)
+def _drawn(item: pytest.Item) -> bool:
+    share = THINNED.get(item.path.name, {}).get(item.name.partition("[")[0], 1)
+    return zlib.crc32(f"{_own_digest()} {item.name}".encode()) % share == 0
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -88,7 +88,7 @@ def test_every_epilogue(types, steps, rng):
 
 
 @settings(
-    max_examples=10, deadline=None, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate),
+    max_examples=6, deadline=None, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate),
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(
