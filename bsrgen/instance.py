@@ -5,6 +5,7 @@ Kernels of one pattern are one piece of code; a model has many weights, new ones
 
 from typing import Any
 
+from bsrgen.errors import ArgumentTypeError
 from bsrgen.kernel import Kernel
 
 
@@ -25,6 +26,8 @@ class Instance:
 
     def operands(self, **addresses: int) -> Any:
         """Operands for `run`: those named lie, contiguous and of the kernel's type for them, at these addresses."""
+        if lacks := addresses.keys() - {operand.name for operand in self._kernel._call.operands}:
+            raise ArgumentTypeError(f"{self._kernel.name}: has no operand {min(lacks)!r}")
         settled = self._values.settled | dict.fromkeys(addresses, (None, 0, 0.0))
         given = self._kernel._call.operands
         records = self._kernel._records([settled[operand.name] for operand in given])

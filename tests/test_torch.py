@@ -43,9 +43,10 @@ def close(y, expected, dtype=torch.float32):
 # ── the layer ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_layer_is_the_linear_it_was_made_of(dtype):
-    linear = sparse_linear(dtype)
+def test_layer_is_the_linear_it_was_made_of(dtype, bias):
+    linear = sparse_linear(dtype, bias=bias)
     layer = bt.BsrLinear.from_linear(linear, CONFIG)
     assert layer.values.dtype == dtype
     wide = copy.deepcopy(linear).to(torch.float64)
@@ -131,6 +132,47 @@ def test_new_values_are_seen(change):
         close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
+def test_new_values_are_seen_by_the_kernels_of_all_types():
+    layer, x = bt.BsrLinear.from_linear(sparse_linear(), CONFIG), torch.randn(4, 13)
+    layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    layer.values.data.mul_(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    half, h = bt.BsrLinear.from_linear(sparse_linear(torch.bfloat16), CONFIG), x.bfloat16()
+    before = half(h)
+    half.bias.data.add_(10)
+    close(half(h).float(), before.float() + 10, torch.bfloat16)
+    with torch.inference_mode():
+        made = bt.BsrLinear.from_linear(sparse_linear(), CONFIG)
+        made(x)
+        made.values.mul_(3)
+        close(made(x), nn.functional.linear(x, made.weight, made.bias))
+
+
+def test_a_bias_may_come_and_go():
+    layer, x = bt.BsrLinear.from_linear(sparse_linear(bias=False), CONFIG), torch.randn(4, 13)
+    before = layer(x)
+    layer.bias = nn.Parameter(torch.full((22,), 100.0))
+    close(layer(x), before + 100)
+    layer.bias = None
+    assert torch.equal(layer(x), before)
+
+
+def test_transforms_and_forward_mode_see_the_dense_product():
+    linear, x, t = sparse_linear(), torch.randn(4, 13), torch.randn(4, 13)
+    layer = bt.BsrLinear.from_linear(linear, CONFIG)
+    for expected, got in zip(torch.func.jvp(linear, (x,), (t,)), torch.func.jvp(layer, (x,), (t,)), strict=True):
+        close(got, expected)
+    with torch.autograd.forward_ad.dual_level():
+        y = layer(torch.autograd.forward_ad.make_dual(x, t))
+        close(torch.autograd.forward_ad.unpack_dual(y).tangent, t @ linear.weight.T)
+    close(torch.func.jacrev(layer)(x[0]), linear.weight)
+    close(torch.func.vmap(layer)(x), linear(x))
+
+
 def test_to_another_type_runs_its_kernels():
     linear, x = sparse_linear(), torch.randn(4, 13)
     layer = bt.BsrLinear.from_linear(linear, CONFIG).to(torch.bfloat16)
@@ -199,6 +241,9 @@ def test_errors_name_the_way_out():
     pruning.l1_unstructured(pending, "weight", 0.5)
     with pytest.raises(ArgumentError, match=r"prune\.remove"):
         bt.BsrLinear.from_linear(pending, CONFIG)
+    normed = torch.nn.utils.parametrizations.weight_norm(sparse_linear())
+    with pytest.raises(ArgumentError, match="computed in each call"):
+        bt.BsrLinear.from_linear(normed, CONFIG)
     for wrong, error in (
         ({"blocksize": (0, 1)}, ArgumentError), ({"dtype": "int4"}, ArgumentTypeError),
         ({"quantize_x": True}, UnsupportedError), ({"min_speedup": -1}, ArgumentError),
@@ -264,8 +309,17 @@ def test_a_saved_model_loads_into_its_dense_architecture():
     assert torch.equal(fresh(x), model(x))
     assert calls == [3]  # hooks stay
     assert fresh[0].pattern() == done[0].layer.pattern()
+    state = model.state_dict()
+    bt.load_(fresh, state, CONFIG)
+    with torch.no_grad():
+        fresh[0].values.add_(1)
+    assert not torch.equal(fresh[0].values, state["0.values"])  # copies
     with pytest.raises(ArgumentTypeError, match="BsrConfig"):
         bt.load_(fresh, {}, None)
+    dense = nn.Sequential(nn.Linear(13, 22), nn.GELU(), nn.Linear(22, 4))
+    for wrong in ({"0.values": state["0.values"][0]}, {"0.crow_indices": state["0.crow_indices"]}):
+        with pytest.raises(ArgumentError, match=r"0\.values"):
+            bt.load_(dense, {name: t for name, t in state.items() if name != "0.values"} | wrong, CONFIG)
 
 
 def test_convert_finds_block_shapes():
@@ -360,7 +414,7 @@ def test_another_process_loads_an_exported_program(tmp_path):
 
 def test_operators_pass_torchs_own_checks():
     layer = bt.BsrLinear.from_linear(sparse_linear(torch.float64), CONFIG)
-    at, spec = (layer.crow_indices, layer.col_indices), layer._specs[torch.float64]
+    at, spec = (layer.crow_indices, layer.col_indices), layer._spec(torch.float64)
     x, dy = (torch.randn(2, 3, size, dtype=torch.float64, requires_grad=True) for size in (13, 22))
     torch.library.opcheck(ops.linear, (x, layer.values, *at, layer.bias, spec))
     torch.library.opcheck(ops.linear, (x.detach(), layer.values.detach(), *at, None, ops._plain(spec)))

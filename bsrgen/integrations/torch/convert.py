@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from bsrgen.advice import predicted_speedup
@@ -101,6 +102,7 @@ def load_(model: nn.Module, state: Mapping[str, Any], config: BsrConfig) -> None
     `state` become BsrLinear.  Nothing is compiled before the first call.
 
     model: the architecture, weights of no matter; it may be on the meta device.  Block shapes are those of `state`.
+    The tensors of `state` are copied, and with their types and devices become the model's.
     Errors: ArgumentError, PatternError; RuntimeError of torch where names or shapes do not match.
     """
     if not isinstance(model, nn.Module) or not isinstance(config, BsrConfig):
@@ -110,7 +112,12 @@ def load_(model: nn.Module, state: Mapping[str, Any], config: BsrConfig) -> None
     layers = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear) and f"{name}.crow_indices" in state:
+            lacks = [part for part in ("values", "col_indices") if f"{name}.{part}" not in state]
+            if lacks:
+                raise ArgumentError(f"state has {name}.crow_indices and no {name}.{lacks[0]}")
             values, crow, col = (state[f"{name}.{part}"] for part in ("values", "crow_indices", "col_indices"))
+            if values.ndim != 3:
+                raise ArgumentError(f"{name}.values has shape {tuple(values.shape)}, expected (nnzb, R, C)")
             shape, block = (module.out_features, module.in_features), (int(values.shape[1]), int(values.shape[2]))
             pattern = Pattern(shape, block, host("crow_indices", crow), host("col_indices", col))
             weight = Weight(pattern, np.zeros((pattern.nnzb, *block), np.float32))
@@ -119,7 +126,12 @@ def load_(model: nn.Module, state: Mapping[str, Any], config: BsrConfig) -> None
             layers[name].train(module.training)
     for name, layer in layers.items():
         _put(model, name, layer)
-    model.load_state_dict(state, assign=True)
+    copies: dict[Any, Any] = {}  # tensors that share memory go on doing so
+    own = {
+        name: copies.setdefault((t.data_ptr(), t.shape, t.stride(), t.dtype), t.detach().clone())
+        if isinstance(t, torch.Tensor) else t for name, t in state.items()
+    }  # fmt: skip
+    model.load_state_dict(own, assign=True)
 
 
 def _chosen(model: nn.Module, filter_fn: Any) -> list[tuple[nn.Linear, list[str]]]:

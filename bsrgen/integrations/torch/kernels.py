@@ -16,9 +16,9 @@ from bsrgen.pattern import Pattern, Weight, with_random_values
 
 Role = Literal["forward", "dx", "dw"]  # y = x @ W.T, dx = dy @ W, dW = dy.T @ x at the pattern
 _kernels: dict[tuple[str, Role, str], Kernel] = {}
-_packed: dict[tuple[int, str, Role], "Packed"] = {}
-_seen: dict[int, tuple[Any, Any]] = {}  # copies of values that train
-_resident: dict[tuple[int, str, Role], tuple[Any, int, int, Kernel]] = {}  # of tensors on GPUs
+_packed: dict[int, dict[tuple[str, Role], "Packed"]] = {}  # by the id of values
+_seen: dict[int, tuple[Any, Any, Any]] = {}  # copies of values and biases that train
+_resident: dict[int, dict[tuple[str, Role], tuple[Any, int, int, Kernel]]] = {}  # of tensors on GPUs
 
 
 def kernel_of(text: str, role: Role, crow: Any, col: Any, device: str = "cpu") -> Kernel:
@@ -90,19 +90,15 @@ def _place(spec: Spec, device: str) -> dict[str, Any]:
 class Packed:
     """The values of one tensor as a kernel keeps them, and the bias; made anew when either has changed.
 
-    A tensor is known by itself, its address and its version, which every in-place change counts up; changes through
-    `.data` are not counted, nor those of tensors made in inference mode: see `recheck` and `forget`.
+    A tensor is known by itself, its address and its version, which every in-place change counts up; tensors made in
+    inference mode have none and are compared with a copy.  Changes through `.data` are not counted: see `recheck`.
     """
 
-    __slots__ = (
-        "__weakref__", "bias", "bias_at", "bias_version", "dtype", "features", "instance", "operands", "pointer", "ref",
-        "rows", "tracked", "version",
-    )  # fmt: skip
+    __slots__ = ("__weakref__", "bias", "copies", "dtype", "features", "instance", "marks", "operands", "ref", "rows")
 
     def __init__(self, kernel: Kernel, values: Any, bias: Any, ref: Any) -> None:
-        self.ref, self.pointer = ref, values.data_ptr()
-        self.tracked = not values.is_inference() and (bias is None or not bias.is_inference())
-        self.version = values._version if self.tracked else 0
+        self.ref, self.marks = ref, _marks(values, bias)
+        self.copies = [None if t is None or not t.is_inference() else t.clone() for t in (values, bias)]
         data = view(values.detach().resolve_neg().contiguous())
         self.instance = Instance(kernel, Weight(kernel._given, data))
         (self.rows, self.features), self.dtype = kernel.shape, getattr(torch, kernel.x_dtype.name)
@@ -110,54 +106,62 @@ class Packed:
 
     def _take(self, kernel: Kernel, bias: Any) -> None:
         """Where C finds the bias: where it lies if it has the kernel's type, else in a copy."""
-        self.bias, self.bias_at, self.bias_version = None, 0, 0
+        self.bias = None
         if bias is None:
             self.operands = self.instance.operands()
             return
         if tuple(bias.shape) != (self.rows,):
             raise ArgumentError(f"{kernel.name}: bias has shape {tuple(bias.shape)}, expected ({self.rows},)")
-        self.bias_at, self.bias_version = bias.data_ptr(), bias._version if self.tracked else 0
         self.bias = bias.detach().to(getattr(torch, kernel.problem.real.name)).contiguous()
         self.operands = self.instance.operands(bias=self.bias.data_ptr())
 
     def holds(self, values: Any, bias: Any) -> bool:
         """Whether it is still right."""
-        if self.ref() is not values or self.pointer != values.data_ptr():
-            return False
-        if self.tracked and self.version != values._version:
-            return False
-        if bias is None:
-            return True
-        return self.bias_at == bias.data_ptr() and (not self.tracked or self.bias_version == bias._version)
+        return (
+            self.ref() is values
+            and self.marks == _marks(values, bias)
+            and all(copy is None or torch.equal(copy, t) for copy, t in zip(self.copies, (values, bias), strict=True))
+        )
+
+
+def _marks(values: Any, bias: Any) -> tuple[int, ...]:
+    """What changes when the tensors do."""
+    own = values.data_ptr(), -1 if values.is_inference() else values._version
+    return own if bias is None else (*own, bias.data_ptr(), -1 if bias.is_inference() else bias._version)
 
 
 def packed(text: str, role: Role, values: Any, crow: Any, col: Any, bias: Any) -> Packed:
     """The values as the kernel takes them, packed now if they have changed since the last call."""
-    key = (id(values), text, role)
-    found = _packed.get(key)
+    known = _packed.get(id(values))
+    found = None if known is None else known.get((text, role))
     if found is None or not found.holds(values, bias):
-        ref = weakref.ref(values, functools.partial(_forget, key))
-        found = _packed[key] = Packed(kernel_of(text, role, crow, col), values, bias, ref)
+        kernel, ref = kernel_of(text, role, crow, col), weakref.ref(values, functools.partial(_forget, id(values)))
+        found = Packed(kernel, values, bias, ref)
+        _packed.setdefault(id(values), {})[text, role] = found
     return found
 
 
-def recheck(values: Any, text: str) -> None:
-    """Forget what was packed if `values` differs from its copy of the last time, whatever its version says.
+def recheck(values: Any, bias: Any) -> None:
+    """Forget what was packed if the tensors differ from their copies of the last time, whatever their versions say.
 
     Half of the world's training code changes weights through `.data`, gradcheck too; where gradients are recorded, a
     comparison is cheap beside them.
     """
     seen = _seen.get(id(values))
-    if seen is None or seen[0]() is not values or not torch.equal(seen[1], values):
-        forget(values, text)
-        _seen[id(values)] = weakref.ref(values, functools.partial(_unsee, id(values))), values.detach().clone()
+    if seen is None or seen[0]() is not values or not (torch.equal(seen[1], values) and _same(seen[2], bias)):
+        forget(values)
+        ref = weakref.ref(values, functools.partial(_unsee, id(values)))
+        _seen[id(values)] = ref, values.detach().clone(), None if bias is None else bias.detach().clone()
 
 
-def forget(values: Any, text: str) -> None:
-    """Pack `values` anew in the next call, on every device."""
-    for role in ("forward", "dx"):
-        _packed.pop((id(values), text, role), None)
-        _resident.pop((id(values), text, role), None)
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
+
+
+def forget(values: Any) -> None:
+    """Pack `values` and the bias anew in the next call, for every type and device."""
+    _packed.pop(id(values), None)
+    _resident.pop(id(values), None)
 
 
 def _unsee(key: int, ref: Any) -> None:
@@ -165,26 +169,29 @@ def _unsee(key: int, ref: Any) -> None:
         del _seen[key]
 
 
-def _forget(key: tuple[int, str, Role], ref: Any) -> None:
+def _forget(key: int, ref: Any) -> None:
     """Drop what was packed of a tensor that is gone, unless the place has been taken since."""
-    found = _packed.get(key)
-    if found is not None and found.ref is ref:
-        del _packed[key]
+    known = _packed.get(key, {})
+    for which in [which for which, found in known.items() if found.ref is ref]:
+        del known[which]
+    if not known:
+        _packed.pop(key, None)
 
 
 def on_device(text: str, role: Role, values: Any, crow: Any, col: Any) -> Kernel:
     """A GPU kernel of its own for these values, which it uploads in its next call if they have changed."""
-    key = (id(values), text, role)
-    found = _resident.get(key)
+    known = _resident.setdefault(id(values), {})
+    found = known.get((text, role))
     if found is None or found[0]() is not values or found[1:3] != (values.data_ptr(), values._version):
         kernel = kernel_of(text, role, crow, col, "cuda") if found is None else found[3]
         own = found[3] if found is not None and found[0]() is values else kernel_from(kernel.artifact)
         own.update(Weight(own._given, view(values.detach().cpu().contiguous())))
-        ref = weakref.ref(values, functools.partial(_drop, key))
-        _resident[key] = ref, values.data_ptr(), values._version, own
-    return _resident[key][3]
+        ref = weakref.ref(values, functools.partial(_drop, id(values)))
+        known[text, role] = ref, values.data_ptr(), values._version, own
+    return known[text, role][3]
 
 
-def _drop(key: tuple[int, str, Role], ref: Any) -> None:
-    if _resident.get(key, (None,))[0] is ref:
+def _drop(key: int, ref: Any) -> None:
+    known = _resident.get(key, {})
+    if any(found[0] is ref for found in known.values()):
         del _resident[key]

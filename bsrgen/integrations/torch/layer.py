@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from bsrgen.errors import ArgumentError, ArgumentTypeError, BsrgenError, UnsupportedError
 from bsrgen.foreign import host
@@ -24,8 +25,13 @@ except AttributeError:
 
 
 def _watched(x: torch.Tensor) -> bool:
-    """Whether something wants to see operators go by: subclasses, modes, functorch, tracers, the profiler."""
-    return type(x) is not torch.Tensor or bool(_modes() or _functorch() or _tracing() or _profiling())
+    """Whether something wants to see operators go by: subclasses, modes, tracers, the profiler."""
+    return type(x) is not torch.Tensor or bool(_modes() or _tracing() or _profiling())
+
+
+def _autocast(device: str) -> bool:
+    """Whether autocast is on there; not every kind of device has it."""
+    return bool((device == "cpu" or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device))
 
 
 class BsrLinear(nn.Module):  # type: ignore[misc]  # torch is not typed here
@@ -56,15 +62,24 @@ class BsrLinear(nn.Module):  # type: ignore[misc]  # torch is not typed here
         self.values = nn.Parameter(values.to(device=device, dtype=dtype))
         self.register_buffer("crow_indices", torch.from_numpy(p.indptr.astype(np.int32)).to(device))
         self.register_buffer("col_indices", torch.from_numpy(p.indices.copy()).to(device))
-        self.bias = None if bias is None else nn.Parameter(torch.as_tensor(bias).detach().clone().to(device, dtype))
+        own = None if bias is None else torch.as_tensor(bias).detach().clone().to(device, dtype)
+        self.register_parameter("bias", None if own is None else nn.Parameter(own))
         self._name_kernels(p)
 
     def _name_kernels(self, pattern: Pattern) -> None:
-        """Specs by the type of x; types that do not go with config.dtype have none."""
-        self._specs: dict[Any, str] = {}
+        """Specs without and with a bias, by the type of x; types that do not go with config.dtype have none."""
+        self._specs: dict[Any, tuple[str, str]] = {}
         for name in FLOATS:
             with suppress(UnsupportedError):
-                self._specs[getattr(torch, name)] = spec_text(pattern, self.config, name, self.bias is not None)
+                plain, biased = (spec_text(pattern, self.config, name, bias) for bias in (False, True))
+                self._specs[getattr(torch, name)] = plain, biased
+
+    def _spec(self, dtype: Any) -> str:
+        """The spec for x of a type.  UnsupportedError."""
+        specs = self._specs.get(dtype)
+        if specs is None:
+            raise UnsupportedError(f"BsrLinear with dtype={self.config.dtype!r} has no kernel for x of {dtype}")
+        return specs[self._parameters["bias"] is not None]
 
     @classmethod
     def from_linear(cls, module: nn.Linear, config: BsrConfig) -> "BsrLinear":
@@ -103,43 +118,51 @@ class BsrLinear(nn.Module):  # type: ignore[misc]  # torch is not typed here
         return dense.train(self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] -> y [..., out_features], of x's type."""
+        """x [..., in_features] -> y [..., out_features], of x's type.
+
+        Within torch.func's transforms and forward-mode differentiation, whose rules operators of others cannot give, it
+        is the dense product of `weight`.
+        """
         parameters, buffers = self._parameters, self._buffers  # torch's own look-up of a name takes 0.4 us
         values, bias = parameters["values"], parameters["bias"]
         crow, col = buffers["crow_indices"], buffers["col_indices"]
-        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) and x.dtype != torch.float64:
+        if _autocast("cpu" if x.is_cpu else x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif x.dtype is not values.dtype:
             raise ArgumentTypeError(
                 f"BsrLinear of {values.dtype}: x has dtype {x.dtype}; convert x, or the layer with .to(dtype)"
             )
-        spec = self._specs.get(x.dtype)
-        if spec is None:
-            raise UnsupportedError(f"BsrLinear with dtype={self.config.dtype!r} has no kernel for x of {x.dtype}")
-        if torch.compiler.is_compiling() or not x.is_cpu or _watched(x):
+        spec = self._spec(x.dtype)
+        if torch.compiler.is_compiling():
+            return linear(x, values, crow, col, bias, spec)
+        if _functorch() or forward_ad._current_level >= 0:
+            return nn.functional.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        if not x.is_cpu or _watched(x):
             return linear(x, values, crow, col, bias, spec)
         if torch.is_grad_enabled():
             if values.requires_grad and (self.training or x.requires_grad):
-                recheck(values, spec)
+                recheck(values, bias)
             return linear(x, values, crow, col, bias, spec)
         return product("forward", x, values, crow, col, bias, spec)  # past the dispatcher, which takes 3 us
 
     def refresh(self) -> None:
-        """Say that `values` has changed through `.data`, which torch does not count, to be seen without gradients too.
+        """Say that `values` or `bias` has changed behind torch's back: through `.data` or memory that they share.
 
-        All other ways to change it are seen: optimizers, in-place operations, load_state_dict, .to, a new parameter.
+        Calls that record gradients see that by themselves, by a comparison.  All other ways to change them are always
+        seen: optimizers, in-place operations, load_state_dict, .to, a new parameter.
         """
-        for spec in self._specs.values():
-            forget(self.values, spec)
+        forget(self.values)
 
     @property
     def weight(self) -> torch.Tensor:
         """The dense weight [out_features, in_features], made now from `values`, through which gradients flow."""
-        p = self.pattern()
-        dense = self.values.new_zeros(p.block_rows, p.block_cols, p.R, p.C)
-        rows = torch.from_numpy(p.rows).to(self.values.device)
+        (nnzb, R, C), crow = self.values.shape, self.crow_indices
+        block_rows, block_cols = len(crow) - 1, -(-self.in_features // C)
+        numbers = torch.arange(block_rows, device=crow.device)
+        rows = torch.repeat_interleave(numbers, crow.diff(), output_size=nnzb)
+        dense = self.values.new_zeros(block_rows, block_cols, R, C)
         dense = dense.index_put((rows, self.col_indices.long()), self.values)
-        return dense.transpose(1, 2).reshape(p.block_rows * p.R, p.block_cols * p.C)[: p.M, : p.K]
+        return dense.transpose(1, 2).reshape(block_rows * R, block_cols * C)[: self.out_features, : self.in_features]
 
     def pattern(self) -> Pattern:
         """Which blocks are stored."""
@@ -150,14 +173,12 @@ class BsrLinear(nn.Module):  # type: ignore[misc]  # torch is not typed here
     def kernel(self, dtype: Any = None) -> Kernel:
         """The kernel for x of `dtype` (a torch dtype; None: the layer's), compiled if need be.  Its plan, verdict and
         source are what runs; the values in it are not the layer's."""
-        spec = self._specs.get(dtype or self.values.dtype)
-        if spec is None:
-            raise UnsupportedError(f"BsrLinear with dtype={self.config.dtype!r} has no kernel for x of {dtype}")
+        spec = self._spec(dtype or self.values.dtype)
         return kernel_of(spec, "forward", self.crow_indices, self.col_indices, self.values.device.type)
 
     def requests(self, train: bool) -> list[tuple[str, Role]]:
         """The kernels of the layer's type: those of a call, or of training too."""
-        spec = self._specs[self.values.dtype]
+        spec = self._spec(self.values.dtype)
         return [(spec, role) for role in (("forward", "dx", "dw") if train else ("forward",))]
 
     def extra_repr(self) -> str:
@@ -219,6 +240,10 @@ def block_weight(module: nn.Linear, config: BsrConfig) -> Weight:
     if hasattr(module, "weight_orig"):
         raise ArgumentError(
             "the layer has a pruning mask of torch.nn.utils.prune; call prune.remove(module, 'weight') first"
+        )
+    if "weight" not in module._parameters:
+        raise ArgumentError(
+            "the weight is computed in each call, by weight_norm, spectral_norm or a parametrization; remove that first"
         )
     w = module.weight
     if w.is_meta:

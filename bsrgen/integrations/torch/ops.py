@@ -147,7 +147,7 @@ def _linear_backward(ctx: Any, dy: Any) -> Any:
     (x, values, crow, col), need = ctx.saved_tensors, ctx.needs_input_grad
     dx = linear_dx(dy, values, crow, col, ctx.spec) if need[0] else None
     dw = linear_dw(dy, x, crow, col, ctx.spec).to(values.dtype) if need[1] else None
-    db = dy.reshape(-1, dy.shape[-1]).sum(0) if need[4] else None
+    db = dy.reshape(prod(dy.shape[:-1]), dy.shape[-1]).sum(0) if need[4] else None
     return dx, dw, None, None, db, None
 
 
