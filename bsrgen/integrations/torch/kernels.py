@@ -94,11 +94,18 @@ class Packed:
     inference mode have none and are compared with a copy.  Changes through `.data` are not counted: see `recheck`.
     """
 
-    __slots__ = ("__weakref__", "bias", "copies", "dtype", "features", "instance", "marks", "operands", "ref", "rows")
+    __slots__ = (
+        "__weakref__", "bias", "bias_at", "bias_version", "copies", "dtype", "features", "instance", "operands",
+        "pointer", "ref", "rows", "version",
+    )  # fmt: skip
 
     def __init__(self, kernel: Kernel, values: Any, bias: Any, ref: Any) -> None:
-        self.ref, self.marks = ref, _marks(values, bias)
-        self.copies = [None if t is None or not t.is_inference() else t.clone() for t in (values, bias)]
+        self.ref, self.pointer, self.bias_at = ref, values.data_ptr(), 0 if bias is None else bias.data_ptr()
+        self.copies = None
+        if values.is_inference() or (bias is not None and bias.is_inference()):
+            self.copies = values.clone(), None if bias is None else bias.clone()
+        else:
+            self.version, self.bias_version = values._version, 0 if bias is None else bias._version
         data = view(values.detach().resolve_neg().contiguous())
         self.instance = Instance(kernel, Weight(kernel._given, data))
         (self.rows, self.features), self.dtype = kernel.shape, getattr(torch, kernel.x_dtype.name)
@@ -117,17 +124,13 @@ class Packed:
 
     def holds(self, values: Any, bias: Any) -> bool:
         """Whether it is still right."""
-        return (
-            self.ref() is values
-            and self.marks == _marks(values, bias)
-            and all(copy is None or torch.equal(copy, t) for copy, t in zip(self.copies, (values, bias), strict=True))
-        )
-
-
-def _marks(values: Any, bias: Any) -> tuple[int, ...]:
-    """What changes when the tensors do."""
-    own = values.data_ptr(), -1 if values.is_inference() else values._version
-    return own if bias is None else (*own, bias.data_ptr(), -1 if bias.is_inference() else bias._version)
+        if self.ref() is not values or self.pointer != values.data_ptr():
+            return False
+        if self.bias_at != (0 if bias is None else bias.data_ptr()):
+            return False
+        if self.copies is not None:
+            return torch.equal(self.copies[0], values) and _same(self.copies[1], bias)
+        return bool(self.version == values._version and (bias is None or self.bias_version == bias._version))
 
 
 def packed(text: str, role: Role, values: Any, crow: Any, col: Any, bias: Any) -> Packed:

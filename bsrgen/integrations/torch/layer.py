@@ -31,7 +31,7 @@ def _watched(x: torch.Tensor) -> bool:
 
 def _autocast(device: str) -> bool:
     """Whether autocast is on there; not every kind of device has it."""
-    return bool((device == "cpu" or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device))
+    return bool(torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
 
 
 class BsrLinear(nn.Module):  # type: ignore[misc]  # torch is not typed here
@@ -126,18 +126,20 @@ class BsrLinear(nn.Module):  # type: ignore[misc]  # torch is not typed here
         parameters, buffers = self._parameters, self._buffers  # torch's own look-up of a name takes 0.4 us
         values, bias = parameters["values"], parameters["bias"]
         crow, col = buffers["crow_indices"], buffers["col_indices"]
-        if _autocast("cpu" if x.is_cpu else x.device.type) and x.dtype != torch.float64:
+        on_cpu = x.is_cpu
+        if (torch.is_autocast_enabled("cpu") if on_cpu else _autocast(x.device.type)) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif x.dtype is not values.dtype:
             raise ArgumentTypeError(
                 f"BsrLinear of {values.dtype}: x has dtype {x.dtype}; convert x, or the layer with .to(dtype)"
             )
-        spec = self._spec(x.dtype)
+        specs = self._specs.get(x.dtype)
+        spec = self._spec(x.dtype) if specs is None else specs[bias is not None]  # the former raises
         if torch.compiler.is_compiling():
             return linear(x, values, crow, col, bias, spec)
         if _functorch() or forward_ad._current_level >= 0:
             return nn.functional.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        if not x.is_cpu or _watched(x):
+        if not on_cpu or _watched(x):
             return linear(x, values, crow, col, bias, spec)
         if torch.is_grad_enabled():
             if values.requires_grad and (self.training or x.requires_grad):
