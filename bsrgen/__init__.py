@@ -1,5 +1,6 @@
 """bsrgen: one fixed block-sparse weight matrix in, one fast kernel out."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from bsrgen.errors import (
@@ -25,12 +26,22 @@ if TYPE_CHECKING:
     from bsrgen.advice import advise
     from bsrgen.api import compile
     from bsrgen.assemble import compile_model
+    from bsrgen.device import DeviceKernel
     from bsrgen.dynamic import DynamicKernel, PreparedWeight
     from bsrgen.kernel import Kernel
     from bsrgen.loading import load
-    from bsrgen.model import load_model
+    from bsrgen.model import Model, load_model
+    from bsrgen.pattern_kernel import PatternKernel
+    from bsrgen.pit_kernel import PitKernel
 
 __version__ = "0.1.0"
+
+_MODULES = {  # imported on first use: `import bsrgen` itself costs a few milliseconds over numpy
+    "advise": "advice", "compile": "api", "compile_model": "assemble", "DeviceKernel": "device",
+    "DynamicKernel": "dynamic", "PreparedWeight": "dynamic", "Kernel": "kernel", "load": "loading", "Model": "model",
+    "load_model": "model", "PatternKernel": "pattern_kernel", "PitKernel": "pit_kernel",
+    "attention": "", "prune": "", "shapes": "",
+}  # fmt: skip
 
 
 def __dir__() -> list[str]:
@@ -38,40 +49,10 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
-    """Import the stages on first use: `import bsrgen` itself costs a few milliseconds over numpy."""
-    if name == "compile":
-        from bsrgen.api import compile
-
-        return compile
-    if name == "advise":
-        from bsrgen.advice import advise
-
-        return advise
-    if name in ("attention", "prune", "shapes"):
-        from importlib import import_module
-
-        return import_module(f"bsrgen.{name}")
-    if name == "load":
-        from bsrgen.loading import load
-
-        return load
-    if name == "Kernel":
-        from bsrgen.kernel import Kernel
-
-        return Kernel
-    if name in ("DynamicKernel", "PreparedWeight"):
-        from bsrgen import dynamic
-
-        return getattr(dynamic, name)
-    if name == "compile_model":
-        from bsrgen.assemble import compile_model
-
-        return compile_model
-    if name == "load_model":
-        from bsrgen.model import load_model
-
-        return load_model
-    raise AttributeError(f"module 'bsrgen' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'bsrgen' has no attribute {name!r}")
+    module = import_module(f"bsrgen.{_MODULES[name] or name}")
+    return getattr(module, name) if _MODULES[name] else module
 
 
 __all__ = [
@@ -84,12 +65,16 @@ __all__ = [
     "CapacityError",
     "CompilerNotFoundError",
     "DeviceError",
+    "DeviceKernel",
     "DynamicKernel",
     "IncompatibleCPUError",
     "Kernel",
+    "Model",
     "OutOfMemoryError",
     "PatternError",
+    "PatternKernel",
     "PatternMismatchError",
+    "PitKernel",
     "PreparedWeight",
     "StoreError",
     "UnsupportedError",

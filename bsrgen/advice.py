@@ -10,8 +10,9 @@ from numpy.typing import DTypeLike
 from bsrgen.backends import BACKENDS, Backend
 from bsrgen.cost import DENSE_SHARE, Cost, estimate, peak_flop_per_cycle
 from bsrgen.dtypes import as_types
-from bsrgen.errors import ArgumentError, UnsupportedError
+from bsrgen.errors import UnsupportedError
 from bsrgen.even import EvenPattern
+from bsrgen.foreign import count
 from bsrgen.occupancy import Occupancy, occupancies
 from bsrgen.pattern import Weight
 from bsrgen.plan import Plan
@@ -50,9 +51,7 @@ def advise(
     """
     types = as_types(dtype, x_dtype)
     weight = source_of(W, types[0], blocksize=blocksize, shape=shape, otherwise=(1, 1))
-    if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
-        raise ArgumentError(f"n={n!r}: a number of tokens from 1 up, or None")
-    problem = as_problem(operator, weight.pattern, *types, n=None if n is None else int(n))
+    problem = as_problem(operator, weight.pattern, *types, n=None if n is None else count("n", n, 1))
     best = as_targets(target)[0]
     found = block_shapes(BACKENDS["c"], problem, weight, best)
     if not found:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
 from numpy.typing import DTypeLike
 
 from bsrgen import __version__, advice, build, package
@@ -23,9 +22,10 @@ from bsrgen.backends import Backend, backend_of
 from bsrgen.choose import Tuning, as_tuning, choose
 from bsrgen.dtypes import DTYPES, INT8, as_types
 from bsrgen.epilogues import as_epilogues, pair_of
-from bsrgen.errors import ArgumentError, ArgumentTypeError, IncompatibleCPUError, UnsupportedError
+from bsrgen.errors import ArgumentTypeError, IncompatibleCPUError, UnsupportedError
 from bsrgen.even import sample_of
 from bsrgen.exam import Exam, affordable, require
+from bsrgen.foreign import count
 from bsrgen.given import Given
 from bsrgen.integrity import MANIFEST
 from bsrgen.kernel import Kernel
@@ -143,8 +143,7 @@ def compile(
         raise ArgumentTypeError(f"dtype=None: one of {', '.join(DTYPES)}")
     w, x, y = as_types(dtype, x_dtype, out_dtype)
     tuning = as_tuning(tune, tune_seconds, executor, progress, strict)
-    if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
-        raise ArgumentError(f"n={n!r}: a number of tokens from 1 up, or None")
+    n = None if n is None else count("n", n, 1)
     default_threads(threads)
     sampled = operator in PRODUCTS
     along = None if sampled else as_pit(mode, axis, mask_block, as_operator(operator))
@@ -161,9 +160,7 @@ def compile(
     targets = chosen.targets(target)
     chosen.tools(targets)  # UnsupportedError where something is not installed
     weight, parts, pit = given.weight(w, paired)
-    problem = as_problem(
-        operator, weight.pattern, w, x, y, epilogue, None if n is None else int(n), bool(quantize_x), pit
-    )
+    problem = as_problem(operator, weight.pattern, w, x, y, epilogue, n, bool(quantize_x), pit)
     bound, how = bind(problem, operands), "none"
     if w is INT8:
         known = weight.pattern.known

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,7 @@ class Call:
         settled: operands that were checked before, for what `operands` does not give.
         """
         self.known(operands)
-        x = self._array("x", x, self.x_dtype)
+        x = as_array(self.name, "x", x, self.x_dtype)
         x2, batch = self._two_axes(x)
         n = x2.shape[self.operator.token_axis]
         shape = self.operator.shape(n, self.rows)
@@ -110,29 +111,6 @@ class Call:
                 takes = f"takes {', '.join(names)}" if names else "takes no operands"
                 raise ArgumentTypeError(f"{self.name}: unexpected operand {name!r}: its epilogue {takes}")
 
-    def _array(self, what: str, value: Any, want: np.dtype[Any], halves: bool = False) -> Array:
-        """A numpy view of `value`, which has that dtype; `halves`: or a shorter floating one, and becomes a copy."""
-        if not isinstance(value, np.ndarray):
-            if not hasattr(value, "__dlpack__"):
-                raise ArgumentTypeError(
-                    f"{self.name}: {what} is {type(value).__name__}, not an array; try numpy.asarray"
-                )
-            try:
-                value = view(value)
-            except Exception as e:  # whatever the other library raises
-                raise ArgumentTypeError(f"{self.name}: {what} cannot be read as a CPU array: {e}") from e
-        if value.dtype != want:
-            if halves and value.dtype.name in _HALVES:
-                return np.asarray(value).astype(want)
-            way = "quantise it: rint(x / x_scale) in [-127, 127]" if want == np.int8 else (
-                f"convert it with .astype('{want}')"
-            )  # fmt: skip
-            raise ArgumentTypeError(
-                f"{self.name}: {what} has dtype {value.dtype}, the kernel {want}; {way}, or compile a kernel for its "
-                "dtype"
-            )
-        return np.asarray(value)
-
     def _two_axes(self, x: Array) -> tuple[Array, tuple[int, ...] | None]:
         """x as a matrix, and the leading axes it had (None: one vector)."""
         axis = 1 - self.operator.token_axis
@@ -158,21 +136,7 @@ class Call:
         return (*batch, self.rows) if self.operator.token_axis == 0 else (self.rows, n)
 
     def _target(self, out: Any, shape: tuple[int, int], full: tuple[int, ...]) -> tuple[Array, Array]:
-        if out is None:
-            zeros = self.reads_out or self.partial
-            out = np.zeros(full, self.out_dtype) if zeros else np.empty(full, self.out_dtype)
-        elif not isinstance(out, np.ndarray):
-            raise ArgumentTypeError(f"{self.name}: out is {type(out).__name__}, not a numpy array")
-        elif out.dtype != self.out_dtype:
-            raise ArgumentTypeError(f"{self.name}: out has dtype {out.dtype}, the result {self.out_dtype}")
-        elif out.shape != full:
-            raise ArgumentError(f"{self.name}: out has shape {out.shape}, the result {full}")
-        elif not out.flags.writeable:
-            raise ArgumentError(f"{self.name}: out is read-only")
-        elif strides.self_overlapping(out):
-            raise ArgumentError(
-                f"{self.name}: out has strides {out.strides}: several results share one place in memory"
-            )
+        out = as_result(self.name, out, full, self.out_dtype, zeros=self.reads_out or self.partial)
         return out, strides.reshaped(out, shape)
 
     def _operand(
@@ -189,7 +153,8 @@ class Call:
         if operand.kind == "scalar" or value is None or (operand.kind == "token" and np.ndim(value) == 0):
             number = self.number(operand, operand.default if value is None else value)
             return (None, 0, number) if operand.kind == "scalar" else (np.array([number], self.real.numpy), 0, 0.0)
-        array = self._array(operand.name, value, self.dtypes[operand.name], self.halves and operand.kind != "element")
+        want, halves = self.dtypes[operand.name], self.halves and operand.kind != "element"
+        array = as_array(self.name, operand.name, value, want, halves)
         if operand.positive and not _is_scale(array):
             raise ArgumentError(f"{self.name}: {operand.name} holds values that are not positive and finite")
         fits = self._shapes(operand, shape, batch)
@@ -216,12 +181,7 @@ class Call:
 
     def number(self, operand: Operand, value: Any) -> float:
         """One real number for an operand.  ArgumentError, ArgumentTypeError."""
-        if np.ndim(value) != 0 or isinstance(value, (complex, np.complexfloating, str, bytes)):
-            raise ArgumentTypeError(f"{self.name}: {operand.name} must be one real number, not {value!r}")
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError) as e:
-            raise ArgumentTypeError(f"{self.name}: {operand.name} must be one real number, not {value!r}") from e
+        number = as_number(self.name, operand.name, value)
         if operand.positive and not self.real.smallest <= number <= self.real.largest:
             raise ArgumentError(f"{self.name}: {operand.name} is {number}; it must be positive and finite")
         return number
@@ -232,6 +192,50 @@ class Call:
             return True
         arrays = [array for array, _, _ in operands if array is not None and np.may_share_memory(y, array)]
         return not all(strides.same(array, y) for array in arrays)
+
+
+def as_array(kernel: str, what: str, value: Any, want: np.dtype[Any], halves: bool = False) -> Array:
+    """A numpy view of `value`, which has that dtype; `halves`: or a shorter floating one, and becomes a copy."""
+    if not isinstance(value, np.ndarray):
+        if not hasattr(value, "__dlpack__"):
+            raise ArgumentTypeError(f"{kernel}: {what} is {type(value).__name__}, not an array; try numpy.asarray")
+        try:
+            value = view(value)
+        except Exception as e:  # whatever the other library raises
+            raise ArgumentTypeError(f"{kernel}: {what} cannot be read as a CPU array: {e}") from e
+    if value.dtype != want:
+        if halves and value.dtype.name in _HALVES:
+            return np.asarray(value).astype(want)
+        way = "quantise it: rint(x / x_scale) in [-127, 127]" if want == np.int8 else f"use .astype('{want}')"
+        raise ArgumentTypeError(
+            f"{kernel}: {what} has dtype {value.dtype}, the kernel {want}; {way}, or compile a kernel for its dtype"
+        )
+    return np.asarray(value)
+
+
+def as_result(kernel: str, out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], *, zeros: bool) -> Array:
+    """`out` if it can be written, or where it is None a new array, of zeros where what is there counts."""
+    if out is None:
+        return np.zeros(shape, dtype) if zeros else np.empty(shape, dtype)
+    if not isinstance(out, np.ndarray):
+        raise ArgumentTypeError(f"{kernel}: out is {type(out).__name__}, not a numpy array")
+    if out.dtype != dtype:
+        raise ArgumentTypeError(f"{kernel}: out has dtype {out.dtype}, the result {dtype}")
+    if out.shape != shape:
+        raise ArgumentError(f"{kernel}: out has shape {out.shape}, the result {shape}")
+    if not out.flags.writeable:
+        raise ArgumentError(f"{kernel}: out is read-only")
+    if strides.self_overlapping(out):
+        raise ArgumentError(f"{kernel}: out has strides {out.strides}: several results share one place in memory")
+    return out
+
+
+def as_number(kernel: str, what: str, value: Any) -> float:
+    """One real number.  ArgumentTypeError."""
+    if np.ndim(value) == 0 and not isinstance(value, (complex, np.complexfloating, str, bytes)):
+        with suppress(TypeError, ValueError, OverflowError):
+            return float(value)
+    raise ArgumentTypeError(f"{kernel}: {what} must be one real number, not {value!r:.80}")
 
 
 def bind(problem: Problem, operands: Mapping[str, Any]) -> dict[str, Array]:

@@ -14,7 +14,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from bsrgen import api, build
 from bsrgen.arguments import default_threads
-from bsrgen.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from bsrgen.errors import ArgumentError, UnsupportedError
+from bsrgen.foreign import count, pair
 from bsrgen.operators import ATTENTION, SOFTMAX
 from bsrgen.pattern import Pattern
 from bsrgen.pattern_compile import compile_pattern
@@ -35,9 +36,13 @@ class Rule:
     allowed: Callable[[Array, Array], Array]
 
     def __and__(self, other: "Rule") -> "Rule":
+        if not isinstance(other, Rule):
+            return NotImplemented
         return Rule(f"({self} & {other})", lambda q, k: self.allowed(q, k) & other.allowed(q, k))
 
     def __or__(self, other: "Rule") -> "Rule":
+        if not isinstance(other, Rule):
+            return NotImplemented
         return Rule(f"({self} | {other})", lambda q, k: self.allowed(q, k) | other.allowed(q, k))
 
     def __str__(self) -> str:
@@ -59,22 +64,14 @@ def sliding_window(size: int) -> Rule:
 
     Beltagy, Peters, Cohan, Longformer, arXiv 2004.05150, section 3.1.
     """
-    size = _count("size", size, 1)
+    size = count("size", size, 1)
     return Rule(f"sliding_window({size})", lambda q, k: abs(q - k) < size)
 
 
 def global_(tokens: int) -> Rule:
     """The first `tokens` positions see all keys and are seen by all queries (the same paper; with | ...)."""
-    tokens = _count("tokens", tokens, 0)
+    tokens = count("tokens", tokens, 0)
     return Rule(f"global_({tokens})", lambda q, k: (q < tokens) | (k < tokens))
-
-
-def _count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise ArgumentTypeError(f"{name}={value!r}: a number from {least} up")
-    if value < least:
-        raise ArgumentError(f"{name}={value}: a number from {least} up")
-    return int(value)
 
 
 def attention_blocks(rule: Rule | Array, queries: int, keys: int, blocksize: tuple[int, int]) -> tuple[Pattern, Mask]:
@@ -125,7 +122,7 @@ def compile(
     Errors: ArgumentError, ArgumentTypeError, UnsupportedError, BuildError, StoreError.
     """
     pattern, mask = _blocks(tokens, rule, blocksize)
-    sample = as_pattern_problem(ATTENTION.name, pattern, dtype, head=_count("head", head, 1), mask=mask)
+    sample = as_pattern_problem(ATTENTION.name, pattern, dtype, head=count("head", head, 1), mask=mask)
     return _kernel(sample, target, threads)
 
 
@@ -155,11 +152,8 @@ def _kernel(sample: PatternProblem, target: str | tuple[str, ...], threads: int 
 
 def _blocks(tokens: int | tuple[int, int], rule: Rule | Array, blocksize: tuple[int, int]) -> tuple[Pattern, Mask]:
     """attention_blocks, its arguments checked."""
-    sizes = tokens if isinstance(tokens, tuple) else (tokens, tokens)
-    if len(sizes) != 2:
-        raise ArgumentError(f"tokens={tokens!r}: one number, or (queries, keys)")
-    queries, keys = (_count("tokens", size, 0) for size in sizes)
-    R, C = (_count("blocksize", size, 1) for size in blocksize)
+    both = tokens if isinstance(tokens, (tuple, list)) else (count("tokens", tokens, 0),) * 2
+    (queries, keys), (R, C) = pair("tokens", both, 0), pair("blocksize", blocksize, 1)
     if C % KEYS_STEP:
         raise UnsupportedError(f"blocksize={blocksize}: attention takes blocks of keys in multiples of {KEYS_STEP}")
     if not isinstance(rule, Rule):

@@ -120,6 +120,13 @@ class DynamicKernel(Kernel):
         """A dynamic kernel has no values of its own.  UnsupportedError."""
         raise UnsupportedError(f"{self.name}: its weight comes with the call; prepare(W), or update what that gave")
 
+    def __matmul__(self, x: Any) -> Any:
+        raise ArgumentTypeError(f"{self.name}: its weight comes with the call: k(x, weight)")
+
+    def matvec(self, x: Any) -> Any:
+        """ArgumentTypeError, as `@`."""
+        return self @ x
+
     # ── from what callers hold to what C takes ───────────────────────────────────────────────────────────────────
 
     def _bound(self, triple: _Triple) -> dict[str, Any]:

@@ -140,6 +140,15 @@ def pair(name: str, value: Any, low: int) -> Pair:
     return pair
 
 
+def count(name: str, value: Any, low: int) -> int:
+    """`value` as an int of at least `low`; the typed error names it."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise ArgumentTypeError(f"{name}={value!r:.80}: a number from {low} up")
+    if value < low:
+        raise ArgumentError(f"{name}={value}: a number from {low} up")
+    return int(value)
+
+
 def integers(name: str, value: Any) -> Array:
     """`value` as a 1-D ndarray of integers; an empty one may have any dtype."""
     a = host(name, value)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsrgen import strides
-from bsrgen.arguments import check_threads, default_threads
+from bsrgen.arguments import as_array, as_number, as_result, check_threads, default_threads
 from bsrgen.artifact import Artifact
 from bsrgen.errors import (
     ArgumentError,
@@ -18,7 +18,6 @@ from bsrgen.errors import (
     OutOfMemoryError,
     UnsupportedError,
 )
-from bsrgen.foreign import view
 from bsrgen.kernel import Kernel, _Values
 from bsrgen.operators import ATTENTION, PATTERN_OPERATORS
 from bsrgen.pattern_problem import PatternProblem
@@ -77,13 +76,17 @@ class PatternKernel(Kernel):
         if len(arrays) != len(self._operator.inputs):
             names = ", ".join(name for name, _ in self._operator.inputs)
             raise ArgumentTypeError(f"{self.name}: takes {names}, not {len(arrays)} arrays")
-        given = [self._array(name, a) for (name, _), a in zip(self._operator.inputs, arrays, strict=True)]
+        given = [
+            as_array(self.name, name, a, self._x_dtype)
+            for (name, _), a in zip(self._operator.inputs, arrays, strict=True)
+        ]
         heads, n = self._n(given)
-        y = self._target(out, (*heads, *self._result_shape(n)))
+        shape, zeros = (*heads, *self._result_shape(n)), "accumulate" in self._steps
+        y = as_result(self.name, out, shape, self._out_dtype, zeros=zeros)
         inputs = [self._laid_out(a) for a in given]
-        as_it_lies = y.flags.c_contiguous and y.flags.aligned and not any(np.may_share_memory(y, a) for a, _ in inputs)
-        place = y if as_it_lies else np.array(y, order="C")
         operands, kept = self._operands(inputs[1:], scale, numbers)
+        shared = any(np.may_share_memory(y, a) for a in (inputs[0][0], *kept))
+        place = y if y.flags.c_contiguous and y.flags.aligned and not shared else np.array(y, order="C")
         ffi, (x, ldx) = self._tramp.ffi, inputs[0]
         status = self._tramp.call(
             self._function, n, ffi.cast("void *", x.ctypes.data), ldx, 0, ffi.cast("void *", place.ctypes.data),
@@ -97,23 +100,6 @@ class PatternKernel(Kernel):
         if place is not y:
             np.copyto(y, place)
         return y
-
-    def _array(self, name: str, value: Any) -> Array:
-        if not isinstance(value, np.ndarray):
-            if not hasattr(value, "__dlpack__"):
-                raise ArgumentTypeError(
-                    f"{self.name}: {name} is {type(value).__name__}, not an array; try numpy.asarray"
-                )
-            try:
-                value = view(value)
-            except Exception as e:  # whatever the other library raises
-                raise ArgumentTypeError(f"{self.name}: {name} cannot be read as a CPU array: {e}") from e
-        if value.dtype != self._x_dtype:
-            raise ArgumentTypeError(
-                f"{self.name}: {name} has dtype {value.dtype}, the kernel {self._x_dtype}; convert it with "
-                f".astype('{self._x_dtype}'), or compile a kernel for its dtype"
-            )
-        return np.asarray(value)
 
     def _n(self, given: list[Array]) -> tuple[tuple[int, ...], int]:
         """The axes of heads and N, which all arrays share.  ArgumentError."""
@@ -146,24 +132,6 @@ class PatternKernel(Kernel):
             return a, a.shape[-1]
         return strides.rows(a)
 
-    def _target(self, out: Any, shape: tuple[int, ...]) -> Array:
-        if out is None:
-            make = np.zeros if "accumulate" in self._steps else np.empty
-            return make(shape, self._out_dtype)
-        if not isinstance(out, np.ndarray):
-            raise ArgumentTypeError(f"{self.name}: out is {type(out).__name__}, not a numpy array")
-        if out.dtype != self._out_dtype:
-            raise ArgumentTypeError(f"{self.name}: out has dtype {out.dtype}, the result {self._out_dtype}")
-        if out.shape != shape:
-            raise ArgumentError(f"{self.name}: out has shape {out.shape}, the result {shape}")
-        if not out.flags.writeable:
-            raise ArgumentError(f"{self.name}: out is read-only")
-        if strides.self_overlapping(out):
-            raise ArgumentError(
-                f"{self.name}: out has strides {out.strides}: several results share one place in memory"
-            )
-        return out
-
     def _operands(self, arrays: list[tuple[Array, int]], scale: Any, numbers: dict[str, Any]) -> Any:
         """The records of a call, and the arrays that they point at."""
         takes = {"scale": ["scale"], "accumulate": ["alpha", "beta"]}
@@ -177,9 +145,9 @@ class PatternKernel(Kernel):
         records = [(self._tramp.ffi.cast("void *", a.ctypes.data), ld, 0.0) for a, ld in arrays]
         for name in able:
             if name != "scale":
-                records.append((self._tramp.ffi.NULL, 0, self._number(name, numbers.get(name, 1.0))))
+                records.append((self._tramp.ffi.NULL, 0, as_number(self.name, name, numbers.get(name, 1.0))))
             elif self._operator.headed:
-                number = 1 / math.sqrt(self._sizes["D"] or 1) if scale is None else self._number(name, scale)
+                number = 1 / math.sqrt(self._sizes["D"] or 1) if scale is None else as_number(self.name, name, scale)
                 records.append((self._tramp.ffi.NULL, 0, number))
             else:
                 kept.append(self._row_scale(scale))
@@ -194,20 +162,11 @@ class PatternKernel(Kernel):
         if scale is None:
             raise ArgumentTypeError(f"{self.name}: operand 'scale' is missing: k(a, b, scale=...)")
         if np.ndim(scale) == 0:
-            return np.full(self._sizes["M"], self._number("scale", scale), self._out_dtype)
-        array = np.asarray(scale)
-        if array.dtype != self._out_dtype:
-            raise ArgumentTypeError(
-                f"{self.name}: scale has dtype {array.dtype}, the kernel computes in {self._out_dtype}"
-            )
+            return np.full(self._sizes["M"], as_number(self.name, "scale", scale), self._out_dtype)
+        array = as_array(self.name, "scale", scale, self._out_dtype)
         if array.shape != (self.shape[0],):
             raise ArgumentError(f"{self.name}: scale has shape {array.shape}, expected one number or {self.shape[:1]}")
         return np.require(array, requirements=["C", "A"])
-
-    def _number(self, name: str, value: Any) -> float:
-        if np.ndim(value) != 0 or isinstance(value, (complex, np.complexfloating, str, bytes)):
-            raise ArgumentTypeError(f"{self.name}: {name} must be one real number, not {value!r}")
-        return float(value)
 
     # ── what a kernel without values has not ─────────────────────────────────────────────────────────────────────
 

@@ -10,7 +10,7 @@ from bsrgen.backends import BACKENDS
 from bsrgen.dtypes import as_types
 from bsrgen.errors import ArgumentError, UnsupportedError
 from bsrgen.even import EvenPattern
-from bsrgen.foreign import Array, Pair, host, pair
+from bsrgen.foreign import Array, Pair, count, host, pair
 from bsrgen.problem import as_problem
 from bsrgen.prune import block_norms, fewest, magnitude, mass, share
 from bsrgen.targets import as_targets
@@ -80,7 +80,7 @@ def search(
     """
     if (density is None) == (least_mass is None) or (balanced and density is None):
         raise ArgumentError("give density=, or least_mass= without balanced=")
-    a, best = host("W", W), as_targets(target)[0]
+    a, best, n = host("W", W), as_targets(target)[0], None if n is None else count("n", n, 1)
     types = as_types(dtype, x_dtype)
     found = []
     for blocksize in dict.fromkeys(pair("shapes", shape, 1) for shape in shapes):

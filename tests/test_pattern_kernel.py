@@ -100,6 +100,12 @@ def test_epilogues(rng, tmp_path):
             assert_within(plain, expected, bound)
             y = kernel(a, b, scale=scale, alpha=2, beta=-0.5, out=old.copy())
             assert_within(y, 2 * expected - 0.5 * old, 3 * bound + 1e-6)
+    for wrong in (None, 10**400, "1"):
+        with pytest.raises(bsrgen.ArgumentTypeError, match="beta must be one real number"):
+            kernel(a, b, scale=1.0, beta=wrong)
+    shared = np.concatenate([rows, old.reshape(-1)])
+    y = kernel(a, b, scale=shared[:37], beta=0, out=shared[:-37].reshape(old.shape))  # scale lies within out
+    np.testing.assert_array_equal(y, plain)
     loaded = bsrgen.load(kernel.save(tmp_path / "k"))
     np.testing.assert_array_equal(loaded(a, b, scale=rows, beta=0, out=old), plain)
     assert all(finding.ok for finding in verify(tmp_path / "k")[1])
@@ -244,11 +250,15 @@ def test_attention_says_what_is_wrong():
         ((20, 16, np.ones((20, 21), bool), {}), bsrgen.ArgumentError, r"bool\[20, 20\]"),
         ((20, 16, causal(), {"dtype": "int8"}), bsrgen.UnsupportedError, "int8"),
         ((20.5, 16, causal(), {}), bsrgen.ArgumentTypeError, "tokens"),
+        ((20, 16, causal(), {"blocksize": 64}), bsrgen.ArgumentTypeError, "blocksize must be a pair"),
+        ((20, 16, causal(), {"blocksize": (64,) * 3}), bsrgen.ArgumentError, "got 3 of them"),
     ):
         with pytest.raises(error, match=says):
             attention.compile(*arguments[:3], **arguments[3])
     with pytest.raises(bsrgen.ArgumentError, match="size=0"):
         sliding_window(0)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        causal() & "window"
     kernel = attention.compile(20, 16, np.ones((20, 20), bool), blocksize=(16, 16))
     q = np.ones((2, 20, 16), np.float32)
     with pytest.raises(bsrgen.ArgumentError, match="v has shape"):
