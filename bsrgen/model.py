@@ -45,6 +45,11 @@ class ModelRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if layer.kernel in ("", ".", "..") or Path(layer.kernel).name != layer.kernel:
                 raise ValueError(f"kernel {layer.kernel!r:.80} is not the name of a folder")
 
+    @property
+    def seconds(self) -> float:
+        """Predicted time of one call of every kernel, on one core."""
+        return sum(layer.seconds for layer in self.layers.values())
+
 
 class Model(Mapping[str, Kernel]):
     """The kernels of a model by layer name: y = model["encoder.layer.0.output.dense"](x)."""
@@ -64,7 +69,7 @@ class Model(Mapping[str, Kernel]):
     @property
     def seconds(self) -> float:
         """Predicted time of one call of every kernel, on one core."""
-        return sum(layer.seconds for layer in self.record.layers.values())
+        return self.record.seconds
 
     def __repr__(self) -> str:
         return f"<bsrgen.Model of {len(self)} kernels in {self.folder}>"

@@ -127,6 +127,13 @@ def test_the_command_and_npz_make_the_same_kernels(files, folder, monkeypatch):
     assert json.loads(said.stdout)["layers"] == json.loads((folder / "model.json").read_text())["layers"]
     again = CliRunner().invoke(main, arguments)  # a model is replaced
     assert "h.1.qk" in again.stdout
+    assert "h.1.qk" in CliRunner().invoke(main, ["inspect", str(out)]).stdout
+    seen = json.loads(CliRunner().invoke(main, ["inspect", str(out), "--json"]).stdout)
+    assert seen["layers"] == json.loads(said.stdout)["layers"]
+    checked = json.loads(CliRunner().invoke(main, ["verify", str(out), "--json"]).stdout)
+    assert checked["ok"]
+    assert len(checked["kernels"]) == 3
+    assert CliRunner().invoke(main, ["verify", str(out), "--expect-sha256", "0"]).exit_code == 4
     for wrong, words in (([*arguments, "--n", "3"], "--n with --config"), (arguments[:-2], "needs -o")):
         failed = CliRunner().invoke(main, wrong)
         assert (failed.exit_code, words in failed.stderr) == (2, True), failed.stderr

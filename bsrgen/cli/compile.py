@@ -9,8 +9,6 @@ import click
 from click.core import ParameterSource
 
 from bsrgen.cli.common import (
-    duration,
-    facts,
     problem_options,
     read,
     show_json,
@@ -84,9 +82,8 @@ def _model(weight_file: Path, config: Path, output: Path | None, jobs: int | Non
     """All layers that the tables of `config` choose."""
     from concurrent.futures import ThreadPoolExecutor
 
-    import msgspec
-
     from bsrgen.assemble import compile_model
+    from bsrgen.cli.model import model_document, model_facts
     from bsrgen.machine import parallel_cores
 
     given = click.get_current_context().get_parameter_source
@@ -103,12 +100,7 @@ def _model(weight_file: Path, config: Path, output: Path | None, jobs: int | Non
     with ThreadPoolExecutor(jobs or parallel_cores()) as pool, working(f"compiling {weight_file.name}") as progress:
         model = compile_model(weight_file, config, output, executor=pool, progress=progress)
     seconds = time.perf_counter() - start
-    layers = model.record.layers
     if as_json:
-        show_json({"folder": str(output), "seconds": seconds, "layers": msgspec.to_builtins(layers)})
-        return
-    rows = [
-        (name, f"density {r.density:.3g}, mass {r.mass:.3f}, {duration(r.seconds)} at n = {r.n}, {r.speedup:.2g}x")
-        for name, r in layers.items()
-    ]
-    facts(f"{output}: {len(layers)} kernels, {duration(model.seconds)} for one call of each, in {seconds:.1f} s", rows)
+        show_json({"seconds": seconds, **model_document(output, model.record)})
+    else:
+        model_facts(output, model.record, f", in {seconds:.1f} s")

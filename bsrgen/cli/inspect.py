@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bsrgen.cli.common import console, duration, facts, problem_options, read, show_json, size, type_options, verb
+from bsrgen.cli.model import model_document, model_facts, record_of
+from bsrgen.errors import ArgumentError
 
 if TYPE_CHECKING:
     from bsrgen.artifact import Artifact
@@ -32,12 +34,18 @@ def inspect(
     *, weight_file: Path, key: str | None, blocksize: tuple[int, int] | None, dtype: str, png: Path | None,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Show an artifact (a folder), or a weight file, the plan that the cost model would take, and other block shapes.
+    """Show a folder, an artifact or a model; or a weight file, the plan the cost model would take, and other shapes.
 
     Nothing is compiled, and no library is loaded.  The options other than --png are for weight files.  A file without
     blocks is taken in blocks of 1x1: the table of block shapes says which ones its nonzeros would be faster in.
     """
     folder = weight_file.is_dir()
+    if folder and (record := record_of(weight_file)) is not None:
+        if png is not None:
+            raise ArgumentError(f"--png: a model has many patterns; inspect one kernel in {weight_file / 'kernels'}")
+        if as_json:
+            return show_json(model_document(weight_file, record))
+        return model_facts(weight_file, record)
     if folder:
         pattern, document = _artifact(weight_file).pattern(), artifact_document(weight_file)
     else:
