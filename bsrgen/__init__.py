@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from bsrgen.loading import load
     from bsrgen.model import Model, load_model
     from bsrgen.pattern_kernel import PatternKernel
+    from bsrgen.pit_device import PitDeviceKernel
     from bsrgen.pit_kernel import PitKernel
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ _MODULES = {  # imported on first use: `import bsrgen` itself costs a few millis
     "advise": "advice", "compile": "api", "compile_model": "assemble", "DeviceKernel": "device",
     "DynamicKernel": "dynamic", "PreparedWeight": "dynamic", "Kernel": "kernel", "load": "loading", "Model": "model",
     "load_model": "model", "PatternKernel": "pattern_kernel", "PitKernel": "pit_kernel",
+    "PitDeviceKernel": "pit_device",
     "attention": "", "prune": "", "shapes": "",
 }  # fmt: skip
 
@@ -74,6 +76,7 @@ __all__ = [
     "PatternError",
     "PatternKernel",
     "PatternMismatchError",
+    "PitDeviceKernel",
     "PitKernel",
     "PreparedWeight",
     "StoreError",

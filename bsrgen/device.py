@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bsrgen.device_arrays import DeviceArray, device_array, empty, stream_of
+from bsrgen.device_arrays import DeviceArray, device_array, empty, stream_of, zeros
 from bsrgen.epilogues import Operand
 from bsrgen.errors import ArgumentError, ArgumentTypeError, DeviceError
 from bsrgen.kernel import Array, Kernel, _Values
@@ -72,8 +72,9 @@ class DeviceKernel(Kernel):
         x2, batch = self._two_axes(given)
         n = x2.shape[self._token_axis]
         full = self._full(given.shape, batch, n)
-        target = self._array("out", empty(self.name, given, full, self._out_dtype) if out is None else out,
-                             self._out_dtype)  # fmt: skip
+        handle = stream_of(given, stream)
+        made = self._new(given, full, handle) if out is None else out
+        target = self._array("out", made, self._out_dtype)
         if target.shape != full:
             raise ArgumentError(f"{self.name}: out has shape {target.shape}, the result {full}")
         if target.read_only:
@@ -83,7 +84,6 @@ class DeviceKernel(Kernel):
         arrays: list[DeviceArray] = [x2, y2]
         records = [self._record(o, operands, values, y2, batch, arrays) for o in self._call.operands]
         self._check_places(arrays)
-        handle = stream_of(given, stream)
         with self._lock:
             resident = self._resident(values, given.device)
             where = {i: resident.bound[o.name] for i, o in enumerate(self._call.operands) if o.name in resident.bound
@@ -151,6 +151,12 @@ class DeviceKernel(Kernel):
             two = DeviceArray(a.pointer, shape, (shape[1], 1), a.dtype, a.device, a.read_only, a.owner)
         two.leading(f"{self.name}: {what}")
         return two
+
+    def _new(self, like: DeviceArray, shape: tuple[int, ...], stream: int) -> Any:
+        """A result: zeros where a call adds to what is there, or leaves some of it as it was."""
+        if self._call.reads_out or self._call.partial:
+            return zeros(self.name, like, shape, self._out_dtype, stream)
+        return empty(self.name, like, shape, self._out_dtype)
 
     def _full(self, given: tuple[int, ...], batch: tuple[int, ...] | None, n: int) -> tuple[int, ...]:
         if batch is None:

@@ -12,7 +12,7 @@ from bsrgen.dtypes import DTYPES
 from bsrgen.errors import ArgumentError, ArgumentTypeError
 
 CUDA_DEVICES = (2, 13)  # kDLCUDA, kDLCUDAManaged (dlpack.h)
-_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat"}  # DLDataTypeCode
+_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}  # DLDataTypeCode
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,20 @@ def empty(what: str, like: DeviceArray, shape: tuple[int, ...], dtype: "np.dtype
     raise ArgumentTypeError(f"{what}: no way to make an array of {type(like.owner).__name__}; give out=")
 
 
+def zeros(what: str, like: DeviceArray, shape: tuple[int, ...], dtype: "np.dtype[Any]", stream: int) -> Any:
+    """The same, filled with zeros on the stream of that handle."""
+    array, package = empty(what, like, shape, dtype), type(like.owner).__module__.partition(".")[0]
+    cuda, device = sys.modules[package].cuda, like.device
+    if package == "cupy":
+        with cuda.Device(device), cuda.ExternalStream(stream):
+            array.fill(0)
+        return array
+    device = like.owner.device
+    other = cuda.ExternalStream(stream, device) if stream else cuda.default_stream(device)  # 0 would make a new one
+    with cuda.stream(other):
+        return array.zero_()
+
+
 def stream_of(like: DeviceArray, stream: Any) -> int:
     """The handle of `stream`: a number, a torch or CuPy stream, one with __cuda_stream__; None: the current one of the
     library that x is of, else the default one."""
@@ -135,6 +149,7 @@ def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _dtype(what: str, name: str) -> "np.dtype[Any]":
     if name in DTYPES:
         return DTYPES[name].numpy
+    name = "bool" if name == "bool8" else name
     try:
         return np.dtype(name)
     except TypeError:

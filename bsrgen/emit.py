@@ -101,6 +101,8 @@ def banner(problem: Problem, plans: Sequence[Plan]) -> str:
         + (f" --epilogue {','.join(step.name for step in problem.epilogue)}" if problem.epilogue else "")
         + (f" --backend {plans[0].backend}" if plans[0].backend != "c" else "")
         + ("" if p.known else f" --mode dynamic --max-blocks {p.nnzb}")
+        + (f" --mode pit --axis {problem.pit.axis.name}" if problem.pit else "")
+        + (f" --mask-block {problem.pit.tokens}x{problem.pit.rows}" if problem.pit and problem.pit.masked else "")
         + f" --target {','.join(plan.target.name for plan in plans)}",
         *(f" *   {line}".rstrip() for line in p.picture(64, 24).splitlines()),
         " */",

@@ -69,8 +69,8 @@ def model_matrices(path: str | Path) -> list[str]:
             return sorted(set.union(*_matrices(file)))
 
 
-def read_matrix(path: str | Path, key: str) -> Any:
-    """A matrix of a model's file: a dense one as an ndarray, a block-sparse one as a Weight."""
+def read_matrix(path: str | Path, key: str | None) -> Any:
+    """A matrix of a file as it is: dense ones as arrays, block-sparse ones as Weights.  `key` as in read_weight."""
     with _reading(path) as path:
         W, shape = _READERS[path.suffix](path, key)
         return W if shape is None else as_weight(W, shape=shape, dtype=None)

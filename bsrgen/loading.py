@@ -9,6 +9,7 @@ from bsrgen.dynamic import DynamicKernel
 from bsrgen.kernel import Kernel
 from bsrgen.operators import PATTERN_OPERATORS
 from bsrgen.pattern_kernel import PatternKernel
+from bsrgen.pit_device import PitDeviceKernel
 from bsrgen.pit_kernel import PitKernel
 
 
@@ -24,8 +25,9 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None, expect_s
 def kernel_of(artifact: Artifact, *, threads: int | None = None, may_be_foreign: bool = False) -> Kernel:
     """The kernel of an artifact: for CPU or GPU, of a weight, of weights to come or of a pattern; see Kernel."""
     m = artifact.manifest
-    device, sampled = m.device == "cuda", m.operator in PATTERN_OPERATORS
-    if device or sampled:
-        return (DeviceKernel if device else PatternKernel)(artifact, threads=threads, may_be_foreign=may_be_foreign)
-    kind = DynamicKernel if m.mode == "dynamic" else PitKernel if m.pit else Kernel
+    kind: type[Kernel] = DynamicKernel if m.mode == "dynamic" else PitKernel if m.pit else Kernel
+    if m.operator in PATTERN_OPERATORS:
+        kind = PatternKernel
+    elif m.device == "cuda":
+        kind = PitDeviceKernel if m.pit else DeviceKernel
     return kind(artifact, threads=threads, may_be_foreign=may_be_foreign)

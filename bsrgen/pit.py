@@ -61,6 +61,11 @@ class Pit:
         return f"pit by {self.axis.name}{blocks}"
 
     @property
+    def masked(self) -> bool:
+        """Whether a call says which blocks of Y are computed."""
+        return self.axis.operand.kind == "mask"
+
+    @property
     def by_tiles(self) -> bool:
         """Whether a mask of outputs is coarse enough to leave out tiles of consecutive tokens: finer ones are lists."""
         return self.axis.name == "outputs" and self.tokens >= TILE and self.rows % (TILE * 2) == 0

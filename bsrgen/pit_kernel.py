@@ -14,31 +14,17 @@ from bsrgen.stack import are_several, stacked
 Array = NDArray[Any]
 
 
-class PitKernel(Kernel):
-    """A kernel that computes what a call asks for, and no more.  All else is as in Kernel."""
+class Selecting(Kernel):
+    """What kernels of mode="pit" are, wherever they run."""
 
-    def __call__(  # type: ignore[override]  # what is selected comes before where it goes
-        self, x: Any, select: Any = None, out: Array | None = None, *, threads: int | None = None, **operands: Any
-    ) -> Any:
-        """Y = epilogue(product(W, x)) where `select` says, which may be given by its name too:
-
-        tokens: live, bool like x without its features, or indices of tokens; None: all.
-        experts: routing, integers like x without its features: the expert of each token; negative: none.
-        outputs: mask, bool [blocks of tokens, blocks of features] of compile's mask_block; None: everywhere.
-        features: none; what counts is which elements of x are zero.  tile=: so many tokens share the columns that any
-            of them needs, a size of `tiles`; 0 takes for each few tokens what a table of rates likes best.
-
-        Results that are not selected are 0 in a new array, and what they were in `out`.  Operands are as in Kernel,
-        bias and scale of experts [experts, rows] or [experts * rows].  Where x is zero, Inf and NaN of W may or may not
-        reach the result: W should be finite.
-        """
+    def _select(self, select: Any, operands: dict[str, Any]) -> None:
+        """Add `select` to the operands, by its name.  ArgumentTypeError."""
         if select is not None:
             name = self.selects
             if name is None or name in operands:
                 why = "takes no selection" if name is None else f"{name} is given twice"
                 raise ArgumentTypeError(f"{self.name}: {why}")
             operands[name] = select
-        return super().__call__(x, out, threads=threads, **operands)
 
     def update(self, W: Any) -> None:
         """As in Kernel; of experts W is a list or [experts, rows, K]."""
@@ -73,3 +59,25 @@ class PitKernel(Kernel):
     def tiles(self) -> tuple[int, ...]:
         """By features: sizes of tiles of tokens, the last one the dense product's.  Else none."""
         return tuple(self.plan.knobs.get("tiles", ()))
+
+
+class PitKernel(Selecting):
+    """A kernel that computes what a call asks for, and no more.  All else is as in Kernel."""
+
+    def __call__(  # type: ignore[override]  # what is selected comes before where it goes
+        self, x: Any, select: Any = None, out: Array | None = None, *, threads: int | None = None, **operands: Any
+    ) -> Any:
+        """Y = epilogue(product(W, x)) where `select` says, which may be given by its name too:
+
+        tokens: live, bool like x without its features, or indices of tokens; None: all.
+        experts: routing, integers like x without its features: the expert of each token; negative: none.
+        outputs: mask, bool [blocks of tokens, blocks of features] of compile's mask_block; None: everywhere.
+        features: none; what counts is which elements of x are zero.  tile=: so many tokens share the columns that any
+            of them needs, a size of `tiles`; 0 takes for each few tokens what a table of rates likes best.
+
+        Results that are not selected are 0 in a new array, and what they were in `out`.  Operands are as in Kernel,
+        bias and scale of experts [experts, rows] or [experts * rows].  Where x is zero, Inf and NaN of W may or may not
+        reach the result: W should be finite.
+        """
+        self._select(select, operands)
+        return super().__call__(x, out, threads=threads, **operands)

@@ -111,7 +111,9 @@ class GpuTrack:
 
     def load(self, artifact: Artifact, weight: Weight) -> Contender:
         """The kernel behind copies to the GPU and back."""
-        return HostCalls(DeviceKernel(artifact))
+        kernel = kernel_of(artifact)
+        assert isinstance(kernel, DeviceKernel)
+        return HostCalls(kernel)
 
     def measure(
         self, contenders: Mapping[str, Contender], x: Array, out: Array, given: Mapping[str, Any], **how: Any

@@ -29,6 +29,8 @@ THINNED = {
     "test_cuda_stream.py": {"test_on_ordinary_cores": 2, "test_mutation_is_found": 2},
     "test_epilogues.py": {"test_every_ordered_pair": 4, "test_alone": 2, "test_activation_over_the_whole_range": 3},
     "test_expand.py": {"test_every_type": 3, "test_panels_and_patterns": 3},
+    "test_cuda_compile.py": {"test_nothing_is_spilled_where_calls_leave_something_out": 2},
+    "test_cuda_pit.py": {"test_right_and_nothing_else_is_written": 3, "test_mutation_is_found": 4},
     "test_hopper.py": {"test_mutation_is_found": 2},
     "test_isa.py": {"test_aarch64": 3},
     "test_kernels.py": {

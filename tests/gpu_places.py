@@ -218,7 +218,16 @@ class _StandIn(types.ModuleType):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.handle = 0
+        self.handle, self.filling = 0, -1
+
+    @contextmanager
+    def fill(self, handle: int) -> Iterator[None]:
+        """What is filled meanwhile is filled on that stream."""
+        self.filling = handle
+        try:
+            yield
+        finally:
+            self.filling = -1
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -261,6 +270,12 @@ def _torch_stand_in() -> Any:
             memory = (ctypes.c_uint8 * like.nbytes).from_address(self.data_ptr())
             return np.frombuffer(memory, like.dtype).reshape(like.shape).__dlpack__()
 
+        def zero_(self) -> Any:
+            assert torch.filling == torch.handle  # on the stream that the kernel goes to
+            self.array[...] = 0
+            self.buffer.store(self.array)
+            return self
+
     Tensor.__module__ = "torch"
     made = functools.partial(_of_buffer, Tensor)
     torch.empty = lambda shape, dtype, device: made(np.full(shape, _poison(dtype), dtype))
@@ -270,7 +285,10 @@ def _torch_stand_in() -> Any:
 
     torch.bfloat16 = np.dtype(ml_dtypes.bfloat16)
     torch.is_grad_enabled = lambda: True
-    torch.cuda = types.SimpleNamespace(current_stream=lambda device: types.SimpleNamespace(cuda_stream=torch.handle))
+    torch.cuda = types.SimpleNamespace(
+        current_stream=lambda device: types.SimpleNamespace(cuda_stream=torch.handle), stream=torch.fill,
+        ExternalStream=lambda handle, device: handle, default_stream=lambda device: 0,
+    )  # fmt: skip
     torch.caller = Caller("torch", made, lambda a, dtype: a.buffer.fetch().view(dtype), torch.stream)
     return torch
 
@@ -286,6 +304,11 @@ def _cupy_stand_in() -> Any:
         def __dlpack_device__(self) -> tuple[int, int]:
             return 2, 0
 
+        def fill(self, value: int) -> None:
+            assert cupy.filling == cupy.handle
+            self.array[...] = value
+            self.buffer.store(self.array)
+
     Ndarray.__module__ = "cupy"
     made = functools.partial(_of_buffer, Ndarray)
     cupy.empty = lambda shape, dtype: made(np.full(shape, _poison(np.dtype(dtype)), dtype))
@@ -296,7 +319,7 @@ def _cupy_stand_in() -> Any:
         yield
 
     cupy.cuda = types.SimpleNamespace(
-        Device=device, get_current_stream=lambda: types.SimpleNamespace(ptr=cupy.handle)
+        Device=device, get_current_stream=lambda: types.SimpleNamespace(ptr=cupy.handle), ExternalStream=cupy.fill
     )  # fmt: skip
     cupy.caller = Caller("cupy", lambda a: made(_bits(a)), lambda a, dtype: a.buffer.fetch().view(dtype), cupy.stream)
     return cupy

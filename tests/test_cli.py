@@ -108,6 +108,23 @@ def test_compile_takes_the_matrix_by_key_and_blocks_by_option(tmp_path: Path) ->
     assert "key" in refused("compile", tmp_path / "two.npz", "--blocksize", "2x4", code=2)
 
 
+def test_compile_pit(tmp_path: Path) -> None:
+    """W as it is in its file: dense, without blocks; experts by their keys, or as one array."""
+    W = np.random.default_rng(0).standard_normal((3, 16, 24), np.float32)
+    np.savez(tmp_path / "three.npz", a=W[0], b=W[1], c=W[2])
+    np.save(tmp_path / "three.npy", W)
+    pit = ("--mode", "pit", "--axis")
+    made = run_json("compile", tmp_path / "three.npz", "--key", "a, b,c", *pit, "experts")["manifest"]
+    assert made == run_json("compile", tmp_path / "three.npy", *pit, "experts")["manifest"]
+    assert made["pit"] == {"axis": "experts", "tokens": 1, "rows": 16}
+    options = (tmp_path / "three.npz", "--key", "b", *pit, "outputs", "--mask-block", "4x8", "-o", tmp_path / "out")
+    assert run_json("compile", *options)["manifest"]["pit"] == {"axis": "outputs", "tokens": 4, "rows": 8}
+    rebuild = next((tmp_path / "out").glob("linear_pit*.h")).read_text()
+    assert "--mode pit --axis outputs --mask-block 4x8" in rebuild
+    for wrong, word in ((("--axis", "tokens"), "'static'"), (pit[:2], "axis=None")):
+        assert word in refused("compile", tmp_path / "three.npz", "--key", "b", "--blocksize", "8x8", *wrong, code=2)
+
+
 @pytest.mark.parametrize(
     ("options", "types"),
     [

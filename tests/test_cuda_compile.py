@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from support import REPOSITORY, make_weight, problem_of
 from test_cuda import plan_of
+from test_cuda_pit import case
 from test_golden import Golden
 
 import bsrgen
 from bsrgen import api, build, nvcc
-from bsrgen.backends.cuda import CudaPlan, Lanes, MatrixPlan, emit
+from bsrgen.backends.cuda import CudaPlan, Lanes, MatrixPlan, candidates, emit
 from bsrgen.backends.cuda.matrix import tokens
 from bsrgen.backends.cuda.text import _variants
 from bsrgen.errors import CompilerNotFoundError, DeviceError
@@ -127,6 +128,22 @@ def test_nothing_is_spilled_beside_matrix_units(name, needs_nvcc, tmp_path):
     problem = problem_of(weight, operator, ("bias", "silu"), dtype)
     plan = MatrixPlan(problem, target, min(block[0], 64), 1, 64, tokens(2), tokens(1), 64, 16)
     check_sass(compiled(plan, Weight(weight.pattern, weight.data.astype(problem.dtype.numpy)), tmp_path), wanted)
+
+
+PIT = {  # axis, type, architectures, instructions
+    "experts": ("experts", "bfloat16", ("sm_80",), ("HMMA.16816.F32.BF16", "VOTE", "ATOMS", *RING)),
+    "features": ("features", "float16", ("sm_90",), ("HMMA.16816.F32", "VOTE", *RING)),
+    "on cores": ("features", "float64", ("sm_80",), ("DFMA", "VOTE")),
+}
+
+
+@pytest.mark.parametrize("name", PIT)
+def test_nothing_is_spilled_where_calls_leave_something_out(name, needs_nvcc, tmp_path):
+    axis, dtype, archs, wanted = PIT[name]
+    (target,) = as_gpus(archs)
+    problem, weight = case(axis, dtype, (256, 256), epilogue=("bias", "silu"))
+    plans = (plan for plan in candidates(problem, target) if plan.matrix == (dtype != "float64"))
+    check_sass(compiled(next(plans), weight, tmp_path), wanted)
 
 
 @pytest.mark.parametrize("name", GATES)

@@ -32,7 +32,7 @@ FLOORS = """
     backends.cuda.text  backends.cuda.hopper
     backends.cuda.matrix  backends.cuda.hopper_count
     backends.cuda.plan  backends.cuda.hopper_packing
-    backends.cuda.count  backends.cuda.packing  backends.cuda.stream
+    backends.cuda.count  backends.cuda.packing  backends.cuda.stream  backends.cuda.pit
     backends.mlir.candidates  backends.mlir.text
     backends.mlir.plan  backends.c
     backends.c.pattern_text
@@ -49,6 +49,7 @@ FLOORS = """
     verify  model
     tracks
     loading
+    pit_device
     device  pattern_kernel  dynamic  pit_kernel
     exam  instance
     kernel  plan  files  picture
@@ -72,7 +73,7 @@ ROOMS = ("cli", "bench", "integrations")  # their own files may import each othe
 DEPLOY = [
     "model", "loading", "device", "device_arrays", "dynamic", "even", "kernel", "pattern_problem", "pattern_kernel",
     "arguments", "strides", "problem", "quantize", "pit_kernel", "selection", "pit", "stack", "pattern", "canonical",
-    "foreign", "artifact", "manifest", "folder",
+    "foreign", "artifact", "manifest", "folder", "pit_device",
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {

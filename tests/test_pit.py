@@ -210,7 +210,7 @@ REFUSED = [
     ({"axis": "outputs", "mask_block": (4, 9), "blocksize": (8, 8)}, bsrgen.ArgumentError, "whole blocks"),
     ({"axis": "features", "blocksize": (8, 8)}, bsrgen.ArgumentError, "leave it out"),
     ({"axis": "experts"}, bsrgen.ArgumentError, "at least one expert"),
-    ({"axis": "tokens", "backend": "cuda"}, bsrgen.UnsupportedError, "mode='pit' with backend"),
+    ({"axis": "tokens", "backend": "mlir"}, bsrgen.UnsupportedError, "mode='pit' with backend"),
     ({"axis": "tokens", "dtype": "int8", "x_dtype": "float32", "quantize_x": True}, bsrgen.UnsupportedError, "outside"),
     ({"axis": "tokens", "mode": "static"}, bsrgen.ArgumentError, "only mode='pit'"),
     ({"axis": "tokens", "mode": "later"}, bsrgen.UnsupportedError, "one of static"),

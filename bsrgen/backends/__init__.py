@@ -44,7 +44,16 @@ BACKENDS = {
     for row in (
         Backend("c", c.candidates, c.emit, modes=("static", "dynamic", "pit")),
         Backend("mlir", mlir.candidates, mlir.emit, mlir.tools, mlir.LACKS, mlir.targets),
-        Backend("cuda", cuda.candidates, cuda.emit, lambda targets: nvcc.identity(), cuda.LACKS, as_gpus, cuda.trial),
+        Backend(
+            "cuda",
+            cuda.candidates,
+            cuda.emit,
+            lambda targets: nvcc.identity(),
+            cuda.LACKS,
+            as_gpus,
+            cuda.trial,
+            modes=("static", "pit"),
+        ),
     )
 }
 

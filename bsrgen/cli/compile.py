@@ -9,6 +9,7 @@ import click
 from click.core import ParameterSource
 
 from bsrgen.cli.common import (
+    pair,
     problem_options,
     read,
     show_json,
@@ -27,11 +28,18 @@ from bsrgen.errors import ArgumentError
 @click.option("--n", type=click.IntRange(1), help="Tokens to plan for; the kernel takes any number.")
 @click.option(
     "--mode",
-    type=click.Choice(["static", "dynamic"]),
+    type=click.Choice(["static", "dynamic", "pit"]),
     default="static",
     show_default=True,
-    help="dynamic: calls bring any weight of this shape, block shape and type.",
+    help="dynamic: calls bring any weight of this shape, block shape and type; pit: they say what of --axis counts.",
 )
+@click.option(
+    "--axis",
+    type=click.Choice(["tokens", "features", "experts", "outputs"]),
+    help="pit: what calls leave out.  Of experts WEIGHT holds one array [E, M, K], or --key names all.",
+)
+@click.option("--mask-block", callback=pair, metavar="TxF",
+              help="pit, --axis outputs: tokens x features of a block of the mask.")  # fmt: skip
 @click.option("--max-blocks", type=click.IntRange(0), help="dynamic: the most blocks of one, if more than WEIGHT has.")
 @click.option("--strict", is_flag=True, help="Absent blocks contribute nothing even where x holds Inf or NaN.")
 @click.option(
@@ -62,7 +70,10 @@ def compile_(
 
     if config is not None:
         return _model(weight_file, config, output, jobs, as_json)
-    weight = read(weight_file, key, blocksize, dtype)
+    if options["mode"] == "pit":  # which takes W dense, where it has no blocks
+        weight, options["blocksize"] = _whole(weight_file, key, options["axis"]), blocksize
+    else:
+        weight = read(weight_file, key, blocksize, dtype)
     start = time.perf_counter()
     with working(f"compiling {weight_file.name}"):
         kernel = api.compile(weight, dtype=dtype, tune=tune, **options)
@@ -76,6 +87,15 @@ def compile_(
         click.echo(folder)
     else:
         artifact_facts(folder, short=True)
+
+
+def _whole(weight_file: Path, key: str | None, axis: str | None) -> Any:
+    """The weight of a file as it is there, or those of all experts."""
+    from bsrgen.files import read_matrix
+
+    if axis == "experts" and key is not None:
+        return [read_matrix(weight_file, part.strip()) for part in key.split(",")]
+    return read_matrix(weight_file, key)
 
 
 def _model(weight_file: Path, config: Path, output: Path | None, jobs: int | None, as_json: bool) -> None:

@@ -303,7 +303,6 @@ static inline void warps_meet(int number, int count) { emulation::meet(emulation
 static inline void cluster_meet() { emulation::meet(emulation::cluster_meeting, (int)(emulation::threads * emulation::cluster)); }
 static inline float there(const float *at, int rank) { return emulation::elsewhere(at, rank); }
 static inline void __syncwarp() { emulation::gathered(0), emulation::looked(); }
-static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 static inline uint32_t __cvta_generic_to_shared(const void *at) { return emulation::address(at, emulation::block_rank()); }
 
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor, cudaDevAttrL2CacheSize };

@@ -285,6 +285,9 @@ static inline int __dp4a(int a, int b, int sum)
     return sum;
 }
 static inline unsigned atomicMax(unsigned *at, unsigned value) { const unsigned old = *at; return *at = old > value ? old : value, old; }
+static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+static inline int __ffs(unsigned bits) { return __builtin_ffs((int)bits); }
+static inline int atomicAdd(int *at, int value) { const int old = *at; return *at = old + value, old; }
 static inline void __syncthreads() { emulation::barrier(); }
 
 template <class T> static T shuffled_from(unsigned mask, T value, unsigned lane)
@@ -300,9 +303,24 @@ template <class T> static T __shfl_xor_sync(unsigned mask, T value, int distance
 {
     return shuffled_from(mask, value, threadIdx.x % 32 ^ distance);
 }
+template <class T> static T __shfl_up_sync(unsigned mask, T value, unsigned distance)
+{
+    return shuffled_from(mask, value, threadIdx.x % 32 - distance);
+}
+template <class T> static T __shfl_sync(unsigned mask, T value, unsigned lane) { return shuffled_from(mask, value, lane); }
 template <class T> static T __shfl_down_sync(unsigned mask, T value, unsigned distance)
 {
     return shuffled_from(mask, value, threadIdx.x % 32 + distance);
+}
+
+static unsigned __ballot_sync(unsigned mask, int one)
+{
+    if (mask != 0xffffffffu) emulation::fail("a ballot of some lanes: not emulated");
+    const uint64_t *all = emulation::gathered(one != 0);
+    unsigned bits = 0;
+    for (int lane = 0; lane < emulation::WARP; lane++) bits |= (unsigned)all[lane] << lane;
+    emulation::looked();
+    return bits;
 }
 
 static inline float widen_bf16(uint32_t v) { const uint32_t bits = v << 16; float f; memcpy(&f, &bits, 4); return f; }

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from bsrgen.backends.cuda import hopper
-from bsrgen.backends.cuda.matrix import MatrixPlan, tokens
+from bsrgen.backends.cuda.matrix import MatrixFeaturesPlan, MatrixPlan, tokens
+from bsrgen.backends.cuda.pit import fits_selection
 from bsrgen.backends.cuda.plan import SHARED_BYTES, CudaPlan, Lanes
 from bsrgen.gpus import GpuTarget
 from bsrgen.problem import Problem
@@ -19,13 +20,15 @@ WARPS = (8, 16, 4)
 LEAST_ROWS = 4  # of a block: matrix units have 8, the rest is zeros
 FEW = (Lanes(4, 1), 4)  # where W does not stream
 SOME = (Lanes(2, 16), 32, 16)  # where it does in calls of up to 16 tokens
+SELECTED = (Lanes(2, 16), 32)  # where tokens are listed: W does not stream
+LIVE = (Lanes(1, 32), 32, 16)  # where features are: lanes along k would add up what depends on other tokens
 STAGES = (4, 3, 2)
 NOT_ON = {
     "float16": (),
     "bfloat16": ("sm_75",),
     "int8": ("sm_75",),
 }  # types of matrix units, architectures that lack them
-LACKS = "its tables would be too long: use larger blocks"
+LACKS = "its tables would be too long, or its experts too many (4096 at most): use larger blocks, or several kernels"
 
 
 def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Iterator[CudaPlan | hopper.HopperPlan]:
@@ -36,13 +39,15 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
     p = problem.pattern
     if max(p.M, p.K) > INT_MAX:
         return
-    yield from hopper.candidates(problem, target)
+    if problem.pit is None:
+        yield from hopper.candidates(problem, target)
     yield from _matrix(problem, target)
+    few = SOME if problem.pit is None else SELECTED if problem.pit.axis.listed else LIVE
     for rows in rows_of_tiles(p.R):
         for many in LANES:
-            for warps in WARPS:
+            for warps in (*WARPS, *least_warps(problem, rows)):
                 for features in FEATURES:
-                    plan = CudaPlan(problem, target, rows, warps, features, many, *SOME)
+                    plan = CudaPlan(problem, target, rows, warps, features, many, *few)
                     if fits(plan):
                         yield plan
 
@@ -54,14 +59,26 @@ def _matrix(problem: Problem, target: Target) -> Iterator[MatrixPlan]:
     alike = problem.dtype is problem.x_dtype and problem.dtype.name in NOT_ON
     if not alike or p.R < LEAST_ROWS or {*target.archs} & {*NOT_ON[problem.dtype.name]}:
         return
+    live = problem.pit is not None and not problem.pit.axis.listed
+    kind, streamed = MatrixFeaturesPlan if live else MatrixPlan, 0 if problem.pit and not live else 16
+    tile = 32 // problem.dtype.bytes
+    if live and p.C % tile:
+        return
+    wide = (tile,) if live else (2 * tile, 4 * tile)
     for rows in (64, 32, 16, 8):
         for tiles in (2, 1, 4) if rows < p.R + 8 else ():
-            for features in (32, 64) if problem.dtype.bytes == 2 else (64, 128):
-                plan = MatrixPlan(problem, target, rows, 1, features, tokens(tiles), tokens(1), 64, 16)
+            for features in wide:
+                plan = kind(problem, target, rows, 1, features, tokens(tiles), tokens(1), 64, streamed)
                 deep = (replace(plan, stages=stages) for stages in STAGES)
                 fitting = next((plan for plan in deep if fits(plan)), None)
                 if tiles * rows * plan.halves <= 128 and fitting:
                     yield fitting
+
+
+def least_warps(problem: Problem, rows: int) -> tuple[int, ...]:
+    """Those of a thread block with one block row, where a call says for each group of few rows what is computed."""
+    strips = -(-problem.pattern.R // rows)
+    return (strips,) if problem.pit and strips < min(WARPS) else ()
 
 
 def rows_of_tiles(R: int) -> list[int]:
@@ -76,6 +93,8 @@ def fits(plan: CudaPlan) -> bool:
     words = plan.problem.accumulator.bytes // 4
     sums = plan.rows * plan.many.tokens * words
     if (sums * plan.halves > 64 and not plan.matrix) or plan.shared_bytes > SHARED_BYTES:
+        return False
+    if not fits_selection(plan):
         return False
     pieces = plan.problem.pattern.nnzb * plan.row_pieces * plan.column_pieces
     rows = plan.problem.pattern.block_rows * plan.row_pieces

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bsrgen.backends.cuda.pit import selection_bytes
 from bsrgen.backends.cuda.plan import WARP, CudaPlan, Lanes
 from bsrgen.backends.cuda.stream import Stream, on_units
 from bsrgen.gpus import GpuTarget
 
 TOKEN_WARPS = 4  # that share the tokens of a thread block
+STEP_TILES = 4  # in shared memory at a time, where they are listed
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class MatrixPlan(CudaPlan):
         return 32 // self.problem.dtype.bytes
 
     @property
+    def unit_k(self) -> int:
+        """Features of X that are multiplied at once."""
+        return self.tile_k
+
+    @property
     def width(self) -> int:
         """Tokens of a thread block where there are many."""
         return 16 * TOKEN_WARPS * self.many.tokens
@@ -63,7 +70,7 @@ class MatrixPlan(CudaPlan):
         """Panels of X as it is, rows 16 bytes apart; of bytes none is transposed."""
         unit = self.problem.dtype.bytes
         if self.problem.operator.token_axis == 0 or unit == 1:
-            return self.stages * self.width * (self.step_k * unit + 16)
+            return self.stages * self.width * (self.step_k * unit + 16) + selection_bytes(self)
         return self.stages * self.step_k * (self.width + 8) * unit
 
     def knobs(self) -> dict[str, Any]:
@@ -119,6 +126,21 @@ class MatrixPlan(CudaPlan):
             8,
         )  # tile, high, quad, low; pairs, strip, row
         return np.ascontiguousarray(tiles.reshape(shape).transpose(0, 4, 6, 2, 5, 1, 3))
+
+
+@dataclass(frozen=True)
+class MatrixFeaturesPlan(MatrixPlan):
+    """The same where tiles of features that X has nothing in are left out: `features` is one tile."""
+
+    @property
+    def step_k(self) -> int:
+        """Features in shared memory at a time, of tiles that may lie apart."""
+        return self.step_units * self.tile_k
+
+    @property
+    def step_units(self) -> int:
+        """Tiles in shared memory at a time."""
+        return STEP_TILES
 
 
 def tokens(tiles: int) -> Lanes:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from bsrgen.backends.cuda.count import counts
 from bsrgen.backends.cuda.packing import Packing, pack_pattern
+from bsrgen.backends.cuda.pit import selection_bytes, tile_sizes
 from bsrgen.backends.cuda.stream import Stream, on_cores
 from bsrgen.dtypes import INT32
 from bsrgen.gpus import GpuTarget
@@ -96,7 +97,7 @@ class CudaPlan(Plan):
         return {
             "backend": self.backend, "rows": self.rows, "warps": self.warps, "features": self.features,
             "many": asdict(self.many), "few": asdict(self.few), "few_n": self.few_n,
-            "stream_n": self.stream_n, "matrix": self.matrix,
+            "stream_n": self.stream_n, "matrix": self.matrix, **tile_sizes(self),
         }  # fmt: skip
 
     def family(self, n: int) -> tuple[Any, ...]:
@@ -182,17 +183,28 @@ class CudaPlan(Plan):
         return 4 if self.problem.accumulator is INT32 and whole and not self.matrix else 1
 
     @property
+    def unit_k(self) -> int:
+        """Features of X that are multiplied at once."""
+        return self.word
+
+    @property
+    def step_units(self) -> int:
+        """So many of them whose X is in shared memory at a time, where they are listed."""
+        return self.step_columns * self.piece_columns // self.unit_k
+
+    @property
     def step_columns(self) -> int:
         """Columns of pieces whose X is in shared memory at a time."""
         return max(self.features // self.piece_columns, 1)
 
     @property
     def shared_bytes(self) -> int:
-        """Two panels of X, in the type of the sums, and the scales of tokens that the kernel quantises."""
+        """Two panels of X, in the type of the sums; scales of tokens that the kernel quantises, or lists of tokens."""
         unit = self.problem.accumulator.bytes
         widest = max(self.many.stride, self.few.stride)
         scales = 8 * max(self.width, self.few_width) if self.problem.quantizes_x else 0
-        return 2 * self.step_columns * (self.piece_columns // self.word) * widest * unit + scales
+        panels = 2 * self.step_columns * (self.piece_columns // self.word) * widest * unit
+        return panels + scales + selection_bytes(self)
 
     @cached_property
     def packing(self) -> Packing:

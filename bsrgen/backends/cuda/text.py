@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from bsrgen.backends.cuda.matrix import MatrixPlan
 from bsrgen.backends.cuda.packing import pack_values, piece_rows_of
+from bsrgen.backends.cuda.pit import features_view, pit_tables, pit_view, stream_depth
 from bsrgen.backends.cuda.plan import CudaPlan
 from bsrgen.backends.cuda.stream import Stream, parts, runs
 from bsrgen.emit import Source, Unit, arguments_in_c, banner, epilogue_formula, operands_in_c, render, runtime_file
+from bsrgen.epilogues import SELECTING
 from bsrgen.gpus import GpuTarget
 from bsrgen.pattern import Weight
 from bsrgen.plan import Plan
@@ -25,6 +27,10 @@ _KIND_TEXT = {
     "token": "[N], one for each token, with ld_{name} = 1; NULL is 1 for all",
     "scalar": "one number",
     "element": "like y, ld_{name} elements from row to row",
+    "live": "[N], nonzero where a token is computed; NULL: all are.  Other rows of y stay as they are",
+    "routing": "[N], the expert of each token; no number of one: none, its row of y stays as it is",
+    "mask": "a row for each {tokens} tokens, ld_{name} elements apart, a column for each {rows} features: nonzero "
+    "where y is computed; NULL: everywhere.  Other results stay as they are",
 }
 _C_TABLE = {"int32": "int", "uint16": "unsigned short", "uint8": "unsigned char"}
 ERRORS = (  # of the CUDA runtime that a caller can do something about (driver_types.h)
@@ -106,6 +112,7 @@ def entry_of(problem: Problem, target: Target, values_bytes: int, blobs: Mapping
         "prototype": prototype, "linear": problem.operator.token_axis == 0, "M": p.M, "rows": problem.rows, "K": p.K,
         "R": p.R, "C": p.C, "nnzb": p.nnzb, "values_bytes": values_bytes,
         "source": f"{name}_source", "data": f"{name}_values", "language": "cuda", "W_rows": p.M,
+        "columns": problem.pit.groups(p.M) if problem.pit else 0,
         "errors": ERRORS, "target": target.name, "formula": problem.operator.formula,
         "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
         "epilogue_formula": epilogue_formula(problem),
@@ -118,7 +125,8 @@ def _kernel(plan: CudaPlan) -> dict[str, Any]:
     words, ragged = plan.piece_columns // plan.word, plan.column_pieces * plan.piece_columns != p.C
     variants = _variants(plan)
     return kernel_of(plan.problem) | {
-        "accumulator": plan.problem.accumulator.c, "M": p.M, "result_rows": plan.problem.rows,
+        "accumulator": plan.problem.accumulator.c, "M": p.M, "pit": pit_view(plan), "features": features_view(plan),
+        "result_rows": p.M if plan.problem.pit else plan.problem.rows,
         "gate_rows": plan.problem.gate_rows, "quantized": plan.problem.quantizes_x,
         "R": p.R, "C": p.C, "rows": plan.rows, "strips": plan.strips, "row_pieces": plan.row_pieces,
         "piece_columns": words, "group_rows": plan.group_rows, "word": plan.word, "ragged_columns": ragged,
@@ -147,7 +155,7 @@ def kernel_of(problem: Problem) -> dict[str, Any]:
     kinds = {"w": problem.dtype.short, "x": problem.x_dtype.short, "y": y.short, "e": element.short}
     return {
         "name": problem.name, "real_bytes": real.bytes, "kinds": kinds, "K": problem.pattern.K, "operands": operands,
-        "epilogue": steps, "linear": problem.operator.token_axis == 0,
+        "epilogue": steps, "linear": problem.operator.token_axis == 0, "selecting": SELECTING,
     }  # fmt: skip
 
 
@@ -158,11 +166,13 @@ def _variants(plan: CudaPlan) -> list[dict[str, Any]]:
         resident = max(RESIDENT_WARPS // stream.warps, 1)
         common = {"bounds": f"STREAM_THREADS, {resident}", "blocks": "STREAM_PARTS", "threads": str(32 * stream.warps)}
         rows = [
-            {"name": f"stream{t}", "most": t, "width": t, "call": f"stream<{t}, {stream.depth(t)}>"} | common
+            {"name": f"stream{t}", "most": t, "width": t, "call": f"stream<{t}, {stream_depth(plan, t)}>"} | common
             for t in stream.tokens
         ]
         rows[-1]["most"] = plan.stream_n
-    common = {"bounds": "THREADS, 1", "blocks": "THREAD_BLOCKS", "threads": "THREADS"}
+    pit = plan.problem.pit
+    blocks = "EXPERT_BLOCKS" if pit and pit.axis.name == "experts" else "THREAD_BLOCKS"
+    common = {"bounds": "THREADS, 1", "blocks": blocks, "threads": "THREADS"}
     sides = (("few", plan.few, plan.few_n, plan.few_width), ("many", plan.many, None, plan.width))
     for name, lanes, most, width in sides:
         if most is None or most > plan.stream_n:
@@ -198,9 +208,11 @@ def _tables(plan: CudaPlan) -> list[dict[str, Any]]:
         rows = (*rows[:4], ("step_fragments", plan.fragments, "first tile of features of each step"))
     else:
         rows = (*rows, ("piece_slots", t.slots, "which column of its step a piece has"))
+    if features_view(plan):  # listed by thread blocks
+        rows = tuple(row for row in rows if row[0] in ("group_rows", "group_steps", "step_pieces", "step_fragments"))
     if plan.stream:
         rows += _stream_tables(plan, plan.stream)
-    return tables_in_c(rows)
+    return tables_in_c(rows + pit_tables(plan))
 
 
 def tables_in_c(rows: Iterable[tuple[str, NDArray[Any], str]]) -> list[dict[str, Any]]:
