@@ -15,6 +15,7 @@ from bsrgen.epilogues import Operand
 from bsrgen.errors import ArgumentError, ArgumentTypeError, DeviceError
 from bsrgen.kernel import Array, Kernel, _Values
 from bsrgen.trampoline import STRUCTS
+from bsrgen.workspaces import WORKSPACE_BYTES, workspaces
 
 CDefinition = tuple[int, int, float]  # struct bsrgen_operand with an address of the device: data, ld, scalar
 
@@ -50,6 +51,7 @@ class DeviceKernel(Kernel):
         self._upload = function("upload", "int (*)(const void *, int64_t, int, void **)")
         self._release = function("release", "int (*)(void *)")
         self._words = function("error", "const char *(*)(int)")
+        self._capture = function("capture", "int (*)(void *, uint64_t *)") if m.workspace_bytes else None
         weakref.finalize(self, _release_all, self._residents, self._release).atexit = False
 
     def __call__(
@@ -63,7 +65,8 @@ class DeviceKernel(Kernel):
         Operands of the epilogue by name: arrays of the same device, scalars as numbers.
 
         The first call on a device, and the first after `update`, copies the values there and waits for that; `upload`
-        does it ahead, for instance before a CUDA graph records calls.
+        does it ahead, for instance before a CUDA graph records calls.  The first call on a stream may make its
+        workspace, which it has in common with all kernels.
         """
         if threads is not None:
             raise ArgumentError(f"{self.name}: threads={threads!r}: a GPU kernel has none; give stream=")
@@ -88,6 +91,8 @@ class DeviceKernel(Kernel):
             resident = self._resident(values, given.device)
             where = {i: resident.bound[o.name] for i, o in enumerate(self._call.operands) if o.name in resident.bound
                      and operands.get(o.name) is None}  # fmt: skip
+            if self._capture:
+                records.append((self._workspace(given.device, handle, n), 0, 0.0))
             self._enter(x2, y2, n, resident, records, where, handle, given.device)
         return target.owner if out is None else out
 
@@ -203,9 +208,25 @@ class DeviceKernel(Kernel):
     # ── what stays on a device ───────────────────────────────────────────────────────────────────────────────────
 
     def upload(self, device: int = -1) -> None:
-        """Copy the values, and operands that are bound, to a device (-1: the current one), unless they are there."""
+        """Copy the values, and operands that are bound, to a device (-1: the current one), unless they are there.
+
+        Kernels whose thread blocks share work find memory for it in the next CUDA graph, too."""
         with self._lock:
             self._resident(self._values, device)
+            if self._capture:
+                workspaces().reserve(device, functools.partial(self._zeros, device))
+
+    def _workspace(self, device: int, stream: int, n: int) -> int:
+        """Where thread blocks leave partial sums in a call on a stream; 0: nowhere, the same bits in more time."""
+        assert self._capture
+        if n > self.artifact.manifest.workspace_n:
+            return 0
+        capture = _interface().new("uint64_t *")
+        self._must(self._capture(_interface().cast("void *", stream), capture))
+        return workspaces().of(device, stream, int(capture[0]), functools.partial(self._zeros, device))
+
+    def _zeros(self, device: int) -> int:
+        return self._to_device(np.zeros(WORKSPACE_BYTES, np.uint8), device)
 
     def _resident(self, values: _Values, device: int) -> _Resident:
         found = self._residents.get(device)

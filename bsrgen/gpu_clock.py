@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from bsrgen.clock import Timing
 from bsrgen.driver import Span, Stream
+from bsrgen.workspaces import workspaces
 
 Launch = Callable[[int], object]  # on the stream of this handle; returns before it is done
 SAMPLE_S = 200e-6  # events tell half a microsecond
@@ -29,8 +30,9 @@ def measure(
     stream = Stream()
     span = Span(stream)
     graphs, calls = {}, {}
-    for name, launch in contenders.items():
-        calls[name], graphs[name] = _graph(launch, stream, span)
+    with workspaces().in_turn():
+        for name, launch in contenders.items():
+            calls[name], graphs[name] = _graph(launch, stream, span)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     start, done, spent = time.perf_counter(), 0, 0.0
     while done < 3 or (done < most and spent < limit_s):

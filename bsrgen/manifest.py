@@ -171,6 +171,8 @@ class Manifest(_Record, frozen=True):
     files: dict[str, str]
     head: int = 0  # elements of a head's vectors, of attention
     transposed: bool = False  # W comes as the transpose of what is multiplied, when it is updated
+    workspace_bytes: int = 0  # of a GPU, in which thread blocks leave partial sums; a call may do without
+    workspace_n: int = 0  # and tokens of the largest call that may use it
 
     def __post_init__(self) -> None:
         names = [self.library, *(level.values.file for level in self.levels if level.values)]

@@ -74,6 +74,7 @@ def describe(
         strict=False, check=None,
         tuning=tuning, notes=weight.notes, bound=tuple(sorted(bound)),
         files={path.name: "" for path in folder.iterdir()},
+        workspace_bytes=source.entry.get("workspace_bytes", 0), workspace_n=source.entry.get("workspace_n", 0),
     )  # fmt: skip
 
 

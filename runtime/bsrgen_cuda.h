@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #define DEVICE static __device__ __forceinline__
+#define MEMBER __device__ __forceinline__
 #ifndef SHARED /* one array of a thread block */
 #define SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #endif

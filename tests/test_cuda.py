@@ -160,7 +160,7 @@ MUTATIONS = {
     "a lane left out": ("e = part;", "e = part + 1;"),
     "early exit": ("    if (first < last) stage", "    if (warp == 1) return;\n    if (first < last) stage"),
     "half a warp": ("    for (int distance = LANES", "    if (threadIdx.x % 32 < 16)\n    for (int distance = LANES"),
-    "wrong step": ("* (last - first) + step - first,", "* (last - first),"),
+    "wrong step": ("row * span + step - begin_of_all,", "row * span,"),
     "unaligned": ("multiply(sums, w + c * PIECE_ROWS,", "multiply(sums, w + c * PIECE_ROWS + 1,"),
 }
 

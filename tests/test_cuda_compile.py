@@ -23,6 +23,7 @@ from bsrgen.backends.cuda.text import _variants
 from bsrgen.errors import CompilerNotFoundError, DeviceError
 from bsrgen.gpus import GPUS, as_gpus
 from bsrgen.pattern import Weight, random_weight
+from bsrgen.problem import as_problem
 
 FOLDER = REPOSITORY / "tests" / "golden" / "cuda"
 ARCHS = ("sm_75", "sm_80", "sm_90")
@@ -116,6 +117,7 @@ UNITS = {  # operator, type, block, architectures, instructions of the newest on
     "f16": ("linear", "float16", (64, 64), ("sm_80", "sm_90"), ("HMMA.16816.F32", *RING)),
     "bf16": ("spmm", "bfloat16", (32, 1), ("sm_80",), ("HMMA.16816.F32.BF16", "LDSM.16.MT88", *RING[1:])),
     "int8": ("linear", "int8", (32, 32), ("sm_90",), ("IMMA.16832.S8.S8", *RING)),
+    "quantized": ("linear", "int8", (64, 4), ("sm_80",), ("IMMA.16832.S8.S8", "LDSM.16.M", "LDG.E.128")),
     "sm_75": ("linear", "float16", (32, 8), ("sm_75",), ("HMMA.1688.F32", "LDSM.16.M", "LDG.E.128")),
 }
 
@@ -125,8 +127,12 @@ def test_nothing_is_spilled_beside_matrix_units(name, needs_nvcc, tmp_path):
     operator, dtype, block, archs, wanted = UNITS[name]
     (target,) = as_gpus(archs)
     weight = make_weight("uniform", (block[0] * 3, block[1] * 90 if block[1] == 1 else 270), block, "float32")
-    problem = problem_of(weight, operator, ("bias", "silu"), dtype)
-    plan = MatrixPlan(problem, target, min(block[0], 64), 1, 64, tokens(2), tokens(1), 64, 16)
+    x = "float32" if name == "quantized" else None
+    problem = as_problem(operator, weight.pattern, dtype, x, None, ("bias", "silu"), quantize_x=x is not None)
+    split = 2 * target.sms if "sm_80" in archs and not x else 0  # with and without
+    features, wide = (32, 4) if name == "bf16" else (64, 2)
+    rows = min(block[0], 64)
+    plan = MatrixPlan(problem, target, rows, 1, features, tokens(wide), tokens(1), 64, 16, split)
     check_sass(compiled(plan, Weight(weight.pattern, weight.data.astype(problem.dtype.numpy)), tmp_path), wanted)
 
 
@@ -156,6 +162,8 @@ def test_nothing_is_spilled(name, needs_nvcc, tmp_path):
     problem = problem_of(weight, operator, epilogue, dtype)
     (target,) = as_gpus(archs)
     plan = replace(plan_of(problem, **knobs), target=target)
+    if name == "f32":
+        plan = replace(plan, few=Lanes(2, 16), few_n=64, split=2 * target.sms)
     data = Weight(weight.pattern, weight.data.astype(problem.dtype.numpy))
     check_sass(compiled(plan, data, tmp_path), wanted)
 

@@ -21,12 +21,15 @@ CASES = {
     "quantized features": (on_cores, {"warps": 3}, (5, 3), "spmm", ("int8", "bfloat16"), (), True),
     "quantized pair": (on_cores, {"features": 64}, (8, 1), "linear", ("int8", "float32"), ("geglu", "bias"), True),
     "units": (on_units, {"rows": 16}, (16, 8), "linear", ("float16", None), ("swiglu", "bias"), False),
+    "quantized on units": (on_units, {"rows": 16}, (16, 12), "linear", ("int8", "float32"), ("bias",), True),
+    "features on units": (on_units, {"rows": 8, "many": 1}, (8, 3), "spmm", ("int8", "bfloat16"), ("geglu",), True),
     "units of int8": (on_units, {"rows": 8}, (8, 6), "spmm", ("int8", None), ("geglu",), False),
 }
 
 
-def case(name, shape=(62, 75)):
+def case(name):
     make, knobs, block, operator, (w, x), epilogue, quantize = CASES[name]
+    shape = (62, 80 if name == "quantized on units" else 75)  # rows of X that are aligned, and that are not
     weight = weight_of("uniform", shape, block, w)
     problem = as_problem(operator, weight.pattern, w, x, None, epilogue, quantize_x=quantize)
     return streaming(make(problem, few_n=20, **knobs) if make is on_cores else make(problem, **knobs)), weight
@@ -61,9 +64,8 @@ MUTATIONS = {
     "gate of the same rows": ("group + THREAD_BLOCKS", "group"),
     "no barrier between the halves": ("    __syncthreads();\n    walk", "    walk"),
     "scale of the gate's rows": ("a.w_scale[m + 32]", "a.w_scale[m]"),
-    "sums exchanged": ("gate += partial[w * SUMS + e], sum += partial[(STREAM_WARPS + w)",
-                       "sum += partial[w * SUMS + e], gate += partial[(STREAM_WARPS + w)"),
-    "the gate's range": ("part_begin[2 * part + 1]", "part_begin[2 * part]"),
+    "sums exchanged": ("sums.of[HALVES - 1][i], sums.of[0][i]", "sums.of[0][i], sums.of[HALVES - 1][i]"),
+    "the gate's range": ("part_begin[HALVES * unit + half]", "part_begin[HALVES * unit]"),
     "largest of some": ("for (int f = lane; f < K; f += 32)", "for (int f = lane; f < K - 32; f += 32)"),
     "no scales": ("    scales_of_x<WIDTH, THREADS>", "    if (n0) scales_of_x<WIDTH, THREADS>"),
     "another token's": ("k0 + c, inverse[t])", "k0 + c, inverse[0])"),
@@ -80,3 +82,17 @@ def victim():
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutation_is_found(name, victim, rng, tmp_path):
     victim.assert_found(MUTATIONS[name], tmp_path, rng)
+
+
+ON_UNITS = {
+    "another token's scale": ("quantized(get_x(four[i]), inverse[t])", "quantized(get_x(four[i]), inverse[0])"),
+    "bytes in another order": ("inverse[t]) << 8 * i;", "inverse[t]) << 8 * (3 - i);"),
+    "X past the end": ("if (a.aligned && n < a.n && k0", "if (a.aligned && k0"),
+    "scales of other tokens": ("scale[t]);", "scale[t ^ 1]);"),
+}
+
+
+@pytest.mark.parametrize("name", ON_UNITS)
+def test_mutation_on_units_is_found(name, rng, tmp_path):
+    plan, weight = case("quantized on units")
+    Victim(plan, weight, (20, 40)).assert_found(ON_UNITS[name], tmp_path, rng)

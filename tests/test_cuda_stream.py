@@ -60,12 +60,12 @@ def test_on_matrix_units(block, dtype, operator, kind, rows, rng, tmp_path):
 
 MUTATIONS = {
     "sums of other warps not awaited": (
-        "    __syncthreads();\n    for (int e = threadIdx.x; e < SUMS",
-        "    for (int e = threadIdx.x; e < SUMS",
+        "        __syncthreads();\n#pragma unroll\n        for (int i = 0; i < MINE",
+        "#pragma unroll\n        for (int i = 0; i < MINE",
     ),
-    "one warp's sums": ("w < STREAM_WARPS; w++) sum", "w < 1; w++) sum"),
-    "a part of the rows": ("e < SUMS; e += STREAM_THREADS", "e < SUMS - 1; e += STREAM_THREADS"),
-    "another part": ("part_end[part]", "part_end[0]"),
+    "one warp's sums": ("w < STREAM_WARPS; w++) sums", "w < 1; w++) sums"),
+    "a part of the rows": ("if (e < OF_ALL)", "if (e < OF_ALL - 1)"),
+    "another part": ("part_end[HALVES * unit + half]", "part_end[half]"),
     "another share": ("a.values + share *", "a.values + 0 * share *"),
     "loads past the end": ("next < last", "next <= last + 64"),
     "W of another column": ("ring[i][r], x[t]", "ring[0][r], x[t]"),
@@ -75,7 +75,7 @@ MUTATIONS = {
     ),
     "half of the tree": ("for (int distance = 16;", "for (int distance = 1;"),
     "tree too wide": ("if (column + distance < STREAM_COLUMNS)", ""),
-    "tokens past the end": ("&& n0 + t < a.n) finish", ") finish"),
+    "tokens past the end": ("&& n < a.n) ::finish", ") ::finish"),
     "X past the end": ("x[t] = there && n0 + t < a.n ?", "x[t] = there ?"),
     "columns left out": ("first += DEPTH * STEP", "first += 2 * DEPTH * STEP"),
 }

@@ -246,6 +246,31 @@ def test_a_graph_refuses_what_allocates(small: Prepared, rng: Any) -> None:
     assert_right(problem, weight, run(kernel, x, poisoned(problem, rng, n), given), x, given)
 
 
+def test_shared_work_on_streams_and_in_graphs(place: Place, rng: Any, tmp_path: Path) -> None:
+    """Thread blocks that share rows: each stream and each graph has a workspace of its own, and all the same bits."""
+    weight = make_weight("powerlaw", (48, 1536), (16, 16), "float32")
+    weight = Weight(weight.pattern, weight.data.astype(np.float16))
+    problem, n = problem_of(weight, "linear", ("bias",), "float16", None, "float32"), 40
+    plan = next(plan for plan in candidates(problem, place.target) if plan.split and plan.matrix)
+    kernel = place.build(plan, weight, tmp_path)
+    assert kernel.artifact.manifest.workspace_bytes
+    x, given = problem.sample(rng, n)
+    right = run(kernel, x, poisoned(problem, rng, n), given)
+    assert_right(problem, weight, right, x, given)
+    there, operands = driver.Buffer(x), {name: driver.Buffer(a) for name, a in given.items()}
+    outs = [driver.Buffer(poisoned(problem, rng, n)) for _ in range(4)]
+    one, two = driver.Stream(), driver.Stream()
+    kernel(there, out=outs[0], stream=one.handle, **operands)
+    recorded = one.graph(lambda: kernel(there, out=outs[1], stream=one.handle, **operands))
+    # No spare workspace is left for this one.
+    unshared = one.graph(lambda: kernel(there, out=outs[2], stream=one.handle, **operands))
+    for _ in range(5):
+        recorded(), kernel(there, out=outs[3], stream=two.handle, **operands), unshared()
+    one.wait(), two.wait()
+    for out in outs:
+        np.testing.assert_array_equal(out.fetch().view(np.uint32), right.view(np.uint32))
+
+
 def test_several_devices(small: Prepared, place: Place, rng: Any) -> None:
     if len(driver.gpus()) < 2:
         pytest.skip("one device")

@@ -32,7 +32,8 @@ FLOORS = """
     backends.cuda.text  backends.cuda.hopper
     backends.cuda.matrix  backends.cuda.hopper_count
     backends.cuda.plan  backends.cuda.hopper_packing
-    backends.cuda.count  backends.cuda.packing  backends.cuda.stream  backends.cuda.pit
+    backends.cuda.count
+    backends.cuda.packing  backends.cuda.stream  backends.cuda.split  backends.cuda.pit
     backends.mlir.candidates  backends.mlir.text
     backends.mlir.plan  backends.c
     backends.c.pattern_text
@@ -63,7 +64,7 @@ FLOORS = """
     pit
     operators  epilogues  targets  foreign  integrity
     calibration  strides  bindings  device_arrays  nvcc  nvrtc  driver  backends.mlir.formula
-    dtypes  _paths  clock  verdict
+    dtypes  _paths  clock  verdict  workspaces
     errors  machine
 """
 RANK = {name: -floor for floor, line in enumerate(FLOORS.split("\n")) for name in line.split()}
@@ -71,9 +72,9 @@ ROOMS = ("cli", "bench", "integrations")  # their own files may import each othe
 
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
-    "model", "loading", "device", "device_arrays", "dynamic", "even", "kernel", "pattern_problem", "pattern_kernel",
-    "arguments", "strides", "problem", "quantize", "pit_kernel", "selection", "pit", "stack", "pattern", "canonical",
-    "foreign", "artifact", "manifest", "folder", "pit_device",
+    "model", "loading", "device", "device_arrays", "workspaces", "dynamic", "even", "kernel", "pattern_problem",
+    "pattern_kernel", "arguments", "strides", "problem", "quantize", "pit_kernel", "selection", "pit", "stack",
+    "pattern", "canonical", "foreign", "artifact", "manifest", "folder", "pit_device",
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from bsrgen import driver
+from bsrgen.workspaces import workspaces
 
 Array = np.ndarray[Any, Any]
 Call = Callable[[], object]
@@ -119,7 +120,8 @@ class TorchStage:
 
     def _graph(self, call: Call, calls: int) -> Call:
         graph = self.torch.cuda.CUDAGraph()
-        with self.torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+        recorded = self.torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
+        with workspaces().in_turn(), recorded:
             for _ in range(calls):
                 call()
         graph.replay()

@@ -3,8 +3,10 @@
  * The threads of a thread block are fibers, in random order, that change at barriers and shuffles only.  Found are: wrong
  * results, of course; shared memory read before it is written (it is NaN) or written outside of an array (guard zones);
  * global memory read or written past the end of its allocation (a page without access) or read before its start (NaN);
- * vectors that are not aligned; copies to shared memory that nobody waited for (NaN until then); barriers and shuffles that not all threads reach.
- * Not modelled: time, caches, the memory model, and whatever ptxas may do. */
+ * vectors that are not aligned; copies to shared memory that nobody waited for (NaN until then); barriers and shuffles that not all threads reach;
+ * what thread blocks leave for each other (__stcg) and nobody sees before a fence of who wrote it, counted before it can be
+ * seen, or read (__ldcg) before a fence behind the count.  With EMULATED_TOGETHER=n in the environment n thread blocks run at a time.
+ * Not modelled: time, caches, the memory model but for that, and whatever ptxas may do. */
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -40,7 +42,8 @@ namespace emulation {
 
 enum { GUARD = 4096, STACK = 1 << 15, WARP = 32, MOST = 8 * 384, ARRAYS = 64, CLUSTER = 8 };
 struct Copy { void *to; const void *from; int bytes, group; };
-struct Fiber { ucontext_t context; bool done; int shuffles, copies, groups; Copy copy[256]; };
+struct Late { void *to; int bytes; uint64_t value; }; /* stores that no other thread sees yet */
+struct Fiber { ucontext_t context; bool done; int shuffles, copies, groups, lates, room; Late *late; long seen, stored; Copy copy[256]; };
 struct Exchange { uint64_t value[WARP]; int arrived[WARP]; };
 struct Array { int line, block; size_t bytes; uint8_t *memory, *start; }; /* shared memory, by the line of its declaration */
 
@@ -53,7 +56,7 @@ static ucontext_t scheduler;
 static sigjmp_buf escape;
 static unsigned threads, current, cluster = 1; /* of a thread block; the one that runs; thread blocks that run together */
 static unsigned waiting[CLUSTER]; /* at the barrier */
-static long progress, barriers[CLUSTER];
+static long progress, barriers[CLUSTER], counted[CLUSTER], counted_at[CLUSTER]; /* of a thread block: times that it counted, behind which barrier */
 static dim3 thread_index, block_index;
 static size_t dynamic_bytes; /* of shared memory, that the launch gives */
 static void (*at_end)(); /* of a thread block: what else is to be checked */
@@ -204,10 +207,44 @@ template <int WORDS, int PER, class T> static void multiply(T *d, const Fragment
     looked();
 }
 
+/* What thread blocks leave for each other. */
+static void store_late(void *to, const void *value, int bytes)
+{
+    Fiber &f = fibers[current];
+    f.stored = barriers[block_rank()];
+    if (counted_at[block_rank()] == f.stored) fail("counted before all threads have stored: no barrier between");
+    if (f.lates == f.room) f.late = (Late *)realloc(f.late, sizeof *f.late * (f.room = 2 * f.room + 16));
+    f.late[f.lates] = {to, bytes, 0};
+    memcpy(&f.late[f.lates++].value, value, bytes);
+}
+
+static void fence()
+{
+    Fiber &f = fibers[current];
+    for (int i = 0; i < f.lates; i++) memcpy(f.late[i].to, &f.late[i].value, f.late[i].bytes);
+    f.lates = 0, f.seen = counted[block_rank()];
+}
+
+static void load_fresh(void *to, const void *from, int bytes)
+{
+    memcpy(to, from, bytes);
+    if (fibers[current].seen < counted[block_rank()]) memset(to, 0xff, bytes); /* what was there at some time before */
+}
+
+static unsigned count_up(unsigned *at, unsigned value)
+{
+    const unsigned old = *at;
+    for (unsigned t = block_rank() * threads; t < (block_rank() + 1) * threads; t++)
+        if (fibers[t].lates || fibers[t].stored == barriers[block_rank()]) fail("counted before what was stored can be seen, or without a barrier between");
+    counted_at[block_rank()] = barriers[block_rank()], counted[block_rank()]++, *at = old + value;
+    return old;
+}
+
 static void fiber_main()
 {
     kernel(argument);
     if (fibers[current].copies) fail("a copy that nobody waited for");
+    if (fibers[current].lates) fail("a store for other thread blocks that no fence follows");
     fibers[current].done = true, progress++;
     swapcontext(&fibers[current].context, &scheduler);
 }
@@ -216,9 +253,11 @@ static void run_block(uint8_t *stacks)
 {
     memset(exchanges, 0, sizeof exchanges);
     memset(waiting, 0, sizeof waiting);
+    memset(counted, 0, sizeof counted);
+    for (unsigned i = 0; i < CLUSTER; i++) counted_at[i] = -1;
     for (unsigned t = 0; t < threads * cluster; t++) {
         Fiber &f = fibers[t];
-        f.done = false, f.shuffles = f.copies = f.groups = 0;
+        f.done = false, f.shuffles = f.copies = f.groups = f.lates = 0, f.seen = 0, f.stored = -1;
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = stacks + (size_t)t * STACK, f.context.uc_stack.ss_size = STACK;
         f.context.uc_link = &scheduler;
@@ -248,13 +287,15 @@ static cudaError_t launch(dim3 grid, dim3 block, size_t bytes)
     struct sigaction mine = {}, before;
     mine.sa_handler = on_fault, mine.sa_flags = SA_NODEFER;
     sigaction(SIGSEGV, &mine, &before);
+    const unsigned together = getenv("EMULATED_TOGETHER") && cluster == 1 ? (unsigned)atoi(getenv("EMULATED_TOGETHER")) : cluster, before_that = cluster;
+    for (cluster = together; grid.x % cluster || block.x * cluster > MOST; cluster--) {}
     *said = 0, threads = block.x, gridDim = grid, dynamic_bytes = bytes, at_end = NULL, landed = NULL;
     uint8_t *stacks = (uint8_t *)malloc((size_t)threads * cluster * STACK);
     unsigned *const order = shuffled(grid.x / cluster);
     const bool failed = sigsetjmp(escape, 1);
     for (unsigned i = 0; !failed && i < grid.x / cluster; i++) block_index.x = order[i] * cluster, run_block(stacks);
     for (Array *a = arrays; a->memory; a++) free(a->memory), a->memory = NULL;
-    free(order), free(stacks);
+    free(order), free(stacks), cluster = before_that;
     sigaction(SIGSEGV, &before, NULL);
     return failed ? cudaErrorLaunchFailure : cudaSuccess;
 }
@@ -288,7 +329,23 @@ static inline unsigned atomicMax(unsigned *at, unsigned value) { const unsigned 
 static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 static inline int __ffs(unsigned bits) { return __builtin_ffs((int)bits); }
 static inline int atomicAdd(int *at, int value) { const int old = *at; return *at = old + value, old; }
+static inline unsigned atomicAdd(unsigned *at, unsigned value) { return emulation::count_up(at, value); }
 static inline void __syncthreads() { emulation::barrier(); }
+static inline int __syncthreads_count(int one)
+{
+    static int counts[emulation::CLUSTER];
+    int &count = counts[emulation::block_rank()];
+    count += one != 0;
+    emulation::barrier();
+    const int all = count;
+    emulation::barrier();
+    count = 0;
+    emulation::barrier();
+    return all;
+}
+template <class T> static void __stcg(T *to, T value) { emulation::store_late(to, &value, sizeof value); }
+template <class T> static T __ldcg(const T *from) { T value; emulation::load_fresh(&value, from, sizeof value); return value; }
+static inline void __threadfence() { emulation::fence(); }
 
 template <class T> static T shuffled_from(unsigned mask, T value, unsigned lane)
 {
@@ -384,6 +441,12 @@ template <class A> static cudaError_t cudaLaunchKernel(
     return emulation::launch(grid, block, bytes);
 }
 
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+static inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus *status, unsigned long long *id)
+{
+    *id = stream ? (unsigned long long)((emulated_stream *)stream)->capturing : 0;
+    return *status = *id ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone, cudaSuccess;
+}
 struct cudaFuncAttributes { size_t sharedSizeBytes; };
 template <class F> static cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, F *) { return cudaSuccess; }
 static inline cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }

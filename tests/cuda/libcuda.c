@@ -57,7 +57,8 @@ int cuStreamSynchronize(void *s) { return s && ((stream)s)->capturing ? 900 : 0;
 int cuStreamDestroy_v2(void *s) { return free(s), 0; }
 int cuStreamBeginCapture_v2(void *s, int mode)
 {
-    ((stream)s)->capturing = 1, ((stream)s)->count = 0, (void)mode;
+    static int captures;
+    ((stream)s)->capturing = ++captures, ((stream)s)->count = 0, (void)mode;
     return setenv(EMULATED_CAPTURE, "1", 1);
 }
 int cuStreamEndCapture(void *s, void **graph)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 from bsrgen.backends.cuda import hopper
 from bsrgen.backends.cuda.matrix import MatrixFeaturesPlan, MatrixPlan, tokens
@@ -11,6 +12,7 @@ from bsrgen.gpus import GpuTarget
 from bsrgen.problem import Problem
 from bsrgen.targets import Target
 
+AnyPlan = TypeVar("AnyPlan", bound=CudaPlan)
 INT_MAX = 2**31 - 1
 TABLE_ENTRIES = 1 << 21  # that nvcc reads as text in some 15 s
 ROWS = (8, 4, 2, 1)
@@ -49,14 +51,14 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
                 for features in FEATURES:
                     plan = CudaPlan(problem, target, rows, warps, features, many, *few)
                     if fits(plan):
-                        yield plan
+                        yield from with_split(plan)
 
 
 def _matrix(problem: Problem, target: Target) -> Iterator[MatrixPlan]:
     """Plans on matrix units, for the types that they multiply, where every architecture has them."""
     p = problem.pattern
     assert isinstance(target, GpuTarget)
-    alike = problem.dtype is problem.x_dtype and problem.dtype.name in NOT_ON
+    alike = (problem.dtype is problem.x_dtype or problem.quantizes_x) and problem.dtype.name in NOT_ON
     if not alike or p.R < LEAST_ROWS or {*target.archs} & {*NOT_ON[problem.dtype.name]}:
         return
     live = problem.pit is not None and not problem.pit.axis.listed
@@ -71,8 +73,26 @@ def _matrix(problem: Problem, target: Target) -> Iterator[MatrixPlan]:
                 plan = kind(problem, target, rows, 1, features, tokens(tiles), tokens(1), 64, streamed)
                 deep = (replace(plan, stages=stages) for stages in STAGES)
                 fitting = next((plan for plan in deep if fits(plan)), None)
-                if tiles * rows * plan.halves <= 128 and fitting:
-                    yield fitting
+                if tiles * rows <= (256 if plan.halves == 1 else 64) and fitting:
+                    yield from with_split(fitting)
+
+
+def with_split(plan: AnyPlan) -> Iterator[AnyPlan]:
+    """`plan`, and as it is where thread blocks share launches of few units, if it can have such launches.
+
+    Where the kernel quantises X, each thread block of a unit would have to look at all of it.
+    """
+    yield plan
+    assert isinstance(plan.target, GpuTarget)
+    sms = plan.target.sms
+    for most in (2 * sms, 4 * sms):
+        tiles = most // 2 // plan.units
+        if plan.problem.quantizes_x or plan.problem.pit or not tiles:
+            continue
+        split = replace(plan, split=most, few_n=max(plan.few_n, tiles * plan.few_width))
+        shared = [s for s in (split.sharing, split.stream_sharing) if s]
+        if shared and all(s.fits for s in shared):
+            yield split
 
 
 def least_warps(problem: Problem, rows: int) -> tuple[int, ...]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bsrgen.backends.cuda.split import Sharing
+from bsrgen.backends.cuda.stream import LOAD_BYTES
 from bsrgen.gpus import WARP, GpuTarget
 from bsrgen.plan import Counts
 
@@ -14,6 +16,9 @@ MMA_SHARE = 0.6  # of the units' peak that a loop of two panels may reach; a gue
 STEP_CYCLES = 60.0  # of a barrier and the start of a step, hidden by the other warps in part; also a guess
 STREAM_CYCLES = 150.0  # of a thread block that begins and ends, hidden by others in part; a guess, too
 SHARED_CYCLES = 128  # bytes that one SM reads from shared memory in a cycle
+TILE_CYCLES = 300.0  # from L2 to registers: a warp that has W one tile ahead waits so long for each, if alone; a guess
+LOAD_CYCLES = 600.0  # and from memory
+MEET_CYCLES = 1500.0  # of thread blocks that share a unit: a fence, a count, the first of the others' sums; a guess
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,7 @@ class _Work:
     loads: float
     from_l2: float
     waits: float  # cycles
+    chain: float  # cycles of one thread block's share, were it alone
     sms: int
     tokens: int  # of a thread
 
@@ -52,8 +58,8 @@ def counts(plan: "CudaPlan", n: int) -> Counts:
         128 * work.loads / (SHARED_CYCLES * work.sms),
         (work.from_l2 + -(-n // plan.width) * table_bytes) / (target.l2_bytes_per_cycle * share),
         memory / target.dram_bytes_per_cycle if memory > target.l2_bytes else 0.0,
-        work.waits,
-    )
+        work.waits, work.chain,
+    )  # fmt: skip
     cycles = max(bounds) + OVERLAP * (sum(bounds) - max(bounds))
     return Counts(
         flop=work.flop, effective_flop=problem.flop(n), vector_fma=work.flop // (2 * WARP),
@@ -77,9 +83,14 @@ def _tiled(plan: "CudaPlan", n: int, pieces: int, groups: int, staged: int, step
         loads = tiles * pieces * plan.strips * plan.piece_columns // plan.word * (1 + lanes.tokens * unit / 4)
     if problem.quantizes_x:  # each thread block looks for the largest of its tokens
         x_bytes += groups * problem.pattern.K * width * problem.x_dtype.bytes
-    sms = min(target.sms, max(groups * tiles // plan.halves, 1))
+    units = max(groups * tiles // plan.halves, 1)
+    parts, chain = _shared(plan.sharing if n <= plan.few_n else None, units, tiles * steps + units)
+    chain *= TILE_CYCLES * plan.step_tiles
+    meet = _meet(plan.sharing, parts, min(n, width) / width)
+    sms = min(target.sms, round(units * parts))
     waits = steps * tiles / sms * STEP_CYCLES
-    return _Work(2 * elements * tiles * width, loads, tiles * (value_bytes + x_bytes), waits, sms, lanes.tokens)
+    from_l2 = tiles * (value_bytes + x_bytes)
+    return _Work(2 * elements * tiles * width, loads, from_l2, waits, chain + meet, sms, lanes.tokens)
 
 
 def _streamed(plan: "CudaPlan", n: int, pieces: int) -> _Work:
@@ -94,10 +105,30 @@ def _streamed(plan: "CudaPlan", n: int, pieces: int) -> _Work:
     x_loads = (
         elements / (WARP * stream.rows) * 8 if plan.matrix else elements / (WARP * stream.vector * plan.word) * width
     )
-    sms = min(target.sms, parts * tiles)
-    waits = parts * tiles / sms * STREAM_CYCLES
+    units, steps = max(parts * tiles // plan.halves, 1), elements // (stream.rows * plan.stream_columns)
+    shares, chain = _shared(plan.stream_sharing, units, tiles * steps + units)
+    ahead = stream.warps * WARP * LOAD_BYTES * stream.depth(width)  # bytes on their way
+    chain *= LOAD_CYCLES * stream.rows * plan.stream_columns * problem.dtype.bytes / ahead
+    meet = _meet(plan.stream_sharing, shares, width / stream.tokens[-1])
+    sms = min(target.sms, round(units * shares))
+    waits = units * shares / sms * STREAM_CYCLES
     from_l2 = elements * problem.dtype.bytes + 32 * x_loads
-    return _Work(2 * elements * tiles * width, tiles * (w_loads + x_loads), tiles * from_l2, waits, sms, min(width, 4))
+    chain = max(chain, LOAD_CYCLES) + meet
+    loads = tiles * (w_loads + x_loads)
+    return _Work(2 * elements * tiles * width, loads, tiles * from_l2, waits, chain, sms, min(width, 4))
+
+
+def _shared(sharing: Sharing | None, units: int, length: int) -> tuple[float, float]:
+    """(Parts of a unit, steps of a thread block's share) of a launch."""
+    shares = sharing.shares(units, length) if sharing else units
+    return shares / units, length / shares
+
+
+def _meet(sharing: Sharing | None, parts: float, filled: float) -> float:
+    """Cycles until the sums of a unit's parts are one; `filled` of their tokens are there."""
+    if sharing is None or parts <= 1:
+        return 0.0
+    return MEET_CYCLES + parts * filled * sharing.slot_bytes / SHARED_CYCLES * 2
 
 
 def _registers(plan: "CudaPlan", tokens: int) -> int:

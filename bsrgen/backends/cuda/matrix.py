@@ -28,7 +28,8 @@ class MatrixPlan(CudaPlan):
 
     def __str__(self) -> str:
         text = f"CUDA, matrix units: {self.rows} rows x {self.width} tokens a thread block, {self.step_k} features of X"
-        return f"{text} in shared memory; up to {self.few_n} tokens: {self.few_width} of them{self._streaming}"
+        text = f"{text} in shared memory; up to {self.few_n} tokens: {self.few_width} of them"
+        return text + self._streaming + self._splitting
 
     @property
     def matrix(self) -> bool:
@@ -67,15 +68,31 @@ class MatrixPlan(CudaPlan):
 
     @property
     def shared_bytes(self) -> int:
-        """Panels of X as it is, rows 16 bytes apart; of bytes none is transposed."""
+        """Panels of X as it is multiplied, rows 16 bytes apart, and scales of tokens; of bytes none is transposed."""
         unit = self.problem.dtype.bytes
+        scales = 8 * self.width if self.problem.quantizes_x else 0
         if self.problem.operator.token_axis == 0 or unit == 1:
-            return self.stages * self.width * (self.step_k * unit + 16) + selection_bytes(self)
+            return self.stages * self.width * (self.step_k * unit + 16) + scales + selection_bytes(self)
         return self.stages * self.step_k * (self.width + 8) * unit
 
     def knobs(self) -> dict[str, Any]:
         """The decisions alone, as plain data."""
         return super().knobs() | {"stages": self.stages}
+
+    @property
+    def few_sums(self) -> int:
+        """Sums that a thread of the kernel for few tokens has."""
+        return self.halves * self.few.tokens * self.rows // 2
+
+    @property
+    def step_tiles(self) -> int:
+        """Tiles of features in a step."""
+        return self.step_k // self.tile_k
+
+    @property
+    def stream_columns(self) -> int:
+        """Columns of what W is streamed in: tiles."""
+        return self.tile_k
 
     @cached_property
     def stream(self) -> Stream | None:

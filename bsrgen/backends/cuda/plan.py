@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from bsrgen.backends.cuda.count import counts
 from bsrgen.backends.cuda.packing import Packing, pack_pattern
 from bsrgen.backends.cuda.pit import selection_bytes, tile_sizes
-from bsrgen.backends.cuda.stream import Stream, on_cores
+from bsrgen.backends.cuda.split import LEAST_LOADS, LEAST_STEPS, Sharing
+from bsrgen.backends.cuda.stream import LOAD_BYTES, Stream, on_cores
 from bsrgen.dtypes import INT32
 from bsrgen.gpus import GpuTarget
 from bsrgen.plan import Counts, Plan
@@ -53,19 +54,24 @@ class CudaPlan(Plan):
     few: Lanes  # for calls of at most few_n tokens
     few_n: int
     stream_n: int = 0  # calls of at most so many stream W instead; 0: none
+    split: int = 0  # thread blocks that share a launch of few units along k; 0: it is not shared
 
     def __str__(self) -> str:
         text = f"CUDA: {self.rows} rows x {self.many.tokens} tokens a thread, {self.thread_warps} warps, "
         text += f"{self.width} tokens x {self.step_columns * self.piece_columns} features of X in shared memory"
         if self.few_n > self.stream_n:
             text += f"; up to {self.few_n} tokens: {self.few.along_k} lanes along k"
-        return text + self._streaming
+        return text + self._streaming + self._splitting
 
     @property
     def _streaming(self) -> str:
         if not (stream := self.stream):
             return ""
         return f"; up to {self.stream_n}: {stream.warps} warps stream W for {stream.rows} rows"
+
+    @property
+    def _splitting(self) -> str:
+        return f"; few units are shared by up to {self.split} thread blocks" if self.split else ""
 
     @property
     def matrix(self) -> bool:
@@ -97,14 +103,14 @@ class CudaPlan(Plan):
         return {
             "backend": self.backend, "rows": self.rows, "warps": self.warps, "features": self.features,
             "many": asdict(self.many), "few": asdict(self.few), "few_n": self.few_n,
-            "stream_n": self.stream_n, "matrix": self.matrix, **tile_sizes(self),
+            "stream_n": self.stream_n, "split": self.split, "matrix": self.matrix, **tile_sizes(self),
         }  # fmt: skip
 
     def family(self, n: int) -> tuple[Any, ...]:
         """What plans share that do much the same at n tokens."""
         if n <= self.stream_n:
-            return self.matrix, self.stream
-        return self.matrix, self.rows, self.few if n <= self.few_n else self.many
+            return self.matrix, self.stream, self.split
+        return (self.matrix, self.rows, *((self.few, self.split) if n <= self.few_n else (self.many,)))
 
     def counts(self, n: int) -> Counts:
         """What one call of n tokens does on the whole GPU."""
@@ -128,6 +134,53 @@ class CudaPlan(Plan):
     def halves(self) -> int:
         """Weights that make one result: 2 of swiglu and geglu."""
         return 2 if self.problem.gate_rows else 1
+
+    # ── launches of few units ────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def units(self) -> int:
+        """Thread blocks for each tile of tokens, were none shared."""
+        rows = self.problem.pattern.block_rows * self.row_pieces // self.halves
+        return max(-(-rows // self.group_rows), 1)
+
+    @property
+    def few_sums(self) -> int:
+        """Sums that a thread of the kernel for few tokens has."""
+        return self.halves * self.rows * self.few.tokens
+
+    @cached_property
+    def sharing(self) -> Sharing | None:
+        """How the kernel for few tokens is shared."""
+        if not self.split or self.few_n <= self.stream_n:
+            return None
+        unit = self.problem.accumulator.bytes
+        return Sharing(self.split, LEAST_STEPS, WARP * self.thread_warps * self.few_sums * unit)
+
+    @cached_property
+    def stream_sharing(self) -> Sharing | None:
+        """How the kernel that streams W is shared: each lane has LEAST_LOADS to do."""
+        if not self.split or not (stream := self.stream):
+            return None
+        sums = self.halves * stream.rows * stream.tokens[-1]
+        threads = WARP * stream.warps
+        bytes_of_one = stream.rows * self.stream_columns * self.problem.dtype.bytes
+        least = -(-LEAST_LOADS * LOAD_BYTES * threads // bytes_of_one)
+        return Sharing(self.split, least, -(-sums // threads) * threads * self.problem.accumulator.bytes)
+
+    @property
+    def step_tiles(self) -> int:
+        """Waits for W in a step: of matrix units one for each tile of features."""
+        return 1
+
+    @property
+    def stream_columns(self) -> int:
+        """Columns of what W is streamed in: pieces."""
+        return self.piece_columns
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Of the memory that a call brings for parts of sums."""
+        return max((s.workspace_bytes for s in (self.sharing, self.stream_sharing) if s), default=0)
 
     # ── blocks as the kernel walks them: pieces of the problem's ─────────────────────────────────────────────────
 

@@ -13,6 +13,7 @@ from bsrgen.backends.cuda.matrix import MatrixPlan
 from bsrgen.backends.cuda.packing import pack_values, piece_rows_of
 from bsrgen.backends.cuda.pit import features_view, pit_tables, pit_view, stream_depth
 from bsrgen.backends.cuda.plan import CudaPlan
+from bsrgen.backends.cuda.split import COUNTERS, Sharing
 from bsrgen.backends.cuda.stream import Stream, parts, runs
 from bsrgen.emit import Source, Unit, arguments_in_c, banner, epilogue_formula, operands_in_c, render, runtime_file
 from bsrgen.epilogues import SELECTING
@@ -90,27 +91,29 @@ def _entry(plan: CudaPlan, values_bytes: int) -> dict[str, Any]:
     if isinstance(plan, MatrixPlan):
         blobs["features"] = "int64_t"
         matrix = {"features": f"{name}_features", "tiles": int(plan.fragments[-1])}
-    return entry_of(plan.problem, plan.target, values_bytes, blobs) | matrix | {
+    return entry_of(plan.problem, plan.target, values_bytes, blobs, plan.workspace_bytes) | matrix | {
         "matrix": plan.matrix, "pieces": plan.packing.source.size, "row_pieces": plan.row_pieces,
         "piece_rows": plan.piece_rows, "piece_columns": plan.piece_columns, "column_pieces": plan.column_pieces,
-        "word": plan.word,
+        "word": plan.word, "workspace_n": max(plan.few_n, plan.stream_n) if plan.split else 0,
     }  # fmt: skip
 
 
-def entry_of(problem: Problem, target: Target, values_bytes: int, blobs: Mapping[str, str]) -> dict[str, Any]:
+def entry_of(
+    problem: Problem, target: Target, values_bytes: int, blobs: Mapping[str, str], workspace_bytes: int = 0
+) -> dict[str, Any]:
     """The part of it that does not depend on the kernel; blobs: NAME_<what>.bin, the C type of its elements."""
     p, name, x, y = problem.pattern, problem.name, problem.x_dtype, problem.out_dtype
     operands = operands_in_c(problem, _KIND_TEXT)
     prototype = (
         f"int {name}(int64_t n, const {x.c} *x, int64_t ldx, {y.c} *y, int64_t ldy, "
-        f"{arguments_in_c(operands)}const void *values, void *stream)"
+        f"{arguments_in_c(operands)}const void *values, {'void *workspace, ' if workspace_bytes else ''}void *stream)"
     )
     return {
         "name": name, "matrix": False, "hopper": False, "operands": operands,
         "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c,
         "blobs": [{"symbol": f"{name}_{what}", "file": f"{name}_{what}.bin", "c": c} for what, c in blobs.items()],
         "prototype": prototype, "linear": problem.operator.token_axis == 0, "M": p.M, "rows": problem.rows, "K": p.K,
-        "R": p.R, "C": p.C, "nnzb": p.nnzb, "values_bytes": values_bytes,
+        "R": p.R, "C": p.C, "nnzb": p.nnzb, "values_bytes": values_bytes, "workspace_bytes": workspace_bytes,
         "source": f"{name}_source", "data": f"{name}_values", "language": "cuda", "W_rows": p.M,
         "columns": problem.pit.groups(p.M) if problem.pit else 0,
         "errors": ERRORS, "target": target.name, "formula": problem.operator.formula,
@@ -135,7 +138,9 @@ def _kernel(plan: CudaPlan) -> dict[str, Any]:
         "matrix": plan.matrix, "step_k": plan.step_k if isinstance(plan, MatrixPlan) else 0,
         "stages": plan.stages if isinstance(plan, MatrixPlan) else 2,
         "by_vector": plan.piece_columns * plan.problem.x_dtype.bytes % 16 == 0 and not ragged,
+        "by_word": plan.piece_columns % 4 == 0 and not ragged and plan.problem.operator.token_axis == 0,
         "variants": variants, "kernels": [v["name"] for v in variants], "stream": _stream(plan),
+        "split": {"most": plan.split, "counters": COUNTERS, "tiles": bool(plan.sharing)} if plan.split else None,
     }  # fmt: skip
 
 
@@ -155,7 +160,7 @@ def kernel_of(problem: Problem) -> dict[str, Any]:
     kinds = {"w": problem.dtype.short, "x": problem.x_dtype.short, "y": y.short, "e": element.short}
     return {
         "name": problem.name, "real_bytes": real.bytes, "kinds": kinds, "K": problem.pattern.K, "operands": operands,
-        "epilogue": steps, "linear": problem.operator.token_axis == 0, "selecting": SELECTING,
+        "epilogue": steps, "linear": problem.operator.token_axis == 0, "selecting": SELECTING, "split": None,
     }  # fmt: skip
 
 
@@ -163,8 +168,10 @@ def _variants(plan: CudaPlan) -> list[dict[str, Any]]:
     """The kernels of a library, those for calls of fewer tokens first; the last takes what is left."""
     rows: list[dict[str, Any]] = []
     if stream := plan.stream:
-        resident = max(RESIDENT_WARPS // stream.warps, 1)
+        warps = RESIDENT_WARPS // 2 if plan.split else RESIDENT_WARPS  # a launch that is shared does not fill SMs
+        resident = max(warps // stream.warps, 1)
         common = {"bounds": f"STREAM_THREADS, {resident}", "blocks": "STREAM_PARTS", "threads": str(32 * stream.warps)}
+        common |= _shared(plan.stream_sharing, stream_ends(plan, stream)[-1])
         rows = [
             {"name": f"stream{t}", "most": t, "width": t, "call": f"stream<{t}, {stream_depth(plan, t)}>"} | common
             for t in stream.tokens
@@ -173,12 +180,20 @@ def _variants(plan: CudaPlan) -> list[dict[str, Any]]:
     pit = plan.problem.pit
     blocks = "EXPERT_BLOCKS" if pit and pit.axis.name == "experts" else "THREAD_BLOCKS"
     common = {"bounds": "THREADS, 1", "blocks": blocks, "threads": "THREADS"}
+    few = _shared(plan.sharing, plan.packing.steps[-1] + plan.packing.groups.size)
     sides = (("few", plan.few, plan.few_n, plan.few_width), ("many", plan.many, None, plan.width))
     for name, lanes, most, width in sides:
         if most is None or most > plan.stream_n:
+            shared = few if name == "few" else _shared(None, 0)
             along = "" if plan.matrix else f", {lanes.along_tokens}"
-            rows.append({"name": name, "most": most, "width": width, "call": f"tile<{lanes.tokens}{along}>"} | common)
+            call = f"{'shared_' if shared['least'] else ''}tile<{lanes.tokens}{along}>"
+            rows.append({"name": name, "most": most, "width": width, "call": call} | common | shared)
     return rows
+
+
+def _shared(sharing: Sharing | None, steps: int) -> dict[str, Any]:
+    """Of a kernel: steps of a tile of tokens, and the least that a thread block has if they are shared."""
+    return {"steps": int(steps), "least": sharing.least if sharing else 0}
 
 
 def _stream(plan: CudaPlan) -> dict[str, Any] | None:
@@ -188,7 +203,7 @@ def _stream(plan: CudaPlan) -> dict[str, Any] | None:
     count = plan.packing.groups.size * plan.group_rows * (plan.piece_rows // plan.stream.rows)
     sizes = asdict(plan.stream) | {"parts": max(count, 1)}
     if isinstance(plan, MatrixPlan):
-        word = 4 // plan.problem.x_dtype.bytes
+        word = 4 // plan.problem.dtype.bytes
         table, run = runs(plan.features_of_x, plan.problem.pattern.K)
         sizes |= {"run": run, "even": run >= word and not (table % word)[table < plan.problem.pattern.K].any()}
     return sizes
@@ -225,20 +240,33 @@ def tables_in_c(rows: Iterable[tuple[str, NDArray[Any], str]]) -> list[dict[str,
 
 def _stream_tables(plan: CudaPlan, stream: Stream) -> tuple[tuple[str, NDArray[Any], str], ...]:
     """Who walks what of W in calls of few tokens, and the features of X that belong to it."""
-    t, p = plan.packing, plan.problem.pattern
-    rows = (t.groups.astype(np.int64)[:, None] + np.arange(plan.group_rows)).ravel()
+    t, p, work = plan.packing, plan.problem.pattern, stream_parts(plan, stream)
     if isinstance(plan, MatrixPlan):
-        ends = plan.fragments[t.steps]
         features = ("tile_features", runs(plan.features_of_x, p.K)[0], "first of features side by side, of each tile")
     else:
-        ends = piece_rows_of(t, plan.group_rows)
         features = ("piece_features", t.features[t.piece_columns], "first feature of each piece")
-    work = parts(rows, ends, plan.piece_rows // stream.rows, plan.halves)
     text = {
         "row": "piece row of each part of W, the longest first", "share": "which of its rows",
         "begin": f"its first {'tile' if plan.matrix else 'piece'}", "end": "and the one behind its last",
     }  # fmt: skip
-    return (*((f"part_{name}", work[name], text[name]) for name in text), features)
+    ahead = ("part_ahead", stream_ends(plan, stream), "steps of all parts ahead, and one for each of these")
+    shared = (ahead,) if plan.split else ()
+    return (*((f"part_{name}", work[name], text[name]) for name in text), *shared, features)
+
+
+def stream_parts(plan: CudaPlan, stream: Stream) -> dict[str, NDArray[Any]]:
+    """The work of thread blocks that stream W, as stream.parts gives it."""
+    t = plan.packing
+    rows = (t.groups.astype(np.int64)[:, None] + np.arange(plan.group_rows)).ravel()
+    ends = plan.fragments[t.steps] if isinstance(plan, MatrixPlan) else piece_rows_of(t, plan.group_rows)
+    return parts(rows, ends, plan.piece_rows // stream.rows, plan.halves)
+
+
+def stream_ends(plan: CudaPlan, stream: Stream) -> NDArray[Any]:
+    """Steps ahead of each of them and behind the last, one more for each part: int32[parts + 1]."""
+    work = stream_parts(plan, stream)
+    steps = (work["end"] - work["begin"]).reshape(-1, plan.halves).sum(axis=1) + 1
+    return np.concatenate(([0], np.cumsum(steps))).astype(np.int32)
 
 
 def _numbers(table: NDArray[Any]) -> list[str]:
