@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bsrgen.assemble import compile_model
     from bsrgen.device import DeviceKernel
     from bsrgen.dynamic import DynamicKernel, PreparedWeight
+    from bsrgen.dynamic_device import DynamicDeviceKernel, PreparedDeviceWeight
     from bsrgen.kernel import Kernel
     from bsrgen.loading import load
     from bsrgen.model import Model, load_model
@@ -39,9 +40,9 @@ __version__ = "0.1.0"
 
 _MODULES = {  # imported on first use: `import bsrgen` itself costs a few milliseconds over numpy
     "advise": "advice", "compile": "api", "compile_model": "assemble", "DeviceKernel": "device",
-    "DynamicKernel": "dynamic", "PreparedWeight": "dynamic", "Kernel": "kernel", "load": "loading", "Model": "model",
-    "load_model": "model", "PatternKernel": "pattern_kernel", "PitKernel": "pit_kernel",
-    "PitDeviceKernel": "pit_device",
+    "DynamicDeviceKernel": "dynamic_device", "PreparedDeviceWeight": "dynamic_device", "DynamicKernel": "dynamic",
+    "PreparedWeight": "dynamic", "Kernel": "kernel", "load": "loading", "Model": "model", "load_model": "model",
+    "PatternKernel": "pattern_kernel", "PitKernel": "pit_kernel", "PitDeviceKernel": "pit_device",
     "attention": "", "prune": "", "shapes": "",
 }  # fmt: skip
 
@@ -68,6 +69,7 @@ __all__ = [
     "CompilerNotFoundError",
     "DeviceError",
     "DeviceKernel",
+    "DynamicDeviceKernel",
     "DynamicKernel",
     "IncompatibleCPUError",
     "Kernel",
@@ -78,6 +80,7 @@ __all__ = [
     "PatternMismatchError",
     "PitDeviceKernel",
     "PitKernel",
+    "PreparedDeviceWeight",
     "PreparedWeight",
     "StoreError",
     "UnsupportedError",

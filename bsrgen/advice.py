@@ -13,6 +13,7 @@ from bsrgen.dtypes import as_types
 from bsrgen.errors import UnsupportedError
 from bsrgen.even import EvenPattern
 from bsrgen.foreign import count
+from bsrgen.gpus import GpuTarget
 from bsrgen.occupancy import Occupancy, occupancies
 from bsrgen.pattern import Weight
 from bsrgen.plan import Plan
@@ -30,6 +31,8 @@ TOP = 8  # plans that compete for the break-even density
 STEPS = 14  # halvings of the density's interval
 # Cycles of preparing a weight for a dynamic kernel: for a block, for a block row; bytes of W that a cycle moves.
 PREPARE_BLOCK, PREPARE_ROW, PREPARE_BYTES = 6.0, 20.0, 4.0
+# On a GPU, guesses until a clock has seen one: cycles of four kernels, one of them one thread block; bytes of tables.
+PREPARE_STEPS, PREPARE_BLOCK_BYTES = 40_000.0, 40.0
 
 
 def advise(
@@ -143,8 +146,11 @@ def _coming(backend: Backend, plan: Plan) -> Coming:
     even = replace(problem, pattern=EvenPattern(p.shape, p.blocksize, p.nnzb))
     ranked = rank([*backend.candidates(even, target, reblock=False)], problem.n)
     static_s = min(estimate(plan, problem.n or PLANNED_N).seconds, *(cost.seconds for cost, _ in ranked[:1]))
-    element_bytes = problem.dtype.bytes
-    cycles = PREPARE_BLOCK * p.nnzb + PREPARE_ROW * p.block_rows + 2 * p.nnz * element_bytes / PREPARE_BYTES
+    moved = 2 * p.nnz * problem.dtype.bytes
+    if isinstance(target, GpuTarget):
+        cycles = PREPARE_STEPS + (moved + PREPARE_BLOCK_BYTES * p.nnzb) / target.dram_bytes_per_cycle
+    else:
+        cycles = PREPARE_BLOCK * p.nnzb + PREPARE_ROW * p.block_rows + moved / PREPARE_BYTES
     return Coming(static_s, cycles / (target.ghz * 1e9) + target.call_s)
 
 

@@ -108,10 +108,10 @@ def compile(
     epilogue: steps applied to the (scaled) sums in this order, rows of bsrgen.epilogues; their operands come with the
         call, or here by name (bias=b): converted like W, to float32 for reduced types, they become defaults of the
         kernel and of its artifact.
-    mode: "static", the pattern is in the kernel; or
-        "dynamic", by backend "c" alone: calls bring the weight, y = k(x, weight), see DynamicKernel.  W then gives
-        shape, block shape and the most blocks that one may have, unless max_blocks says more; None stands for an empty
-        W, with shape= and blocksize=.
+    mode: "static", the pattern is in the kernel;
+        "dynamic": calls bring the weight, y = k(x, weight), see DynamicKernel, and of backend "cuda"
+        DynamicDeviceKernel.  W then gives shape, block shape and the most blocks that one may have, unless max_blocks
+        says more; None stands for an empty W, with shape= and blocksize=.  Not by backend "mlir".
         "pit", by backends "c" and "cuda": a dense operand is sparse in each call in another way, along `axis`, and W is
         taken as dense where it has no blocks of its own (no blocksize is needed).  The result is a PitKernel, or a
         PitDeviceKernel:

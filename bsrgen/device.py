@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,6 +29,13 @@ class _Resident:
     bound: dict[str, int]
 
 
+class Prepared(Protocol):
+    """A weight that came with a call: where it lies on which device."""
+
+    memory: int
+    device: int
+
+
 class DeviceKernel(Kernel):
     """One compiled kernel for NVIDIA GPUs.  Calls take and give device arrays: torch CUDA tensors, CuPy arrays, or what
     speaks __cuda_array_interface__ or DLPack.  All else is as in Kernel."""
@@ -40,19 +47,20 @@ class DeviceKernel(Kernel):
 
     def _bind(self) -> None:
         super()._bind()
+        self._launch = self._in_library("call", "int (*)(const struct bsrgen_call *)")
+        self._upload = self._in_library("upload", "int (*)(const void *, int64_t, int, void **)")
+        self._release = self._in_library("release", "int (*)(void *)")
+        self._words = self._in_library("error", "const char *(*)(int)")
+        shares = self.artifact.manifest.workspace_bytes
+        self._capture = self._in_library("capture", "int (*)(void *, uint64_t *)") if shares else None
+        weakref.finalize(self, _release_all, self._residents, self._release).atexit = False
+
+    def _in_library(self, name: str, signature: str) -> Any:
+        """A function of the library, by its C type."""
         path, m = self._tramp, self.artifact.manifest
         library = path.library(self.artifact.library.absolute(), m.files[m.library])
-        ffi = _interface()
-
-        def function(name: str, signature: str) -> Any:
-            return ffi.cast(signature, int(path.ffi.cast("uintptr_t", path.function(library, f"{m.name}_{name}"))))
-
-        self._launch = function("call", "int (*)(const struct bsrgen_call *)")
-        self._upload = function("upload", "int (*)(const void *, int64_t, int, void **)")
-        self._release = function("release", "int (*)(void *)")
-        self._words = function("error", "const char *(*)(int)")
-        self._capture = function("capture", "int (*)(void *, uint64_t *)") if m.workspace_bytes else None
-        weakref.finalize(self, _release_all, self._residents, self._release).atexit = False
+        address = int(path.ffi.cast("uintptr_t", path.function(library, f"{m.name}_{name}")))
+        return _interface().cast(signature, address)
 
     def __call__(
         self, x: Any, out: Any = None, *, threads: int | None = None, stream: Any = None, **operands: Any
@@ -68,6 +76,12 @@ class DeviceKernel(Kernel):
         does it ahead, for instance before a CUDA graph records calls.  The first call on a stream may make its
         workspace, which it has in common with all kernels.
         """
+        return self._start(None, x, out, threads, stream, operands)
+
+    def _start(
+        self, prepared: Prepared | None, x: Any, out: Any, threads: int | None, stream: Any, operands: dict[str, Any]
+    ) -> Any:
+        """A call with the kernel's own values, or with a weight that has been prepared."""
         if threads is not None:
             raise ArgumentError(f"{self.name}: threads={threads!r}: a GPU kernel has none; give stream=")
         self._call.known(operands)
@@ -85,6 +99,8 @@ class DeviceKernel(Kernel):
         y2 = self._matrix("out", target, batch)
         values = self._values
         arrays: list[DeviceArray] = [x2, y2]
+        if prepared and prepared.device != given.device and min(prepared.device, given.device) >= 0:
+            raise ArgumentError(f"{self.name}: x is on device {given.device}, the weight on {prepared.device}")
         records = [self._record(o, operands, values, y2, batch, arrays) for o in self._call.operands]
         self._check_places(arrays)
         with self._lock:
@@ -93,11 +109,12 @@ class DeviceKernel(Kernel):
                      and operands.get(o.name) is None}  # fmt: skip
             if self._capture:
                 records.append((self._workspace(given.device, handle, n), 0, 0.0))
-            self._enter(x2, y2, n, resident, records, where, handle, given.device)
+            packed = prepared.memory if prepared else resident.packed
+            self._enter(x2, y2, n, packed, records, where, handle, given.device)
         return target.owner if out is None else out
 
     def _enter(
-        self, x: DeviceArray, y: DeviceArray, n: int, resident: _Resident, records: list[CDefinition],
+        self, x: DeviceArray, y: DeviceArray, n: int, packed: int, records: list[CDefinition],
         bound: Mapping[int, int], stream: int, device: int,
     ) -> None:  # fmt: skip
         ffi = _interface()
@@ -108,7 +125,7 @@ class DeviceKernel(Kernel):
         call = ffi.new("struct bsrgen_call *")
         call.n, call.x, call.ldx = n, ffi.cast("void *", x.pointer), x.leading(f"{self.name}: x")
         call.y, call.ldy = ffi.cast("void *", y.pointer), y.leading(f"{self.name}: out")
-        call.values, call.operands = ffi.cast("void *", resident.packed), operands
+        call.values, call.operands = ffi.cast("void *", packed), operands
         call.parallel, call.threads = ffi.cast("void *", stream), device
         self._must(self._launch(call))
 

@@ -195,10 +195,7 @@ class DynamicKernel(Kernel):
         """What C found, in words."""
         p, blocks = self.pattern, len(triple.data)
         if status == _TOO_MANY:
-            raise CapacityError(
-                f"{self.name}: W has {blocks} blocks and {p.nnzb} are planned, {blocks - p.nnzb} too many; "
-                f"compile with max_blocks={blocks}"
-            )
+            refuse_more(self.name, blocks, p.nnzb)
         if status == _NO_MEMORY:
             raise OutOfMemoryError(f"{self.name}: no memory to sort {blocks} blocks")
         if status in (_BAD_INDPTR, _BAD_INDEX):
@@ -209,3 +206,12 @@ class DynamicKernel(Kernel):
             i, j = divmod(int(keys[counts.argmax()]), p.block_cols)
             raise PatternError(f"{self.name}: block ({i}, {j}) comes {counts.max()} times; sum them first")
         raise ArtifactError(f"{self.name}: the library cannot prepare a weight (status {status})")
+
+
+def refuse_more(name: str, blocks: int, most: int) -> None:
+    """CapacityError where there are more blocks than are planned."""
+    if blocks > most:
+        raise CapacityError(
+            f"{name}: W has {blocks} blocks and {most} are planned, {blocks - most} too many; "
+            f"compile with max_blocks={blocks}"
+        )

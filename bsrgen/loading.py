@@ -6,6 +6,7 @@ from pathlib import Path
 from bsrgen.artifact import Artifact, read_artifact
 from bsrgen.device import DeviceKernel
 from bsrgen.dynamic import DynamicKernel
+from bsrgen.dynamic_device import DynamicDeviceKernel
 from bsrgen.kernel import Kernel
 from bsrgen.operators import PATTERN_OPERATORS
 from bsrgen.pattern_kernel import PatternKernel
@@ -29,5 +30,5 @@ def kernel_of(artifact: Artifact, *, threads: int | None = None, may_be_foreign:
     if m.operator in PATTERN_OPERATORS:
         kind = PatternKernel
     elif m.device == "cuda":
-        kind = PitDeviceKernel if m.pit else DeviceKernel
+        kind = DynamicDeviceKernel if m.mode == "dynamic" else PitDeviceKernel if m.pit else DeviceKernel
     return kind(artifact, threads=threads, may_be_foreign=may_be_foreign)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from bsrgen import clock, driver, gpu_clock
 from bsrgen.artifact import Artifact
-from bsrgen.device import DeviceKernel
 from bsrgen.errors import DeviceError
 from bsrgen.gpus import GpuTarget, runs_on
+from bsrgen.kernel import Kernel
 from bsrgen.loading import kernel_of
 from bsrgen.pattern import Weight
 from bsrgen.targets import Target, native
@@ -78,8 +78,8 @@ class CpuTrack:
 class HostCalls:
     """A kernel for GPUs, called with numpy arrays: they go to the current GPU and come back."""
 
-    def __init__(self, kernel: DeviceKernel) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Kernel, weight: Weight) -> None:
+        self.kernel = kernel.ready(weight)
 
     def __call__(self, x: Array, out: Array, threads: int | None = None, **given: Any) -> Array:
         """As Kernel's; waits for the result.  DeviceError where the launch or the kernel failed."""
@@ -111,9 +111,7 @@ class GpuTrack:
 
     def load(self, artifact: Artifact, weight: Weight) -> Contender:
         """The kernel behind copies to the GPU and back."""
-        kernel = kernel_of(artifact)
-        assert isinstance(kernel, DeviceKernel)
-        return HostCalls(kernel)
+        return HostCalls(kernel_of(artifact), weight)
 
     def measure(
         self, contenders: Mapping[str, Contender], x: Array, out: Array, given: Mapping[str, Any], **how: Any

@@ -51,19 +51,12 @@ def verify(folder: str | Path, *, expect_sha256: str | None = None) -> tuple[Ker
         return kernel, [*findings, *_sampled(kernel)]
     if isinstance(planned := kernel.pattern, PlannedPattern):
         findings.append(Finding("values", True, "none: they come with the call"))
-        return kernel, [*findings, *_results(kernel, problem, sample_of(PlannedWeight(planned, kernel.dtype)))]
+        return kernel, [*findings, *_checked(kernel, problem, sample_of(PlannedWeight(planned, kernel.dtype)))]
     weights = [recover(kernel, number) for number in range(len(m.levels))]
     same = [weight.digest == m.weight and holds(kernel, i, weight) for i, weight in enumerate(weights)]
     values = f"{kernel.nnz} values in {len(same)} level{'s' * (len(same) > 1)}"
     findings.append(Finding("values", all(same), f"{values}: {'those' if all(same) else 'not those'} of the manifest"))
-    weight = weights[m.levels.index(kernel.plan)]
-    if not isinstance(kernel, DeviceKernel):
-        return kernel, [*findings, *_results(kernel, problem, weight)]
-    if (track := gpu_of(m.levels[0].requires)) is None:
-        return kernel, [*findings, Finding("results", True, "not checked: there is no GPU here that runs it")]
-    with track.entered():
-        worst = Exam(problem, weight, CHECK_N).worst(HostCalls(kernel))[0]
-    return kernel, [*findings, _judged(worst, track.where)]
+    return kernel, [*findings, *_checked(kernel, problem, weights[m.levels.index(kernel.plan)])]
 
 
 def recover(kernel: Kernel, level: int) -> Weight:
@@ -113,6 +106,16 @@ def _stored(kernel: Kernel, level: int) -> Array:
     if stored.size != kernel.packed(empty, level).size:
         raise ArtifactCorruptError(f"{kernel.artifact}: the values at {record.offset} do not fit the library's packing")
     return stored
+
+
+def _checked(kernel: Kernel, problem: Problem, weight: Weight) -> list[Finding]:
+    """Results of `weight`, on a GPU where the kernel is for one."""
+    if not isinstance(kernel, DeviceKernel):
+        return _results(kernel, problem, weight)
+    if (track := gpu_of(kernel.artifact.manifest.levels[0].requires)) is None:
+        return [Finding("results", True, "not checked: there is no GPU here that runs it")]
+    with track.entered():
+        return [_judged(Exam(problem, weight, CHECK_N).worst(HostCalls(kernel, weight))[0], track.where)]
 
 
 def _results(kernel: Kernel, problem: Problem, weight: Weight) -> list[Finding]:

@@ -24,6 +24,8 @@ THINNED = {
         "test_golden_text_compiles_without_warnings": 2,
     },
     "test_cuda.py": {"test_table": 2, "test_reduced_types": 2},
+    "test_cuda_compile.py": {"test_nothing_is_spilled_by_what_prepares_weights": 2},
+    "test_cuda_dynamic.py": {"test_any_pattern_in_any_order": 3, "test_mutation_is_found": 3},
     "test_cuda_matrix.py": {"test_table": 2, "test_mutation_is_found": 2},
     "test_cuda_pairs.py": {"test_cases": 2, "test_mutation_is_found": 2, "test_mutation_on_units_is_found": 2},
     "test_cuda_split.py": {"test_shared_launches": 3, "test_mutation_is_found": 3},

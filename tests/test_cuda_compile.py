@@ -17,10 +17,12 @@ from test_golden import Golden
 
 import bsrgen
 from bsrgen import api, build, nvcc
-from bsrgen.backends.cuda import CudaPlan, Lanes, MatrixPlan, candidates, emit
+from bsrgen.backends.cuda import CudaPlan, Lanes, MatrixPlan, candidates, dynamic, emit
 from bsrgen.backends.cuda.matrix import tokens
 from bsrgen.backends.cuda.text import _variants
+from bsrgen.dtypes import DTYPES
 from bsrgen.errors import CompilerNotFoundError, DeviceError
+from bsrgen.even import planned
 from bsrgen.gpus import GPUS, as_gpus
 from bsrgen.pattern import Weight, random_weight
 from bsrgen.problem import as_problem
@@ -44,13 +46,16 @@ def needs_nvcc():
 # ── the text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def golden_source():
-    plan = CudaPlan(SIMT.problem, GPUS["sm_80"], 5, 2, 12, Lanes(4, 32), Lanes(4, 1), 4)
-    return emit((plan,), SIMT.weight)
+def golden_source(coming=False):
+    weight = planned(SIMT.weight, 30, np.dtype(np.float32)) if coming else SIMT.weight
+    problem = replace(SIMT.problem, pattern=weight.pattern)
+    plan = CudaPlan(problem, GPUS["sm_80"], 5, 2, 12, Lanes(4, 32), Lanes(4, 1), 4)
+    return emit((plan,), weight)
 
 
-def test_emitted_text_is_golden(update_golden):
-    source = golden_source()
+@pytest.mark.parametrize("coming", [False, True], ids=["static", "dynamic"])
+def test_emitted_text_is_golden(coming, update_golden):
+    source, folder = golden_source(coming), FOLDER / "dynamic" if coming else FOLDER
     files = {"device.cu": f"{source.name}_device.cu", "main.c": f"{source.name}.c", "header.h": f"{source.name}.h"}
     for short, name in files.items():
         text = source.files[name].decode("ascii").replace(f"bsrgen {bsrgen.__version__}", "bsrgen")
@@ -59,12 +64,12 @@ def test_emitted_text_is_golden(update_golden):
         assert text.endswith("\n"), name
         assert not text.endswith("\n\n"), name
         if update_golden:
-            FOLDER.mkdir(parents=True, exist_ok=True)
-            (FOLDER / short).write_text(text)
-        golden = (FOLDER / short).read_text()
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / short).write_text(text)
+        golden = (folder / short).read_text()
         diff = difflib.unified_diff(golden.splitlines(), text.splitlines(), "golden", "emitted", lineterm="", n=1)
         assert text == golden, "emitted text changed; if that is meant, --update-golden:\n" + "\n".join([*diff][:60])
-    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(files)
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == sorted(files)
 
 
 def test_same_request_gives_same_bytes():
@@ -168,6 +173,25 @@ def test_nothing_is_spilled(name, needs_nvcc, tmp_path):
     check_sass(compiled(plan, data, tmp_path), wanted)
 
 
+def on_units(problem, rows):
+    return MatrixPlan(problem, GPUS["sm_80"], rows, 1, 64, tokens(2), tokens(1), 64, 16)
+
+
+COMING = {  # ordinary cores whose thread blocks share columns, matrix units
+    "f32": ((1, 1), "float32", ("sm_75",), lambda p: plan_of(p, 1, 8, 32, Lanes(4, 32), stream_n=16)),
+    "units": ((32, 1), "bfloat16", ("sm_80",), lambda p: on_units(p, 32)),
+    "int8": ((16, 16), "int8", ("sm_90",), lambda p: on_units(p, 16)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMING)
+def test_nothing_is_spilled_by_what_prepares_weights(name, needs_nvcc, tmp_path):
+    block, dtype, archs, plan = COMING[name]
+    coming = planned(random_weight(0, (block[0] * 300, 6000), block, 0), 5000, DTYPES[dtype].numpy)
+    problem = problem_of(coming, "linear", "bias", dtype)
+    compiled(replace(plan(problem), target=as_gpus(archs)[0]), coming, tmp_path)
+
+
 def check_sass(sass, wanted):
     """Each of the instructions, which may be a choice of names, is there."""
     if sass is not None:
@@ -179,10 +203,14 @@ def compiled(plan, weight, folder):
     library = build.build(emit((plan,), weight), folder, build.find_compiler(plan.target))
     log = (folder / "build.log").read_text()
     kernels = re.findall(r"Compiling entry function '\w+' for '(\w+)'", log)
-    assert sorted(kernels) == sorted(len(_variants(plan)) * plan.target.archs)
+    known = plan.problem.pattern.known
+    assert sorted(kernels) == sorted(
+        (len(_variants(plan)) + (0 if known else len(dynamic.KERNELS))) * plan.target.archs
+    )
     assert log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(kernels)
     assert "warning" not in log
-    assert max(map(int, re.findall(r"(\d+) bytes smem", log))) == plan.shared_bytes
+    shared = max(map(int, re.findall(r"(\d+) bytes smem", log)))
+    assert shared == plan.shared_bytes or (not known and plan.shared_bytes < shared <= 48 << 10)
     return disassembled(library)
 
 

@@ -244,7 +244,7 @@ def test_what_compile_refuses() -> None:
     W = random_weight(1, (8, 8), (4, 4), 0.5)
     for options, error, match in (
         ({"mode": "nonsense"}, UnsupportedError, "mode='nonsense': one of static, dynamic"),
-        ({"mode": "dynamic", "backend": "cuda"}, UnsupportedError, "it is of c"),
+        ({"mode": "dynamic", "backend": "mlir"}, UnsupportedError, "it is of c, cuda"),
         ({"max_blocks": 3}, ArgumentError, "for mode='dynamic'"),
         ({"mode": "dynamic", "max_blocks": 1}, ArgumentError, "max_blocks=1: from 2, which W has, to 4"),
         ({"mode": "dynamic", "max_blocks": 5}, ArgumentError, "to 4, which is all"),

@@ -58,6 +58,14 @@ def test_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.startswith("# rehearsal on the CPU, no GPU, no figures")
 
 
+def test_rehearsal_of_weights_that_come_with_the_call(tmp_path: Path) -> None:
+    """Two contenders more: the call, and the preparation, which can be recorded as well."""
+    invoke("--rehearse", "--dynamic", "--rounds", 3, "--target", "sm_80", "--only", "float32", "--out", tmp_path)
+    (figure,) = json.loads((tmp_path / "gpu.json").read_text())["figures"]
+    errors = {line["name"]: line["error"] for line in figure["lines"]}
+    assert errors["bsrgen, dynamic"] == errors["prepare a weight"] == errors["bsrgen"] < take.WRONG
+
+
 def test_figures_of_several_devices_are_not_mixed(tmp_path: Path) -> None:
     Results({"device": "another GPU", "date": "2026-01-01"}).save(tmp_path)
     done = CliRunner().invoke(take.main, ["--rehearse", "--only", "nothing", "--out", str(tmp_path)])

@@ -30,6 +30,7 @@ FLOORS = """
     backends.mlir.gpu_plan  backends.cuda
     backends.cuda.candidates  backends.cuda.hopper_text  backends.cuda.trial
     backends.cuda.text  backends.cuda.hopper
+    backends.cuda.dynamic
     backends.cuda.matrix  backends.cuda.hopper_count
     backends.cuda.plan  backends.cuda.hopper_packing
     backends.cuda.count
@@ -50,7 +51,7 @@ FLOORS = """
     verify  model
     tracks
     loading
-    pit_device
+    pit_device  dynamic_device
     device  pattern_kernel  dynamic  pit_kernel
     exam  instance
     kernel  plan  files  picture
@@ -72,9 +73,9 @@ ROOMS = ("cli", "bench", "integrations")  # their own files may import each othe
 
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
-    "model", "loading", "device", "device_arrays", "workspaces", "dynamic", "even", "kernel", "pattern_problem",
-    "pattern_kernel", "arguments", "strides", "problem", "quantize", "pit_kernel", "selection", "pit", "stack",
-    "pattern", "canonical", "foreign", "artifact", "manifest", "folder", "pit_device",
+    "model", "loading", "device", "device_arrays", "workspaces", "dynamic", "dynamic_device", "even", "kernel",
+    "pattern_problem", "pattern_kernel", "arguments", "strides", "problem", "quantize", "pit_kernel", "selection", "pit",
+    "stack", "pattern", "canonical", "foreign", "artifact", "manifest", "folder", "pit_device",
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {

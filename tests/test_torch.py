@@ -471,6 +471,15 @@ def test_gradients_are_those_of_the_dense_layer(dtype):
     torch.testing.assert_close(layer.values.grad, blocks, rtol=0.02, atol=atol)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_values_on_gpus_are_those_of_the_kernel(dtype):
+    """By the function that CUDA tensors get, which needs no GPU."""
+    layer = bt.BsrLinear.from_linear(sparse_linear(dtype), CONFIG)
+    x, dy = (torch.randn(2, 3, size).to(dtype) for size in (13, 22))
+    at = layer.crow_indices, layer.col_indices, layer._spec(dtype)
+    torch.testing.assert_close(ops._dw_cuda(dy, x, *at), ops._dw_cpu(dy, x, *at), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_fine_tuning_lowers_the_loss(optimizer):
     torch.manual_seed(0)

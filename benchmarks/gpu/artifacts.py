@@ -28,12 +28,13 @@ class Makes:
     target: str | tuple[str, ...]
     tune: str = "model"
     folder: Path | None = None
+    mode: str = "static"
 
     def place(self, point: Point) -> Path | None:
         """Where the packed artifact of a point lies or would."""
         if self.folder is None:
             return None
-        what = f"{__version__} {api._own_digest()} {self.target} {self.tune} {point!r}"
+        what = f"{__version__} {api._own_digest()} {self.target} {self.tune} {self.mode} {point!r}"
         return self.folder / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.tar.xz"
 
     def make(self, point: Point) -> Path:
@@ -47,6 +48,7 @@ class Makes:
         empty = point.weight()
         weight = Weight(empty.pattern, np.zeros_like(empty.data))
         options: dict[str, Any] = {"dtype": point.dtype, "n": point.n, "backend": "cuda", "tune": self.tune}
+        options["mode"] = self.mode
         api.compile(weight, point.operator, target=self.target, **options).save(target)
         if place is not None:
             pack(target, place)

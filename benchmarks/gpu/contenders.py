@@ -30,7 +30,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """`kind` is bsrgen, dense or sparse.  `declines` says why a case is not for it, "" where it is."""
+    """`kind` is bsrgen, dense, sparse, dynamic or prepare.  `declines`: why a case is not for it, "" where it is."""
 
     name: str
     kind: str
@@ -48,6 +48,42 @@ def ours(kernel: Any) -> Contender:
         return Run(call, lambda: stage.host(y, case.out_dtype.numpy), str(kernel.plan))
 
     return Contender("bsrgen", "bsrgen", lambda case: "", prepare)
+
+
+def dynamic(make: Callable[[], Any]) -> tuple[Contender, Contender]:
+    """Kernels whose weight comes with the call: the call, and preparing a weight in memory that is there."""
+    made = functools.cache(make)
+
+    def declines(case: Case) -> str:
+        return "the scales of int8 come with the call" if case.dtype.name == "int8" else ""
+
+    def begun(stage: Stage, case: Case) -> tuple[Any, list[Any], Any]:
+        kernel, p = made(), case.weight.pattern
+        numbers = (p.indices.astype(np.int32), p.indptr.astype(np.int32))
+        arrays = [stage.array(a) for a in (case.weight.data.astype(case.x.dtype), *numbers)]
+        kernel.upload(0 if stage.real else -1)
+        return kernel, arrays, kernel.prepare(arrays)
+
+    def called(stage: Stage, case: Case) -> Run:
+        kernel, _, ready = begun(stage, case)
+        x, y = stage.array(case.x), stage.array(_poisoned(case))
+        call = functools.partial(kernel, x, ready, out=y, **case.given)
+        return Run(call, lambda: stage.host(y, case.out_dtype.numpy), str(kernel.plan))
+
+    def prepared(stage: Stage, case: Case) -> Run:
+        kernel, arrays, ready = begun(stage, case)
+        x, y = stage.array(case.x), stage.array(_poisoned(case))
+
+        def result() -> Array:
+            kernel(x, ready, out=y, **case.given)
+            return stage.host(y, case.out_dtype.numpy)
+
+        return Run(functools.partial(kernel.prepare, arrays, into=ready, check=False), result)
+
+    return (
+        Contender("bsrgen, dynamic", "dynamic", declines, called),
+        Contender("prepare a weight", "prepare", declines, prepared),
+    )
 
 
 def _poisoned(case: Case) -> Array:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ import numpy as np
 
 from benchmarks.gpu import grids, rehearse
 from benchmarks.gpu.artifacts import Makes
-from benchmarks.gpu.contenders import Contender, Run, ours, peers
-from benchmarks.gpu.results import Figure, Line, Results, Times, load
+from benchmarks.gpu.contenders import Contender, Run, dynamic, ours, peers
+from benchmarks.gpu.results import Figure, Line, Results, Times
+from benchmarks.gpu.results import load as begun
 from benchmarks.gpu.stages import Stage, Timer, TorchStage
 from benchmarks.points import Point
 from bsrgen.bench.case import Case
+from bsrgen.loading import load
 from bsrgen.machine import parallel_cores
 
 Array = np.ndarray[Any, Any]
@@ -122,9 +125,9 @@ def _alternate(stage: Stage, timers: dict[str, Timer], rounds: int, *, cold: boo
 
 
 def taken(results: Results, stage: Stage, makes: Makes, todo: list[tuple[str, Point]], rounds: int, stop_s: float,
-          keep: Callable[[], None]) -> None:  # fmt: skip
+          keep: Callable[[], None], coming: Makes | None = None) -> None:  # fmt: skip
     """Figures of `todo` into `results`: kernels of some points are made on all cores, then those points are timed, so
-    that nothing else runs meanwhile.  `keep` is called after each point."""
+    that nothing else runs meanwhile.  `keep` is called after each point.  `coming` makes dynamic kernels."""
     others = peers()
     for first in range(0, len(todo), AHEAD):
         some = todo[first : first + AHEAD]
@@ -136,13 +139,18 @@ def taken(results: Results, stage: Stage, makes: Makes, todo: list[tuple[str, Po
             try:
                 folder, case = made.result(), point.case()
                 kernel = makes.kernel(folder, case.weight)
-                results.figures.append(figure(stage, grid, point, case, kernel, rounds, others))
+                more = dynamic(functools.partial(_dynamic, coming, point)) if coming else ()
+                results.figures.append(figure(stage, grid, point, case, kernel, rounds, (*others, *more)))
             except Exception as e:  # a point that cannot be taken costs the others nothing
                 results.figures.append(Figure(grid, point, 0, 0, (), {"bsrgen": _why(e)}))
             click.echo(_said(results.figures[-1]))
             keep()
             if not stage.alive():
                 raise click.ClickException("the GPU's context is broken; the same command goes on from here")
+
+
+def _dynamic(coming: Makes, point: Point) -> Any:
+    return load(coming.make(point))
 
 
 def made_ahead(makes: Makes, todo: list[tuple[str, Point]]) -> list[Future[Path]]:
@@ -178,11 +186,12 @@ def prepared(makes: Makes, todo: list[tuple[str, Point]]) -> None:
 @click.option("--target", default="native", show_default=True, help="sm_90 or several, sm_80,sm_90.")
 @click.option("--tune", type=click.Choice(["off", "model", "measure"]), default="model", show_default=True)
 @click.option("--rounds", type=click.IntRange(3), default=ROUNDS, show_default=True)
+@click.option("--dynamic", "dynamically", is_flag=True, help="Also kernels whose weight comes with the call.")
 @click.option("--only", default="", help="Only points whose line this regular expression finds.")
 @click.option("--rehearse", "rehearsed", is_flag=True, help="The whole script on the CPU, on tiny points; no figures.")
 def main(
     *, names: tuple[str, ...], out: Path | None, budget_s: float, artifacts: Path | None, ahead: bool, target: str,
-    tune: str, rounds: int, only: str, rehearsed: bool,
+    tune: str, rounds: int, only: str, rehearsed: bool, dynamically: bool,
 ) -> None:  # fmt: skip
     """Time grids on the first GPU here: bsrgen, torch's dense and BSR products, cuSPARSE, stk, blksprs; ceilings."""
     stop_s = time.monotonic() + budget_s - min(REST_S, 0.1 * budget_s)
@@ -190,13 +199,15 @@ def main(
     todo = [(grid, point) for grid, point in grids.points(chosen) if re.search(only, str(point))]
     archs = tuple(target.split(","))
     makes = Makes(archs[0] if len(archs) == 1 else archs, tune, artifacts)
+    coming = replace(makes, mode="dynamic") if dynamically else None
     if ahead and (artifacts is None or target == "native"):
         raise click.UsageError("--prepare needs --artifacts, and a --target: sm_90, or several")
     with ExitStack() as stack:
         if rehearsed:
             stack.enter_context(rehearse.emulated())
         if ahead:
-            prepared(makes, todo)
+            for made in filter(None, (makes, coming)):
+                prepared(made, todo)
             return
         stage = rehearse.stage() if rehearsed else TorchStage()
         stack.enter_context(stage.entered())
@@ -205,14 +216,14 @@ def main(
             results.ceilings = ceilings(stage)
         left = [(grid, point) for grid, point in todo if point not in results.done]
         click.echo(f"{stage.name}: {len(left)} of {len(todo)} points to take")
-        taken(results, stage, makes, left, rounds, stop_s, lambda: results.save(out) if out else None)
+        taken(results, stage, makes, left, rounds, stop_s, lambda: results.save(out) if out else None, coming)
         if out:
             results.save(out)
 
 
 def _begun(out: Path | None, stage: Stage) -> Results:
     """The results so far, of the same device, or new ones."""
-    results = (load(out) if out else None) or Results({"date": date.today().isoformat(), **stage.facts()})
+    results = (begun(out) if out else None) or Results({"date": date.today().isoformat(), **stage.facts()})
     if results.facts["device"] != stage.facts()["device"]:
         raise click.UsageError(f"{out} holds figures of {results.facts['device']}; give another folder")
     command = " ".join(["python -m benchmarks", *(word.rsplit("/", 1)[-1] for word in sys.argv[1:])])

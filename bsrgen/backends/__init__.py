@@ -52,7 +52,7 @@ BACKENDS = {
             cuda.LACKS,
             as_gpus,
             cuda.trial,
-            modes=("static", "pit"),
+            modes=("static", "dynamic", "pit"),
         ),
     )
 }

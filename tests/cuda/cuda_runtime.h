@@ -36,7 +36,7 @@ static dim3 gridDim;
 typedef int cudaError_t;
 typedef void *cudaStream_t;
 enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 
 namespace emulation {
 
@@ -325,6 +325,10 @@ static inline int __dp4a(int a, int b, int sum)
     for (int i = 0; i < 4; i++) sum += (int8_t)(a >> 8 * i) * (int8_t)(b >> 8 * i);
     return sum;
 }
+static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+template <class T> static T atomicAdd(T *at, T value) { const T old = *at; return *at = old + value, old; }
+template <class T> static T atomicMin(T *at, T value) { const T old = *at; return *at = old < value ? old : value, old; }
+static inline unsigned atomicOr(unsigned *at, unsigned bits) { const unsigned old = *at; return *at = old | bits, old; }
 static inline unsigned atomicMax(unsigned *at, unsigned value) { const unsigned old = *at; return *at = old > value ? old : value, old; }
 static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 static inline int __ffs(unsigned bits) { return __builtin_ffs((int)bits); }
@@ -472,5 +476,11 @@ static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, c
     memcpy(to, from, bytes);
     return cudaSuccess;
 }
+
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream)
+{
+    return stream && ((emulated_stream *)stream)->capturing ? 900 : cudaMemcpy(to, from, bytes, kind);
+}
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return stream && ((emulated_stream *)stream)->capturing ? 900 : cudaSuccess; }
 
 extern "C" __attribute__((visibility("default"))) const char *emulation_said(void) { return emulation::said; }

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeVar
 
-from bsrgen.backends.cuda import hopper
+from bsrgen.backends.cuda import dynamic, hopper
 from bsrgen.backends.cuda.matrix import MatrixFeaturesPlan, MatrixPlan, tokens
 from bsrgen.backends.cuda.pit import fits_selection
 from bsrgen.backends.cuda.plan import SHARED_BYTES, CudaPlan, Lanes
@@ -41,7 +41,7 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
     p = problem.pattern
     if max(p.M, p.K) > INT_MAX:
         return
-    if problem.pit is None:
+    if p.known and problem.pit is None:  # Hopper's tables are clustered: a preparation has no time for that
         yield from hopper.candidates(problem, target)
     yield from _matrix(problem, target)
     few = SOME if problem.pit is None else SELECTED if problem.pit.axis.listed else LIVE
@@ -87,7 +87,7 @@ def with_split(plan: AnyPlan) -> Iterator[AnyPlan]:
     sms = plan.target.sms
     for most in (2 * sms, 4 * sms):
         tiles = most // 2 // plan.units
-        if plan.problem.quantizes_x or plan.problem.pit or not tiles:
+        if plan.problem.quantizes_x or plan.problem.pit or not tiles or not plan.problem.pattern.known:
             continue
         split = replace(plan, split=most, few_n=max(plan.few_n, tiles * plan.few_width))
         shared = [s for s in (split.sharing, split.stream_sharing) if s]
@@ -118,4 +118,6 @@ def fits(plan: CudaPlan) -> bool:
         return False
     pieces = plan.problem.pattern.nnzb * plan.row_pieces * plan.column_pieces
     rows = plan.problem.pattern.block_rows * plan.row_pieces
+    if not plan.problem.pattern.known:  # nothing is printed
+        return pieces * plan.piece_columns < INT_MAX // 2 and dynamic.fits(plan)
     return 3 * pieces + 4 * rows < TABLE_ENTRIES and pieces * plan.piece_columns < INT_MAX // 2

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bsrgen.backends.cuda import dynamic
 from bsrgen.backends.cuda.matrix import MatrixPlan
 from bsrgen.backends.cuda.packing import pack_values, piece_rows_of
 from bsrgen.backends.cuda.pit import features_view, pit_tables, pit_view, stream_depth
@@ -52,15 +53,17 @@ RESIDENT_WARPS = 16  # of an SM, at least, while W streams: so many registers a 
 def emit(plans: tuple[CudaPlan, ...], weight: Weight) -> Source:
     """Sources and data of one artifact: device text, host text, the packed values.  Pure: equal inputs, equal bytes."""
     (plan,) = plans
+    headers = ["bsrgen_mma.h"] if plan.matrix else []
+    device = render("cuda/kernel.cu.j2", k=_kernel(plan), banner=banner(plan.problem, plans))
+    if not plan.problem.pattern.known:
+        return source_of(plan, device, _entry(plan, 1), {}, headers)
     packing, cuts = plan.packing, (plan.row_pieces, plan.column_pieces, plan.piece_rows)
     values = pack_values(weight.data, packing.source, *cuts, plan.word)
     data = {"source": packing.source.tobytes()}
     if isinstance(plan, MatrixPlan):
         values = plan.in_fragments(values)
         data["features"] = plan.features_of_tiles.tobytes()
-    headers = ["bsrgen_mma.h"] if plan.matrix else []
     data["values"] = values.tobytes()
-    device = render("cuda/kernel.cu.j2", k=_kernel(plan), banner=banner(plan.problem, plans))
     return source_of(plan, device, _entry(plan, values.nbytes), data, headers)
 
 
@@ -80,12 +83,16 @@ def source_of(
     for runtime in ("bsrgen.h", "bsrgen_cuda.h", *headers):
         files[runtime] = runtime_file(runtime)
     units = (Unit(f"{name}.c", ()), Unit(f"{name}_device.cu", target.flags))
-    return Source(name, (plan,), files, units, entry["prototype"], (f"{name}_values.bin",), entry)
+    values = f"{name}_values.bin" if data else ""
+    return Source(name, (plan,), files, units, entry["prototype"], (values,), entry)
 
 
 def _entry(plan: CudaPlan, values_bytes: int) -> dict[str, Any]:
     """What the host's text and the companions of the library see."""
     name = plan.problem.name
+    if not plan.problem.pattern.known:
+        ahead = {"matrix": plan.matrix, "block_cols": plan.problem.pattern.block_cols}
+        return entry_of(plan.problem, plan.target, values_bytes, {}) | ahead | {"prepare": dynamic.prepare_view(plan)}
     blobs = {"values": "unsigned char", "source": "int64_t"}
     matrix = {}
     if isinstance(plan, MatrixPlan):
@@ -104,12 +111,13 @@ def entry_of(
     """The part of it that does not depend on the kernel; blobs: NAME_<what>.bin, the C type of its elements."""
     p, name, x, y = problem.pattern, problem.name, problem.x_dtype, problem.out_dtype
     operands = operands_in_c(problem, _KIND_TEXT)
+    values = "values" if p.known else "prepared"
     prototype = (
         f"int {name}(int64_t n, const {x.c} *x, int64_t ldx, {y.c} *y, int64_t ldy, "
-        f"{arguments_in_c(operands)}const void *values, {'void *workspace, ' if workspace_bytes else ''}void *stream)"
+        f"{arguments_in_c(operands)}const void *{values}, {'void *workspace, ' if workspace_bytes else ''}void *stream)"
     )
     return {
-        "name": name, "matrix": False, "hopper": False, "operands": operands,
+        "name": name, "matrix": False, "hopper": False, "prepare": None, "values_name": values, "operands": operands,
         "w_type": problem.dtype.c, "x_type": x.c, "y_type": y.c,
         "blobs": [{"symbol": f"{name}_{what}", "file": f"{name}_{what}.bin", "c": c} for what, c in blobs.items()],
         "prototype": prototype, "linear": problem.operator.token_axis == 0, "M": p.M, "rows": problem.rows, "K": p.K,
@@ -127,19 +135,23 @@ def _kernel(plan: CudaPlan) -> dict[str, Any]:
     p = plan.problem.pattern
     words, ragged = plan.piece_columns // plan.word, plan.column_pieces * plan.piece_columns != p.C
     variants = _variants(plan)
+    known = plan.problem.pattern.known
+    prepare = None if known else dynamic.prepare_view(plan)
     return kernel_of(plan.problem) | {
         "accumulator": plan.problem.accumulator.c, "M": p.M, "pit": pit_view(plan), "features": features_view(plan),
         "result_rows": p.M if plan.problem.pit else plan.problem.rows,
         "gate_rows": plan.problem.gate_rows, "quantized": plan.problem.quantizes_x,
         "R": p.R, "C": p.C, "rows": plan.rows, "strips": plan.strips, "row_pieces": plan.row_pieces,
         "piece_columns": words, "group_rows": plan.group_rows, "word": plan.word, "ragged_columns": ragged,
-        "step_features": plan.step_columns * words, "groups": max(plan.packing.groups.size, 1),
-        "unroll": min(words, UNROLLED_COLUMNS), "tables": _tables(plan), "thread_warps": plan.thread_warps,
+        "step_features": plan.step_columns * words, "groups": plan.units,
+        "unroll": min(words, UNROLLED_COLUMNS), "tables": _tables(plan) if known else [],
+        "thread_warps": plan.thread_warps,
         "matrix": plan.matrix, "step_k": plan.step_k if isinstance(plan, MatrixPlan) else 0,
         "stages": plan.stages if isinstance(plan, MatrixPlan) else 2,
         "by_vector": plan.piece_columns * plan.problem.x_dtype.bytes % 16 == 0 and not ragged,
         "by_word": plan.piece_columns % 4 == 0 and not ragged and plan.problem.operator.token_axis == 0,
-        "variants": variants, "kernels": [v["name"] for v in variants], "stream": _stream(plan),
+        "variants": variants, "kernels": [*(prepare["kernels"] if prepare else ()), *(v["name"] for v in variants)],
+        "stream": _stream(plan), "prepare": prepare,
         "split": {"most": plan.split, "counters": COUNTERS, "tiles": bool(plan.sharing)} if plan.split else None,
     }  # fmt: skip
 
@@ -171,7 +183,7 @@ def _variants(plan: CudaPlan) -> list[dict[str, Any]]:
         warps = RESIDENT_WARPS // 2 if plan.split else RESIDENT_WARPS  # a launch that is shared does not fill SMs
         resident = max(warps // stream.warps, 1)
         common = {"bounds": f"STREAM_THREADS, {resident}", "blocks": "STREAM_PARTS", "threads": str(32 * stream.warps)}
-        common |= _shared(plan.stream_sharing, stream_ends(plan, stream)[-1])
+        common |= _shared(plan.stream_sharing, stream_ends(plan, stream)[-1] if plan.split else 0)
         rows = [
             {"name": f"stream{t}", "most": t, "width": t, "call": f"stream<{t}, {stream_depth(plan, t)}>"} | common
             for t in stream.tokens
@@ -180,7 +192,7 @@ def _variants(plan: CudaPlan) -> list[dict[str, Any]]:
     pit = plan.problem.pit
     blocks = "EXPERT_BLOCKS" if pit and pit.axis.name == "experts" else "THREAD_BLOCKS"
     common = {"bounds": "THREADS, 1", "blocks": blocks, "threads": "THREADS"}
-    few = _shared(plan.sharing, plan.packing.steps[-1] + plan.packing.groups.size)
+    few = _shared(plan.sharing, plan.packing.steps[-1] + plan.packing.groups.size if plan.split else 0)
     sides = (("few", plan.few, plan.few_n, plan.few_width), ("many", plan.many, None, plan.width))
     for name, lanes, most, width in sides:
         if most is None or most > plan.stream_n:
@@ -200,13 +212,19 @@ def _stream(plan: CudaPlan) -> dict[str, Any] | None:
     """The sizes of the kernel for few tokens."""
     if not plan.stream:
         return None
-    count = plan.packing.groups.size * plan.group_rows * (plan.piece_rows // plan.stream.rows)
+    count = plan.units * plan.group_rows * (plan.piece_rows // plan.stream.rows)
     sizes = asdict(plan.stream) | {"parts": max(count, 1)}
     if isinstance(plan, MatrixPlan):
-        word = 4 // plan.problem.dtype.bytes
-        table, run = runs(plan.features_of_x, plan.problem.pattern.K)
-        sizes |= {"run": run, "even": run >= word and not (table % word)[table < plan.problem.pattern.K].any()}
+        run, even = _runs(plan) if plan.problem.pattern.known else dynamic.runs(plan)
+        sizes |= {"run": run, "even": even}
     return sizes
+
+
+def _runs(plan: MatrixPlan) -> tuple[int, bool]:
+    """Features of a tile that lie side by side in X, and whether they begin at whole words."""
+    K, word = plan.problem.pattern.K, 4 // plan.problem.dtype.bytes
+    table, run = runs(plan.features_of_x, K)
+    return run, run >= word and not (table % word)[table < K].any()
 
 
 def _tables(plan: CudaPlan) -> list[dict[str, Any]]:

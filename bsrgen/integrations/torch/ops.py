@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from bsrgen.dtypes import DTYPES
-from bsrgen.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from bsrgen.errors import ArgumentError, ArgumentTypeError
 from bsrgen.foreign import view
 from bsrgen.integrations.torch.config import Spec, parsed, written
 from bsrgen.integrations.torch.kernels import Role, kernel_of, on_device, packed
@@ -82,9 +82,17 @@ def _dw_cpu(dy: Any, x: Any, crow: Any, col: Any, spec: str) -> Any:
 
 
 def _dw_cuda(dy: Any, x: Any, crow: Any, col: Any, spec: str) -> Any:
-    raise UnsupportedError(
-        "gradients of block-sparse weights have no GPU kernel yet; freeze `values`, or train on the CPU"
-    )
+    """By torch's dense product, of which the stored blocks are kept: there is no kernel for it on GPUs."""
+    (M, K), (R, C) = parsed(spec).shape, parsed(spec).blocksize
+    _check(parsed(spec), "dy", dy, M)
+    _check(parsed(spec), "x", x, K)
+    real = getattr(torch, DTYPES[parsed(spec).x_dtype].real)
+    dense = _rows(dy).to(real).T @ _rows(x).to(real)
+    dense = torch.nn.functional.pad(dense, (0, -K % C, 0, -M % R)).reshape(-(-M // R), R, -(-K // C), C)
+    counts = crow.diff().long()
+    numbers = torch.arange(len(counts), device=counts.device)
+    rows = torch.repeat_interleave(numbers, counts, output_size=len(col))  # so nothing is waited for
+    return dense[rows, :, col.long()]
 
 
 def _linear_cuda(x: Any, values: Any, crow: Any, col: Any, bias: Any, spec: str) -> Any:

@@ -215,7 +215,7 @@ static int failed(cudaError_t error)
     return BSRGEN_CUDA + (int)error;
 }
 
-/* `bytes` of host memory into new memory of a device, which *to points at; and the kernels' code there, which the runtime
+/* `bytes` of host memory (NULL: of nothing) into new memory of a device, which *to points at; and the kernels' code there, which the runtime
  * would else load at the first launch, where a CUDA graph that records it has no room for that. */
 HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_copy(const void *host, int64_t bytes, int device, void **to)
 {
@@ -224,7 +224,7 @@ HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_copy(const void *host, int64_t bytes, 
     cudaError_t error = cudaGetDevice(&before);
     if (!error && device >= 0) error = cudaSetDevice(device);
     if (!error) error = cudaMalloc(to, bytes ? (size_t)bytes : 1);
-    if (!error && bytes) error = cudaMemcpy(*to, host, (size_t)bytes, cudaMemcpyHostToDevice);
+    if (!error && host && bytes) error = cudaMemcpy(*to, host, (size_t)bytes, cudaMemcpyHostToDevice);
     cudaFuncAttributes attributes;
     if (!error) error = cudaFuncGetAttributes(&attributes, linear_f32_18x24_b5x3_c8cf43a9_few);
     if (!error) error = cudaFuncGetAttributes(&attributes, linear_f32_18x24_b5x3_c8cf43a9_many);
