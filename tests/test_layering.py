@@ -74,8 +74,8 @@ ROOMS = ("cli", "bench", "integrations")  # their own files may import each othe
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
     "model", "loading", "device", "device_arrays", "workspaces", "dynamic", "dynamic_device", "even", "kernel",
-    "pattern_problem", "pattern_kernel", "arguments", "strides", "problem", "quantize", "pit_kernel", "selection", "pit",
-    "stack", "pattern", "canonical", "foreign", "artifact", "manifest", "folder", "pit_device",
+    "pattern_problem", "pattern_kernel", "arguments", "strides", "problem", "quantize", "pit_kernel", "selection",
+    "pit", "stack", "pattern", "canonical", "foreign", "artifact", "manifest", "folder", "pit_device",
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {

@@ -325,8 +325,6 @@ static inline int __dp4a(int a, int b, int sum)
     for (int i = 0; i < 4; i++) sum += (int8_t)(a >> 8 * i) * (int8_t)(b >> 8 * i);
     return sum;
 }
-static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-template <class T> static T atomicAdd(T *at, T value) { const T old = *at; return *at = old + value, old; }
 template <class T> static T atomicMin(T *at, T value) { const T old = *at; return *at = old < value ? old : value, old; }
 static inline unsigned atomicOr(unsigned *at, unsigned bits) { const unsigned old = *at; return *at = old | bits, old; }
 static inline unsigned atomicMax(unsigned *at, unsigned value) { const unsigned old = *at; return *at = old > value ? old : value, old; }
