@@ -111,8 +111,8 @@ template <int TOKENS> DEVICE void multiply(acc_t (&sums)[ROWS][TOKENS], const w_
         for (int t = 0; t < TOKENS; t++) sums[r][t] = multiply_add(sums[r][t], column[r], tokens[t]);
 }
 
-/* Sums of a warp over steps of a group of piece rows.  Of its lanes LANES have tokens of their own, the others share the sums: the
- * order of additions is that of the tables, and the same in every call. */
+/* Sums of a warp over steps of a group of piece rows.  Of its lanes LANES have tokens of their own, the others share the
+ * sums: the order of additions is that of the tables, and the same in every call. */
 template <int TOKENS, int LANES> DEVICE void walk(const struct arguments &a, acc_t (&sums)[ROWS][TOKENS], acc_t *panels, int group, int64_t n0, int first, int last)
 {
     constexpr int WIDTH = TOKENS * LANES, STRIDE = WIDTH + (WIDTH >= 16 ? 4 : 0), PARTS = 32 / LANES;
