@@ -1,12 +1,12 @@
 """The plan of a Hopper kernel: products of warpgroups (wgmma), fed by copies that run by themselves (sm_90a)."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import gcd
 from typing import Any, ClassVar
 
-from bsrgen.backends.cuda.hopper_count import counts
+from bsrgen.backends.cuda.hopper_count import Tiles, counts, tiles_of
 from bsrgen.backends.cuda.hopper_packing import SLOT, Cut, HopperPacking, pack_hopper
 from bsrgen.gpus import GpuTarget
 from bsrgen.plan import Counts, Plan
@@ -16,35 +16,64 @@ from bsrgen.targets import Target
 HOPPER = "sm_90a"
 SHARED_BYTES = 227 << 10  # of a thread block on sm_90, when it asks for it
 WARPGROUPS = 2  # that multiply; one more brings W and X
-PANEL = 128  # bytes of a row in shared memory
-W_BYTES = 2 * SLOT * SLOT  # of a slot in a step
-FEW_BYTES = 113 << 10  # and of one for few tokens: an SM takes two
-FEW_STRIDE = SLOT + 4  # floats from token to token of its sums
+PANEL = 128  # bytes of a row in shared memory: 64 features, or 128 of one byte
+W_BYTES = PANEL * SLOT  # of a slot in a step
+FEW_BYTES = 113 << 10  # and of a thread block that has one slot: an SM takes two
+FEW_STRIDE = SLOT + 4  # sums from token to token of its sums
 STAGES = 8  # at most: deeper rings hide nothing more
 CHUNK = 32  # tokens of a slot on their way from registers to Y
 CLUSTER = 8  # thread blocks at most, on every Hopper
-LEAST_BOX = 8  # features
+LEAST_BYTES = 16  # of a box's rows
 LEAST_ROWS = 8  # of a block; a slot has 64, and zeros where block rows do not fill it
+TYPES = ("float16", "bfloat16")  # of W and X
+BUCKETS = (1, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # of tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One kernel of a library: `width` tokens of a thread block, in calls of at most `most` tokens (0: in all others).
+
+    With `parts`, a cluster of so many thread blocks has one slot, and each of them a part of its steps: no SM waits
+    where tiles are few.  Else a thread block has all slots of a tile and all of its steps, and `across` of a cluster,
+    side by side along the tokens, share W: each fetches a part of it and sends it to all (multicast).
+    """
+
+    width: int
+    most: int = 0
+    parts: int = 0
+    across: int = 1
+
+    @property
+    def few(self) -> bool:
+        """Whether it splits the steps."""
+        return self.parts > 0
+
+    @property
+    def name(self) -> str:
+        """Of the kernel, behind that of the library."""
+        return f"{self.width}" + (f"_by{self.parts}" if self.few else f"_x{self.across}" if self.across > 1 else "")
 
 
 @dataclass(frozen=True)
 class HopperPlan(Plan):
-    """Knobs of a Hopper kernel.  A thread block has `slots` times 64 rows of Y, half of them each of two warpgroups,
-    and as many tokens as the last of `widths`.  Calls that another of them holds have clusters of thread blocks that
-    share 64 rows, a part of the steps each."""
+    """Knobs of a Hopper kernel.  A thread block has `slots` times 64 rows of Y, half of them each of two warpgroups;
+    `down` of them share what any of them needs of X: each fetches a part of it and sends it to all."""
 
     backend: ClassVar[str] = "cuda"
 
     slots: int
-    widths: tuple[int, ...]
+    shapes: tuple[Shape, ...]
+    down: int = 1
 
     def __str__(self) -> str:
-        rows, cut = self.slots * SLOT, self.cut
-        text = f"CUDA, Hopper: {rows} rows x {self.widths[-1]} tokens a thread block, {self.stages(self.widths[-1])} "
-        text += f"stages of 64 features, copied {cut.width} at a time"
-        shared = f"; {cut.block_rows} block rows share X" if cut.block_rows > 1 else ""
-        few = ", ".join(map(str, self.widths[:-1]))
-        return f"{text}{shared}; tiles of {few} where there are no more tokens" if few else text + shared
+        rows, cut, last = self.slots * SLOT, self.cut, self.shapes[-1]
+        text = f"CUDA, Hopper: {rows} rows x {last.width} tokens a thread block, {self.stages(last)} "
+        text += f"stages of {cut.step} features, copied {cut.width} at a time"
+        text += f"; {cut.block_rows} block rows share X" if cut.block_rows > 1 else ""
+        if self.cluster(last) > 1:
+            text += f"; clusters of {last.across} tiles of tokens x {self.down} of rows"
+        few = ", ".join(f"up to {s.most} {s.name.replace('_', ' ')}" for s in self.shapes[:-1])
+        return f"{text}; tokens: {few}" if few else text
 
     @property
     def matrix(self) -> bool:
@@ -63,59 +92,52 @@ class HopperPlan(Plan):
 
     def knobs(self) -> dict[str, Any]:
         """The decisions alone, as plain data."""
-        return {"backend": self.backend, "hopper": True, "slots": self.slots, "widths": list(self.widths)}
+        shapes = [asdict(shape) for shape in self.shapes]
+        return {"backend": self.backend, "hopper": True, "slots": self.slots, "down": self.down, "shapes": shapes}
 
     def family(self, n: int) -> tuple[Any, ...]:
         """What plans share that do much the same at n tokens."""
-        return "hopper", self.slots
+        return "hopper", self.slots, self.down
 
     def counts(self, n: int) -> Counts:
         """What one call of n tokens does on the whole GPU."""
-        return counts(self, n)
+        return counts(self, n, self.shape(n))
 
-    def width(self, n: int) -> int:
-        """Tokens of a thread block in a call of n."""
-        return next((width for width in self.widths if n <= width), self.widths[-1])
+    def shape(self, n: int) -> Shape:
+        """The kernel of a call of n tokens."""
+        return next((shape for shape in self.shapes if n <= shape.most), self.shapes[-1])
+
+    def cluster(self, shape: Shape) -> int:
+        """Thread blocks of a cluster."""
+        return shape.parts if shape.few else shape.across * self.down
 
     @property
     def cut(self) -> Cut:
         """Block rows as slots, columns as pieces."""
-        p = self.problem.pattern
+        p, step = self.problem.pattern, PANEL // self.problem.dtype.bytes
         segments, parts = max(SLOT // p.R, 1), -(-p.R // SLOT)
-        width = gcd(p.C, SLOT)
-        return Cut(segments, parts, self.slots, p.C // width, width)
+        width = gcd(p.C, step)
+        return Cut(segments, parts, self.slots * self.down, p.C // width, width, step)
 
     @property
     def gathered(self) -> bool:
         """Whether X of many tokens comes in copies of 16 bytes, because boxes of so few features would be too many."""
-        return self.cut.width < LEAST_BOX
+        return self.cut.width * self.problem.dtype.bytes < LEAST_BYTES
 
-    def few(self, width: int) -> bool:
-        """Whether that is the kernel of calls with no more tokens."""
-        return width != self.widths[-1]
-
-    @property
-    def parts(self) -> int:
-        """Thread blocks of a cluster, which share 64 rows of few tokens: two on each SM, where there can be."""
-        assert isinstance(self.target, GpuTarget)
-        p, cut = self.problem.pattern, self.cut
-        slots = -(-p.block_rows // cut.segments) * cut.parts
-        return next((parts for parts in (1, 2, 4) if parts * slots >= 2 * self.target.sms), CLUSTER)
-
-    def stage_bytes(self, width: int) -> int:
+    def stage_bytes(self, shape: Shape) -> int:
         """W and X of one step."""
-        return (1 if self.few(width) else self.slots) * W_BYTES + width * PANEL
+        return (1 if shape.few else self.slots) * W_BYTES + shape.width * PANEL
 
-    def stages(self, width: int) -> int:
+    def stages(self, shape: Shape) -> int:
         """Steps that are on their way or being multiplied at a time."""
-        room = (FEW_BYTES if self.few(width) else SHARED_BYTES) - 1024 - self.staging_bytes(width)
-        return min(STAGES, room // (self.stage_bytes(width) + 16))  # from a multiple of 1024; two barriers each
+        room = (FEW_BYTES if shape.few else SHARED_BYTES) - 1024 - self.staging_bytes(shape)
+        return min(STAGES, room // (self.stage_bytes(shape) + 16))  # from a multiple of 1024; two barriers each
 
-    def staging_bytes(self, width: int) -> int:
+    def staging_bytes(self, shape: Shape) -> int:
         """Results on their way to Y: a chunk of tokens of a slot for each warpgroup, or sums of all of few tokens."""
-        if self.few(width):
-            return width * FEW_STRIDE * 4
-        chunk, unit = min(width, CHUNK), 4 if self.late else self.problem.out_dtype.bytes
+        if shape.few:
+            return shape.width * FEW_STRIDE * 4
+        chunk, unit = min(shape.width, CHUNK), 4 if self.late else self.problem.out_dtype.bytes
         if self.problem.operator.token_axis == 0:
             return WARPGROUPS * chunk * (SLOT + 16 // unit) * unit
         return WARPGROUPS * SLOT * (chunk + 8) * unit
@@ -130,14 +152,19 @@ class HopperPlan(Plan):
         """The tables."""
         return pack_hopper(self.problem.pattern, self.cut)
 
+    @cached_property
+    def tiles(self) -> Tiles:
+        """What they hold."""
+        return tiles_of(self)
+
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a thread block, of the widest kernel."""
-        return max(self.dynamic_bytes(width) for width in self.widths)
+        """Shared memory of a thread block, of the kernel that takes most."""
+        return max(self.dynamic_bytes(shape) for shape in self.shapes)
 
-    def dynamic_bytes(self, width: int) -> int:
+    def dynamic_bytes(self, shape: Shape) -> int:
         """And of each."""
-        return 1024 + self.stages(width) * (self.stage_bytes(width) + 16) + self.staging_bytes(width)
+        return 1024 + self.stages(shape) * (self.stage_bytes(shape) + 16) + self.staging_bytes(shape)
 
 
 def candidates(problem: Problem, target: Target) -> Iterator[HopperPlan]:
@@ -147,7 +174,7 @@ def candidates(problem: Problem, target: Target) -> Iterator[HopperPlan]:
     """
     p = problem.pattern
     assert isinstance(target, GpuTarget)
-    alike = problem.dtype is problem.x_dtype and problem.dtype.name in ("float16", "bfloat16")
+    alike = problem.dtype is problem.x_dtype and problem.dtype.name in TYPES
     if not alike or target.archs[-1] != HOPPER or "sm_75" in target.archs or p.R < LEAST_ROWS or not p.nnzb:
         return
     if problem.out_dtype.bytes not in (2, 4) or problem.gate_rows:
@@ -155,6 +182,25 @@ def candidates(problem: Problem, target: Target) -> Iterator[HopperPlan]:
     tokens_first = problem.operator.token_axis == 0
     if tokens_first and p.C % 8:
         return
-    for slots, most in ((2, 256), (4, 128), (2, 128)):
-        few = (16, 64) if tokens_first else (64,)
-        yield HopperPlan(problem, target, slots, (*(w for w in few if w < most), most))
+    for slots, width in ((2, 256), (4, 128)):
+        for down in (1, 2):
+            plan = HopperPlan(problem, target, slots, (Shape(width),), down)
+            yield replace(plan, shapes=in_buckets(plan, _shapes(plan, width, tokens_first)))
+
+
+def _shapes(plan: HopperPlan, width: int, tokens_first: bool) -> Iterator[Shape]:
+    """Kernels that a library may have."""
+    for few in (16, 64, 128) if tokens_first else (64, 128):
+        for parts in (1, 2, 4, 8):
+            yield Shape(few, 0, parts)
+    for tokens in (width // 2, width):
+        for across in (1, 2, 4) if not plan.gathered else (1,):
+            yield Shape(tokens, 0, 0, across)
+
+
+def in_buckets(plan: HopperPlan, shapes: Iterable[Shape]) -> tuple[Shape, ...]:
+    """The fastest of `shapes` for the calls of each of BUCKETS, by the model, the last one for all others."""
+    shapes = tuple(shapes)
+    best = [min(shapes, key=lambda shape: counts(plan, n, shape).cycles) for n in BUCKETS]
+    ends = [i for i in range(len(best)) if i + 1 == len(best) or best[i + 1] != best[i]]
+    return (*(replace(best[i], most=BUCKETS[i]) for i in ends[:-1]), best[-1])

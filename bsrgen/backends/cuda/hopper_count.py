@@ -1,99 +1,162 @@
-"""Counting what a Hopper plan does on the whole GPU, in closed form: the pattern's tables are not made for it.
+"""Counting what a Hopper plan does on the whole GPU.
 
 Below 128 rows of W to a tile of X, copies from L2 to shared memory are the limit, not the products: a byte of X is good
 for as many FLOP as the tile has rows (roofline: Williams, Waterman, Patterson, CACM 52(4), 2009, one level further in).
+Steps and tiles of W are counted in the tables of the pattern, or in closed form where it is only known to be even.
 No rate here is measured: data sheets, and where they say nothing, the sources named or a guess.
 """
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bsrgen.backends.cuda.hopper_packing import SLOT
+from bsrgen.even import EvenPattern
 from bsrgen.gpus import WARP, GpuTarget
 from bsrgen.plan import Counts
 
 if TYPE_CHECKING:
-    from bsrgen.backends.cuda.hopper import HopperPlan
+    from bsrgen.backends.cuda.hopper import HopperPlan, Shape
 
-INGEST = 64.0  # bytes that one SM takes from L2 in a cycle, at most: DeepGEMM's model of sm_90
+INGEST = 64.0  # bytes that one SM takes from L2 in a cycle, at most, sent to it alone or to others too: DeepGEMM's model of sm_90
 SHARED = 128.0  # bytes that one SM reads or writes of shared memory in a cycle
 BOX_CYCLES = 16.0  # of the copy engine for one box, however small: a guess
 GATHER_CYCLES = 128.0  # of four warps that copy 64 features of 64 tokens, 16 bytes a thread: a guess
 STEP_CYCLES = 40.0  # of barriers and the start of products, the rest hides behind the other warpgroup: a guess
 TILE_CYCLES = 600.0  # from the last product of a tile to the first of the next, beside the traffic of Y: a guess
+CLUSTER_CYCLES = 1000.0  # until the thread blocks of a cluster have met twice: a guess
 OVERLAP = 0.1  # of the resources that do not bound: all of them are asynchronous; a guess
+CLUSTERED = 0.88  # of the steps that rows in any order need, where rows that share columns are put together: 0.83 to
+# 0.95 in 10 of 11 tables of random patterns, 8192 x 8192 at density 0.1 (blocks of 16 to 64 rows, tiles of 2 to 8 slots)
+ODD_SMS = 4  # that clusters of more than two leave idle: processor clusters of 16 and of 18 SMs; a guess
+RESIDENT = 2  # thread blocks of a slot on an SM
+DEALT = 1 << 12  # parts of a call that are dealt out to see how unevenly: with more it no longer matters
 
 
-@dataclass(frozen=True, slots=True)
-class _Tiles:
-    """Expected shape of a plan's tiles, were the blocks spread evenly."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Tiles:
+    """What a plan's tiles hold."""
 
-    count: int
-    steps: float  # of all tiles
-    w_tiles: float  # 64 x 64 tiles of W, zeros included
+    steps: NDArray[Any]  # of each tile, the most first
+    w_tiles: NDArray[Any]  # 64 x 128 bytes each, zeros included
+
+    def work(self, product: float, down: int) -> NDArray[Any]:
+        """Cycles of one of `down` thread blocks that share a tile, without what waits for copies."""
+        return 4 * self.w_tiles / down * product + self.steps * STEP_CYCLES + TILE_CYCLES
 
 
-def counts(plan: "HopperPlan", n: int) -> Counts:
-    """What one call of n tokens does."""
-    problem, target, p, width = plan.problem, plan.target, plan.problem.pattern, plan.width(n)
+def counts(plan: "HopperPlan", n: int, shape: "Shape") -> Counts:
+    """What one call of n tokens does, by that kernel."""
+    problem, target, p, width = plan.problem, plan.target, plan.problem.pattern, shape.width
     assert isinstance(target, GpuTarget)
-    tiles, widths, boxes, few = _tiles(plan), -(-n // width), plan.cut.pieces, plan.few(width)
-    if problem.operator.token_axis:
-        boxes *= max(width // SLOT, 1)
-    steps = tiles.w_tiles if few else tiles.steps  # each slot brings its own X where tokens are few
-    value_bytes = int(tiles.w_tiles) * 2 * SLOT * SLOT
-    table_bytes = 4 * tiles.count * plan.slots * SLOT + int(tiles.steps) * (5 + 4 * plan.cut.pieces)
-    y_bytes = problem.out_dtype.bytes
-    from_l2 = widths * (value_bytes + steps * width * 2 * SLOT)
+    tiles, unit = plan.tiles, problem.dtype.bytes
+    steps, w_tiles = float(tiles.steps.sum()), float(tiles.w_tiles.sum())
+    value_bytes, x_bytes, y_bytes = int(w_tiles) * 128 * SLOT, 128 * width, problem.out_dtype.bytes
+    table_bytes = 4 * tiles.steps.size * plan.cut.slots * SLOT + int(steps) * (5 + 4 * plan.cut.pieces)
     # a product of 64 rows reads 2 KiB of W and the tokens' 32 bytes each, or is limited by its multiply-adds
     rate = target.matrix_flop_per_cycle(problem.dtype.name) / target.sms
-    product = max(2 * SLOT * width * 16 / rate, (2 * SLOT * 16 + 32 * width) / SHARED)
-    staged = 2 * tiles.count * plan.slots * SLOT * width * (4 * plan.parts if few else 4 if plan.late else y_bytes)
+    product = max(2 * SLOT * width * 32 / unit / rate, (2048 + 32 * width) / SHARED)
+    widths = -(-n // (width * shape.across)) * shape.across
+    work = _split if shape.few else _whole
+    bounds, from_l2 = work(plan, shape, widths, product, x_bytes, y_bytes)
     memory = value_bytes + table_bytes + (p.K * problem.x_dtype.bytes + problem.rows * y_bytes) * n
-    thread_blocks = max(tiles.count * (plan.slots * plan.parts if few else widths), 1)
-    sms = min(target.sms, thread_blocks)
-    uneven = _unevenness(thread_blocks, sms)
-    serial = steps * STEP_CYCLES + tiles.count * TILE_CYCLES * (plan.parts if few else 1) + staged / SHARED
-    bounds = (
-        (4 * tiles.w_tiles * product + serial) * widths * uneven / sms,
-        max(from_l2 / target.l2_bytes_per_cycle, from_l2 * uneven / (INGEST * sms)),
-        steps * widths * boxes * BOX_CYCLES * uneven / sms,
-        memory / target.dram_bytes_per_cycle if memory > target.l2_bytes else 0.0,
-    )
-    if plan.gathered and not few:
-        bounds = (*bounds[:2], steps * widths * GATHER_CYCLES * width / SLOT * uneven / sms, bounds[3])
-    cycles = max(bounds) + OVERLAP * (sum(bounds) - max(bounds))
-    flop = int(tiles.w_tiles) * 2 * SLOT * SLOT * widths * width
+    dram = memory / target.dram_bytes_per_cycle if memory > target.l2_bytes else 0.0
+    bounds = (*bounds, from_l2 / target.l2_bytes_per_cycle, dram)
+    cycles = max(bounds) + OVERLAP * (sum(bounds) - max(bounds)) + CLUSTER_CYCLES * (plan.cluster(shape) > 1)
+    flop = int(w_tiles * 128 / unit) * 2 * SLOT * widths * width
     return Counts(
         flop=max(flop, problem.flop(n)), effective_flop=problem.flop(n), vector_fma=flop // (2 * WARP),
-        vector_loads=int(tiles.w_tiles * 4 * widths), l1_bytes=int(tiles.w_tiles * 4 * widths * product * SHARED),
-        l2_bytes=int(from_l2), memory_bytes=memory, registers=width // 2 * plan.slots // 2 + 40,
+        vector_loads=int(w_tiles * 4 * widths), l1_bytes=int(w_tiles * 4 * widths * product * SHARED),
+        l2_bytes=int(from_l2), memory_bytes=memory, registers=width // 2 * (1 if shape.few else plan.slots // 2) + 40,
         code_bytes=64 * 4 * 2 ** (plan.slots // 2), table_bytes=table_bytes, value_bytes=value_bytes, cycles=cycles,
     )  # fmt: skip
 
 
-def _unevenness(tiles: int, sms: int) -> float:
-    """How much longer the last SM works than the mean: a whole tile more at most, half of one in an order from large to
-    small where there are several for each."""
-    rounds = tiles / sms
-    return math.ceil(rounds) / rounds if rounds < 2 else 1 + 0.5 / rounds
+def _whole(
+    plan: "HopperPlan", shape: "Shape", widths: int, product: float, x_bytes: int, y_bytes: int
+) -> tuple[tuple[float, ...], float]:
+    """Thread blocks that stay, each with whole tiles: cycles of products, of what an SM takes in and of boxes; bytes
+    from L2, where what is sent to several counts once."""
+    target, tiles, width = plan.target, plan.tiles, shape.width
+    assert isinstance(target, GpuTarget)
+    cluster = plan.cluster(shape)
+    sms = target.sms if cluster <= 2 else max(target.sms - ODD_SMS, cluster)
+    clusters, units = max(sms // cluster, 1), tiles.steps.size * widths // shape.across
+    steps, w_tiles = float(tiles.steps.sum()) * widths, float(tiles.w_tiles.sum()) * widths
+    staged = 2 * plan.slots * SLOT * width * (4 if plan.late else y_bytes) / SHARED
+    work = tiles.work(product, plan.down) + staged
+    uneven, busy = _unevenness(work, widths // shape.across, clusters), clusters * cluster
+    w_bytes, piece_boxes = 128 * SLOT * w_tiles, plan.cut.pieces * (1 if plan.problem.operator.token_axis == 0 else width // SLOT)
+    taken = w_bytes + steps * plan.down * x_bytes
+    boxes = steps * max(plan.down if plan.problem.operator.token_axis == 0 else 1, 1) * piece_boxes * BOX_CYCLES
+    if plan.gathered:
+        boxes = steps * plan.down * GATHER_CYCLES * width / SLOT
+    from_l2 = w_bytes / shape.across + steps * x_bytes
+    products = float(work.sum()) * widths * plan.down * uneven / busy
+    return (products, taken * uneven / (INGEST * busy), boxes * uneven / busy), from_l2
 
 
-def _tiles(plan: "HopperPlan") -> _Tiles:
+def _split(
+    plan: "HopperPlan", shape: "Shape", widths: int, product: float, x_bytes: int, y_bytes: int
+) -> tuple[tuple[float, ...], float]:
+    """Thread blocks of one slot and a part of its steps; each brings its own X, and has its sums added up."""
+    target, w_tiles = plan.target, float(plan.tiles.w_tiles.sum())
+    assert isinstance(target, GpuTarget)
+    slots = plan.tiles.steps.size * plan.cut.slots
+    thread_blocks = slots * shape.parts * widths
+    rounds = thread_blocks / (RESIDENT * target.sms)
+    uneven = math.ceil(rounds) / rounds if rounds < 2 else 1 + 0.5 / rounds
+    sms = min(target.sms, thread_blocks)
+    if rounds < 1:
+        uneven = max(1.0, math.ceil(thread_blocks / target.sms) * target.sms / thread_blocks) if thread_blocks > target.sms else 1.0
+    staged = 2 * SLOT * shape.width * 4 / SHARED
+    serial = w_tiles * STEP_CYCLES + slots * shape.parts * (TILE_CYCLES / RESIDENT + staged)
+    products = (4 * w_tiles * product + serial) * widths * uneven / sms
+    boxes = plan.cut.pieces * (1 if plan.problem.operator.token_axis == 0 else max(shape.width // SLOT, 1))
+    from_l2 = widths * w_tiles * (128 * SLOT + x_bytes)
+    return (products, from_l2 * uneven / (INGEST * sms), w_tiles * widths * boxes * BOX_CYCLES * uneven / sms), from_l2
+
+
+def _unevenness(work: NDArray[Any], widths: int, clusters: int) -> float:
+    """How much longer the last cluster works than the mean, dealt out as the kernel does: the most first, every second
+    round backwards."""
+    units = work.size * widths
+    if units > DEALT:
+        return 1 + 0.5 * clusters / units
+    rounds = -(-units // clusters)
+    dealt = np.zeros(rounds * clusters)
+    dealt[:units] = np.repeat(work, widths)
+    table = dealt.reshape(rounds, clusters)
+    table[1::2] = table[1::2, ::-1]
+    return float(table.sum(axis=0).max() * clusters / max(dealt.sum(), 1e-9))
+
+
+def tiles_of(plan: "HopperPlan") -> Tiles:
+    """Of the pattern's tables, or as they are likely to be."""
     p, cut = plan.problem.pattern, plan.cut
+    if not isinstance(p, EvenPattern):
+        t = plan.packing
+        return Tiles(np.diff(t.steps).astype(np.float64), np.diff(t.values[t.steps]).astype(np.float64))
     slots = -(-p.block_rows // cut.segments) * cut.parts
     count, wide = -(-slots // cut.slots), p.block_cols * cut.wide
     if not p.nnzb:
-        return _Tiles(count, 0.0, 0.0)
+        return Tiles(np.zeros(count), np.zeros(count))
 
     def united(block_rows: int) -> float:
         """Pieces that so many block rows need together."""
-        return wide * (1 - (1 - p.density) ** min(block_rows, p.block_rows))
+        share = 1 - (1 - p.density) ** min(block_rows, p.block_rows)
+        return wide * max(share * (CLUSTERED if block_rows > 1 else 1.0), p.density)
 
-    per_tile = united(cut.block_rows)
-    steps = max(math.ceil(per_tile) / cut.pieces, 1.0)
+    steps = max(math.ceil(united(cut.block_rows)) / cut.pieces, 1.0)
     per_slot = united(cut.segments) / cut.pieces  # in whole steps, were its pieces side by side
     mixed = 0.0 if cut.pieces == 1 or cut.block_rows == cut.segments else 0.5 * min(2**cut.slots - 2, steps)
-    w_tiles = slots * min(per_slot + mixed, steps)
-    return _Tiles(count, count * steps, max(w_tiles, 1.0))
+    w_tiles = max(cut.slots * min(per_slot + mixed, steps), 1.0)
+    blocks = max(cut.block_rows * p.block_cols, 1)  # were each of them stored by chance
+    spread = math.sqrt((1 - p.density) / (p.density * blocks))
+    place = np.linspace(1, 0, 2 * count + 1)[1::2]
+    likely = 1 + spread * np.array([NormalDist().inv_cdf(q) for q in place.tolist()])
+    return Tiles(steps * np.maximum(likely, 0.1), w_tiles * np.maximum(likely, 0.1))

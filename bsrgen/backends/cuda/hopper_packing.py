@@ -10,7 +10,7 @@ from bsrgen.pattern import Pattern
 
 Integers = NDArray[Any]
 
-SLOT = 64  # rows of W that one product has, and features of a step
+SLOT = 64  # rows of W that one product has
 WINDOW = 1024  # block rows that are searched for partners: the search is quadratic
 
 
@@ -24,11 +24,12 @@ class Cut:
     slots: int
     wide: int
     width: int
+    step: int = 64  # features of a step
 
     @property
     def pieces(self) -> int:
         """Pieces of a step."""
-        return SLOT // self.width
+        return self.step // self.width
 
     @property
     def block_rows(self) -> int:
@@ -40,7 +41,7 @@ class Cut:
 class HopperPacking:
     """The pattern as tables, tiles in the order they start in: the most work first.
 
-    A tile goes through the pieces that any of its slots has, 64 features a step.  A slot that has none of a step's has
+    A tile goes through the pieces that any of its slots has, 128 bytes of features a step.  A slot that has none of a step's has
     no W for it; zeros stand for pieces that it lacks, and X behind the last one is out of bounds, which reads as zeros.
     """
 
@@ -146,16 +147,16 @@ def _starts(counts: Integers) -> Integers:
 
 
 def pack_tiles(data: NDArray[Any], source: Integers, cut: Cut) -> NDArray[Any]:
-    """data[nnzb, R, C] -> [tiles of W][64 rows][64 features], zeros where there is nothing, as 128-byte swizzling has
-    them: eight features j of row r at place j ^ r % 8 of the row (PTX ISA 8.5, section 5.5.7)."""
+    """data[nnzb, R, C] -> [tiles of W][64 rows][cut.step features], zeros where there is nothing, as 128-byte
+    swizzling has them: 16 bytes j of row r at place j ^ r % 8 of the row (PTX ISA 8.5, section 5.5.7)."""
     nnzb, R, C = data.shape
     height = min(R, SLOT)
     whole = np.zeros((nnzb, cut.parts * height, C), data.dtype)
     whole[:, :R] = data
     pieces = whole.reshape(nnzb, cut.parts, height, cut.wide, cut.width).transpose(0, 1, 3, 2, 4)
     pieces = np.concatenate([pieces.reshape(-1, height, cut.width), np.zeros((1, height, cut.width), data.dtype)])
-    tiles = np.zeros((source.shape[0], SLOT, SLOT), data.dtype)
+    tiles = np.zeros((source.shape[0], SLOT, cut.step), data.dtype)
     found = pieces[source].transpose(0, 1, 3, 2, 4)  # -1 is the piece of zeros
-    tiles[:, : cut.segments * height] = found.reshape(-1, cut.segments * height, SLOT)
+    tiles[:, : cut.segments * height] = found.reshape(-1, cut.segments * height, cut.step)
     r, j = np.ogrid[:SLOT, :8]
-    return np.ascontiguousarray(tiles.reshape(-1, SLOT, 8, 8)[:, r, j ^ r % 8])
+    return np.ascontiguousarray(tiles.reshape(-1, SLOT, 8, cut.step // 8)[:, r, j ^ r % 8])
