@@ -11,6 +11,7 @@ enum { STAGE_ALIGNMENT = 1024 };
 /* An operand in shared memory: where it starts, the strides of its groups of 8 rows (or columns), how it is swizzled. */
 enum swizzle { SWIZZLE_NONE = 0, SWIZZLE_128 = 1, SWIZZLE_64 = 2, SWIZZLE_32 = 3 };
 
+#ifndef BSRGEN_HOST_PART
 DEVICE uint32_t shared_address(const void *at) { return (uint32_t)__cvta_generic_to_shared(at); }
 
 DEVICE uint64_t operand(const void *at, uint32_t leading_bytes, uint32_t stride_bytes, uint64_t swizzle)
@@ -64,6 +65,34 @@ DEVICE void copy_box(void *shared, const CUtensorMap *map, int x, int y, uint64_
                  : : "r"(shared_address(shared)), "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)) : "memory");
 }
 
+/* The same into that place of each thread block of the cluster whose bit `ranks` has, and the bytes are counted by the
+ * barrier at that place there. */
+DEVICE void copy_bulk_to(void *shared, const void *global, uint32_t bytes, uint64_t *barrier, int ranks)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+                 : : "r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"((uint16_t)ranks) : "memory");
+}
+
+DEVICE void copy_box_to(void *shared, const CUtensorMap *map, int x, int y, uint64_t *barrier, int ranks)
+{
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
+                 : : "r"(shared_address(shared)), "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)), "h"((uint16_t)ranks) : "memory");
+}
+
+/* An arrival at the barrier at that place of another thread block of the cluster. */
+DEVICE void barrier_arrive_there(uint64_t *barrier, int rank)
+{
+    asm volatile("{\n.reg .b32 at;\n"
+                 "mapa.shared::cluster.u32 at, %0, %1;\n"
+                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [at];\n}"
+                 : : "r"(shared_address(barrier)), "r"(rank) : "memory");
+}
+
+/* This kernel may have begun before the one ahead of it on the stream was over: until here, where all of that is done and
+ * seen; and the next one may begin (programmatic dependent launch; no effect where the launch does not ask for it). */
+DEVICE void earlier_done() { asm volatile("griddepcontrol.wait;" : : : "memory"); }
+DEVICE void next_may_begin() { asm volatile("griddepcontrol.launch_dependents;" : : : "memory"); }
+
 /* What this thread has seen in shared memory, products and the copy engine see as well. */
 DEVICE void seen_by_all() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
 
@@ -77,6 +106,11 @@ template <int COUNT> DEVICE void sums_done(float (&sums)[COUNT])
 {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(sums[i]) : : "memory");
+}
+template <int COUNT> DEVICE void sums_done(int (&sums)[COUNT])
+{
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(sums[i]) : : "memory");
 }
 
 template <int COUNT> DEVICE void registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(COUNT)); }
@@ -92,12 +126,14 @@ DEVICE void cluster_meet()
 }
 
 /* What another thread block of the cluster has at that place of its shared memory. */
-DEVICE float there(const float *shared, int rank)
+template <class T> DEVICE T there(const T *shared, int rank)
 {
-    uint32_t at;
-    float value;
+    uint32_t at, bits;
+    T value;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(shared)), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(at) : "memory");
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(bits) : "r"(at) : "memory");
+    static_assert(sizeof value == sizeof bits, "sums");
+    memcpy(&value, &bits, sizeof value);
     return value;
 }
 
@@ -108,7 +144,9 @@ DEVICE float there(const float *shared, int rank)
 #else
 #define HOPPER_CODE 1
 #endif
+#endif
 
+#ifndef __CUDACC_RTC__
 /* The driver's function that describes a matrix to the copy engine, NULL where the driver is older. */
 typedef CUresult (*describe_matrix)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
@@ -129,4 +167,5 @@ static inline cudaError_t find_describe_matrix(describe_matrix *function)
     *function = (describe_matrix)found;
     return error;
 }
+#endif
 #endif

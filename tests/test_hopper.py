@@ -14,7 +14,7 @@ from support import assert_right, make_weight, problem_of, single
 from bsrgen import advice, cost, tune
 from bsrgen.backends import BACKENDS
 from bsrgen.backends.cuda import HopperPlan, candidates
-from bsrgen.backends.cuda.hopper import SHARED_BYTES
+from bsrgen.backends.cuda.hopper import CLUSTER, SHARED_BYTES, Shape
 from bsrgen.backends.cuda.hopper_packing import Cut, clustered, pack_hopper, pack_tiles
 from bsrgen.choose import allowed
 from bsrgen.dtypes import DTYPES
@@ -32,8 +32,10 @@ def weight_of(kind, shape, block, dtype="float16", seed=1):
     return Weight(weight.pattern, weight.data.astype(DTYPES[dtype].numpy))
 
 
-def plan_of(problem, slots=2, widths=(16, 64)):
-    return HopperPlan(problem, SMALL, slots, widths)
+def plan_of(problem, slots=2, widths=(16, 64), across=1, down=1, parts=2):
+    """A plan whose calls of no more tokens than one of `widths` but the last are split."""
+    few = (Shape(width, width, parts) for width in widths[:-1])
+    return HopperPlan(problem, SMALL, slots, (*few, Shape(widths[-1], across=across)), down)
 
 
 def library_of(kernel):
@@ -135,14 +137,14 @@ GATHER_MUTATIONS = {
 def test_gather_in_four_stages(rng, tmp_path):
     weight = weight_of("full", (64, 300), (64, 3))
     problem = problem_of(weight, "spmm")
-    change = " STAGES = 8;", " STAGES = 4;"
+    change = " STAGES<64> = 8;", " STAGES<64> = 4;"
     kernel = emulated(plan_of(problem, 2, (64,)), weight, tmp_path, lambda text: replaced(text, *change))
     check_device_calls(kernel, problem, weight, rng, (72,), exact=False)
 
 
 @pytest.mark.parametrize("name", GATHER_MUTATIONS)
 def test_mutation_of_a_gather_is_found(name, rng, tmp_path):
-    few_stages, mutation = (" STAGES = 8;", " STAGES = 4;"), GATHER_MUTATIONS[name]
+    few_stages, mutation = (" STAGES<64> = 8;", " STAGES<64> = 4;"), GATHER_MUTATIONS[name]
     weight = weight_of("full", (64, 300), (64, 3))
     problem = problem_of(weight, "spmm")
     kernel = emulated(
@@ -170,7 +172,7 @@ def victim():
 
 def changed(text, old="", new=""):
     """The victim's text, with two stages and one change."""
-    text = replaced(text, " STAGES = 8;", " STAGES = 2;")
+    text = replaced(text, " STAGES<64> = 8;", " STAGES<64> = 2;")
     return replaced(text, old, new) if old else text
 
 

@@ -14,9 +14,9 @@ typedef int CUresult;
 typedef uint32_t cuuint32_t;
 typedef uint64_t cuuint64_t;
 typedef int CUtensorMapDataType, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill;
-struct alignas(64) CUtensorMap { const uint8_t *base; uint64_t size[2], stride; uint32_t box[2]; int swizzle_bytes; };
+struct alignas(64) CUtensorMap { const uint8_t *base; uint64_t size[2], stride; uint32_t box[2]; int swizzle_bytes, unit; };
 enum { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1 };
-enum { CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 };
+enum { CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_DATA_TYPE_UINT8 };
 enum { CU_TENSOR_MAP_SWIZZLE_NONE = 0, CU_TENSOR_MAP_SWIZZLE_32B = 32, CU_TENSOR_MAP_SWIZZLE_64B = 64, CU_TENSOR_MAP_SWIZZLE_128B = 128 };
 enum { CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE };
 
@@ -25,16 +25,17 @@ enum { CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TEN
 
 namespace emulation {
 
-enum { BARRIERS = 64 * CLUSTER, FLYING = 4096, GROUPS = 8, PRODUCTS = 64, NAMED = 16, BASE = 1024 + 16 * 37 };
+enum { BARRIERS = 64 * CLUSTER, FLYING = 1 << 15, GROUPS = 8, PRODUCTS = 64, NAMED = 16, BASE = 1024 + 16 * 37 };
 struct Barrier { const void *at; int count, pending, phase; long bytes; bool usable; };
 struct Copying { unsigned block; uint8_t *to; const uint8_t *from; uint32_t bytes; const CUtensorMap *map; int x, y; Barrier *barrier; };
-struct Product { float *sums; int width; uint64_t w, x; bool transposed; float (*widen)(uint16_t); };
+struct Product { void *sums; int width; uint64_t w, x; bool transposed; void (*widen)(), (*now)(const Product *const *, int); };
 struct Warpgroup { /* of one thread: groups of products, the open one last; what the sums were, where they are in use */
     Product product[PRODUCTS];
     int group[PRODUCTS], products, opened, run; /* the last group that has run */
     bool fenced;
     size_t bytes; /* of the sums of one */
-    float *owner[4], before[4][128];
+    void *owner[4];
+    uint32_t before[4][128];
     int owners;
 };
 struct Meeting { int arrived; long times; };
@@ -47,6 +48,7 @@ static Meeting meetings[CLUSTER][NAMED];
 static uint8_t *rings[CLUSTER]; /* dynamic shared memory of each thread block */
 static Meeting cluster_meeting;
 static long products_run;
+static bool early, waited[MOST]; /* the launch may overlap the one ahead; a thread knows that that one is over */
 static bool at_once; /* products of this thread block */
 static size_t allowed_bytes = 48 << 10; /* of dynamic shared memory */
 static uint64_t dice = 99194853094755497u;
@@ -54,11 +56,22 @@ static uint64_t dice = 99194853094755497u;
 static void finish_block()
 {
     if (flying_count) fail("a copy that nobody waited for");
-    for (unsigned t = 0; t < threads * cluster; t++)
+    for (unsigned t = 0; t < threads * cluster; t++) {
         if (warpgroups[t].products) fail("products that nobody waited for");
+        if (early && !waited[t]) fail("a thread that did not wait for the kernel ahead");
+    }
     for (int i = 0; i < barrier_count; i++)
         if (barrier_list[i].bytes) fail("a barrier whose bytes never came");
     at_end = NULL;
+}
+
+/* The threads of a thread block of the cluster have not all left. */
+static void must_be_there(int rank)
+{
+    if (rank < 0 || rank >= (int)cluster || !rings[rank]) fail("no such thread block in the cluster, or not yet");
+    bool there = false;
+    for (unsigned t = 0; t < threads; t++) there |= !fibers[rank * threads + t].done;
+    if (!there) fail("shared memory of a thread block that is over");
 }
 
 /* Addresses of shared memory begin at some multiple of 16. */
@@ -91,6 +104,7 @@ static uint8_t *dynamic_shared(size_t bytes)
     if (!at_end) { /* the first thread of a thread block */
         memset(warpgroups, 0, sizeof *warpgroups * threads * cluster), memset(meetings, 0, sizeof meetings);
         memset(rings, 0, sizeof rings), memset(hidden_by, 0, sizeof hidden_by), landed = hide, cluster_meeting = {};
+        memset(waited, 0, sizeof waited);
         at_once = !at_once;
         flying_count = 0, barrier_count = 0, at_end = finish_block;
     }
@@ -123,8 +137,10 @@ static void copy_lands(int i)
             for (uint32_t e = 0; e < c.map->box[0]; e++) {
                 const int64_t x = (int64_t)c.x + e, y = (int64_t)c.y + r;
                 const bool there = x >= 0 && y >= 0 && x < (int64_t)c.map->size[0] && y < (int64_t)c.map->size[1];
-                const uint16_t value = there ? *(const uint16_t *)(c.map->base + y * c.map->stride + 2 * x) : 0;
-                memcpy(place(swizzled(address(c.to, c.block) + (r * c.map->box[0] + e) * 2, c.map->swizzle_bytes), c.block), &value, 2);
+                const int unit = c.map->unit;
+                uint8_t *to = place(swizzled(address(c.to, c.block) + (r * c.map->box[0] + e) * unit, c.map->swizzle_bytes), c.block);
+                memset(to, 0, unit);
+                if (there) memcpy(to, c.map->base + y * c.map->stride + unit * x, unit);
             }
     c.barrier->bytes -= c.bytes;
     turn(c.barrier);
@@ -150,38 +166,44 @@ static void wait_phase(Barrier *b, int parity)
     }
 }
 
-/* Element of an operand: row (of W, or token of X) and feature, through the descriptor. */
-static uint16_t element(uint64_t d, int row, int k, bool transposed)
+/* The first byte of an element of an operand: row (of W, or token of X) and feature, through the descriptor. */
+static const uint8_t *element(uint64_t d, int row, int k, bool transposed, int bytes)
 {
     const uint32_t start = (d & 0x3fff) << 4, leading = (d >> 16 & 0x3fff) << 4, stride = (d >> 32 & 0x3fff) << 4;
-    const int mode = (int)(d >> 62), line = mode == 1 ? 128 : mode == 2 ? 64 : mode == 3 ? 32 : 16;
+    const int mode = (int)(d >> 62), line = mode == 1 ? 128 : mode == 2 ? 64 : mode == 3 ? 32 : 16, chunk = 16 / bytes;
+    if (transposed && bytes != 2) fail("only elements of two bytes can be turned");
     const uint32_t at = transposed ? start + row / (line / 2) * leading + row % (line / 2) * 2 + k / 8 * stride + k % 8 * line
-                                   : start + row / 8 * stride + row % 8 * line + (line == 16 ? k / 8 * leading + k % 8 * 2 : k * 2);
-    uint16_t value;
+                                   : start + row / 8 * stride + row % 8 * line + (line == 16 ? k / chunk * leading + k % chunk * bytes : k * bytes);
     const uint8_t *byte = place(swizzled(at, line), block_rank());
     if (hidden_by[block_rank()][(byte - rings[block_rank()]) / 16]) fail("products read what a thread has copied and not shown");
-    memcpy(&value, byte, 2);
-    return value;
+    return byte;
 }
 
 /* A product of one warp, all lanes' sums: rows 16 * warp + lane / 4 and 8 more, tokens 8 i + lane % 4 * 2 and one more. */
-static void multiply_now(const Product *const *lanes, int warp)
+template <class T, class E> static void multiply_now(const Product *const *lanes, int warp)
 {
-    static float w[16][16], x[256][16];
+    enum { STEP = 32 / sizeof(E) };
+    static T w[16][STEP], x[256][STEP];
     const Product &p = *lanes[0];
+    T (*const widen)(E) = (T (*)(E))p.widen;
+    auto value = [&](uint64_t d, int row, int k, bool transposed) {
+        E v;
+        memcpy(&v, element(d, row, k, transposed, sizeof(E)), sizeof v);
+        return widen(v);
+    };
     products_run++;
-    for (int k = 0; k < 16; k++) {
-        for (int r = 0; r < 16; r++) w[r][k] = p.widen(element(p.w, 16 * warp + r, k, false));
-        for (int t = 0; t < p.width; t++) x[t][k] = p.widen(element(p.x, t, k, p.transposed));
+    for (int k = 0; k < STEP; k++) {
+        for (int r = 0; r < 16; r++) w[r][k] = value(p.w, 16 * warp + r, k, false);
+        for (int t = 0; t < p.width; t++) x[t][k] = value(p.x, t, k, p.transposed);
     }
     for (int lane = 0; lane < WARP; lane++) {
         if (lanes[lane]->w != p.w || lanes[lane]->x != p.x) fail("lanes of a warp with operands of their own");
-        const Warpgroup &g = warpgroups[current / WARP * WARP + lane];
-        float *sums = NULL;
+        Warpgroup &g = warpgroups[current / WARP * WARP + lane];
+        T *sums = NULL;
         for (int o = 0; o < g.owners; o++)
-            if (g.owner[o] == lanes[lane]->sums) sums = (float *)g.before[o];
+            if (g.owner[o] == lanes[lane]->sums) sums = (T *)(void *)g.before[o];
         for (int e = 0; e < p.width / 2; e++)
-            for (int k = 0; k < 16; k++) sums[e] += w[lane / 4 + e / 2 % 2 * 8][k] * x[e / 4 * 8 + lane % 4 * 2 + e % 2][k];
+            for (int k = 0; k < STEP; k++) sums[e] += w[lane / 4 + e / 2 % 2 * 8][k] * x[e / 4 * 8 + lane % 4 * 2 + e % 2][k];
     }
 }
 
@@ -196,7 +218,7 @@ static void products_left(int left)
             if (g.group[i] < g.run) continue;
             const Product *lanes[WARP];
             for (int lane = 0; lane < WARP; lane++) lanes[lane] = ((const Warpgroup *)(uintptr_t)all[lane])->product + i;
-            multiply_now(lanes, (int)(current % threads / WARP % 4));
+            lanes[0]->now(lanes, (int)(current % threads / WARP % 4));
         }
     looked();
     if (now > g.run) g.run = now;
@@ -208,7 +230,7 @@ static void products_left(int left)
     if (!g.products) g.owners = 0;
 }
 
-static void product(float *sums, int width, uint64_t w, uint64_t x, bool transposed, float (*widen)(uint16_t))
+template <class T, class E> static void product(T *sums, int width, uint64_t w, uint64_t x, bool transposed, T (*widen)(E))
 {
     Warpgroup &g = warpgroups[current];
     if (!g.fenced) fail("products without a fence before them");
@@ -216,11 +238,11 @@ static void product(float *sums, int width, uint64_t w, uint64_t x, bool transpo
     bool known = false;
     for (int o = 0; o < g.owners; o++) known |= g.owner[o] == sums;
     if (!known) {
-        g.bytes = sizeof(float) * (size_t)(width / 2);
+        g.bytes = sizeof(T) * (size_t)(width / 2);
         memcpy(g.before[g.owners], sums, g.bytes), g.owner[g.owners++] = sums;
         memset((void *)sums, 0xff, g.bytes);
     }
-    g.product[g.products] = {sums, width, w, x, transposed, widen}, g.group[g.products++] = g.opened;
+    g.product[g.products] = {sums, width, w, x, transposed, (void (*)())widen, multiply_now<T, E>}, g.group[g.products++] = g.opened;
 }
 
 static void meet(Meeting &m, int count)
@@ -231,26 +253,25 @@ static void meet(Meeting &m, int count)
     while (m.times == mine) yield();
 }
 
-static float elsewhere(const float *at, int rank)
+/* The same place in the shared memory of another thread block of the cluster. */
+static uint8_t *elsewhere(const void *at, int rank)
 {
-    if (rank < 0 || rank >= (int)cluster || !rings[rank]) fail("no such thread block in the cluster");
-    bool there = false;
-    for (unsigned t = 0; t < threads; t++) there |= !fibers[rank * threads + t].done;
-    if (!there) fail("shared memory of a thread block that is over");
-    return *(const float *)place(address(at, block_rank()), (unsigned)rank);
+    must_be_there(rank);
+    return place(address(at, block_rank()), (unsigned)rank);
 }
 
 static int capability[2] = {9, 0};
 
 /* As cuTensorMapEncodeTiled checks them (driver API, tensor map object management). */
-static CUresult encode(CUtensorMap *map, CUtensorMapDataType, cuuint32_t rank, void *base, const cuuint64_t *size, const cuuint64_t *stride,
+static CUresult encode(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *base, const cuuint64_t *size, const cuuint64_t *stride,
                        const cuuint32_t *box, const cuuint32_t *every, CUtensorMapInterleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill)
 {
+    const int unit = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
     const bool right = rank == 2 && (uintptr_t)base % 16 == 0 && (uintptr_t)map % 64 == 0 && stride[0] % 16 == 0 && stride[0] < 1ull << 40 &&
                        size[0] && size[1] && box[0] && box[1] && box[0] <= 256 && box[1] <= 256 && every[0] == 1 && every[1] == 1 &&
-                       box[0] * 2 % 16 == 0 && (!swizzle || box[0] * 2 <= (cuuint32_t)swizzle);
+                       box[0] * unit % 16 == 0 && (!swizzle || box[0] * unit <= (cuuint32_t)swizzle);
     if (!right) return CUDA_ERROR_INVALID_VALUE;
-    *map = {(const uint8_t *)base, {size[0], size[1]}, stride[0], {box[0], box[1]}, swizzle};
+    *map = {(const uint8_t *)base, {size[0], size[1]}, stride[0], {box[0], box[1]}, swizzle, unit};
     return CUDA_SUCCESS;
 }
 
@@ -264,7 +285,11 @@ static inline void barrier_init(uint64_t *at, int count)
 }
 static inline void barriers_done()
 {
-    for (int i = 0; i < emulation::barrier_count; i++) emulation::barrier_list[i].usable = true;
+    const uint8_t *ring = emulation::rings[emulation::block_rank()];
+    for (int i = 0; i < emulation::barrier_count; i++) {
+        const uint8_t *at = (const uint8_t *)emulation::barrier_list[i].at;
+        emulation::barrier_list[i].usable |= at >= ring && at < ring + emulation::dynamic_bytes;
+    }
 }
 static inline void barrier_arrive(uint64_t *at)
 {
@@ -278,16 +303,23 @@ static inline void barrier_expect(uint64_t *at, uint32_t bytes)
     b->bytes += bytes, b->pending--, emulation::turn(b);
 }
 static inline void barrier_wait(uint64_t *at, int parity) { emulation::wait_phase(emulation::barrier_at(at), parity); }
-static inline void copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *barrier)
+/* The same arrival, at the barrier of another thread block. */
+static inline void barrier_arrive_there(uint64_t *at, int rank) { barrier_arrive((uint64_t *)(void *)emulation::elsewhere(at, rank)); }
+static inline void copy_bulk_to(void *to, const void *from, uint32_t bytes, uint64_t *barrier, int ranks)
 {
     if (emulation::address(to, emulation::block_rank()) % 16 || (uintptr_t)from % 16 || bytes % 16 || !bytes) emulation::fail("a bulk copy that is not aligned");
-    emulation::fly({emulation::block_rank(), (uint8_t *)to, (const uint8_t *)from, bytes, NULL, 0, 0, emulation::barrier_at(barrier)});
+    for (int rank = 0; ranks >> rank; rank++)
+        if (ranks >> rank & 1) emulation::fly({(unsigned)rank, emulation::elsewhere(to, rank), (const uint8_t *)from, bytes, NULL, 0, 0, emulation::barrier_at(emulation::elsewhere(barrier, rank))});
 }
-static inline void copy_box(void *to, const CUtensorMap *map, int x, int y, uint64_t *barrier)
+static inline void copy_box_to(void *to, const CUtensorMap *map, int x, int y, uint64_t *barrier, int ranks)
 {
     if (emulation::address(to, emulation::block_rank()) % 128) emulation::fail("a box that is not aligned");
-    emulation::fly({emulation::block_rank(), (uint8_t *)to, NULL, map->box[0] * map->box[1] * 2, map, x, y, emulation::barrier_at(barrier)});
+    if (emulation::early && !emulation::waited[emulation::current]) emulation::fail("X before the kernel ahead is over");
+    for (int rank = 0; ranks >> rank; rank++)
+        if (ranks >> rank & 1) emulation::fly({(unsigned)rank, emulation::elsewhere(to, rank), NULL, map->box[0] * map->box[1] * (uint32_t)map->unit, map, x, y, emulation::barrier_at(emulation::elsewhere(barrier, rank))});
 }
+static inline void copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *barrier) { copy_bulk_to(to, from, bytes, barrier, 1 << emulation::block_rank()); }
+static inline void copy_box(void *to, const CUtensorMap *map, int x, int y, uint64_t *barrier) { copy_box_to(to, map, x, y, barrier, 1 << emulation::block_rank()); }
 static inline void seen_by_all() { emulation::show(); }
 static inline void products_fence() { emulation::warpgroups[emulation::current].fenced = true; }
 static inline void products_commit()
@@ -301,7 +333,12 @@ template <int COUNT> static void registers_more() {}
 template <int COUNT> static void registers_less() {}
 static inline void warps_meet(int number, int count) { emulation::meet(emulation::meetings[emulation::block_rank()][number], count); }
 static inline void cluster_meet() { emulation::meet(emulation::cluster_meeting, (int)(emulation::threads * emulation::cluster)); }
-static inline float there(const float *at, int rank) { return emulation::elsewhere(at, rank); }
+template <class T> static T there(const T *at, int rank) { return *(const T *)(void *)emulation::elsewhere(at, rank); }
+static inline void earlier_done() { emulation::waited[emulation::current] = true; }
+static inline void next_may_begin()
+{
+    if (!emulation::waited[emulation::current]) emulation::fail("the next kernel may begin before this one knows that the earlier one is over");
+}
 static inline void __syncwarp() { emulation::gathered(0), emulation::looked(); }
 static inline uint32_t __cvta_generic_to_shared(const void *at) { return emulation::address(at, emulation::block_rank()); }
 
@@ -316,7 +353,7 @@ static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what
     *value = what == cudaDevAttrMultiProcessorCount ? 3 : what == cudaDevAttrL2CacheSize ? 1 << 16 : emulation::capability[what == cudaDevAttrComputeCapabilityMinor];
     return cudaSuccess;
 }
-static inline cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int bytes)
+template <class F> static cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int bytes)
 {
     if (bytes > 227 << 10) return cudaErrorInvalidValue;
     emulation::allowed_bytes = (size_t)bytes;
@@ -328,16 +365,26 @@ static inline cudaError_t cudaGetDriverEntryPointByVersion(const char *, void **
     return cudaSuccess;
 }
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
-struct cudaLaunchAttribute { cudaLaunchAttributeID id; struct { struct { unsigned x, y, z; } clusterDim; } val; };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute { cudaLaunchAttributeID id; struct { struct { unsigned x, y, z; } clusterDim; int programmaticStreamSerializationAllowed; } val; };
 struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; cudaLaunchAttribute *attrs; unsigned numAttrs; };
 template <class A> static cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(A), A &a)
 {
     void *parameters[] = {&a};
-    emulation::cluster = config->attrs[0].val.clusterDim.x;
+    emulation::early = false;
+    for (unsigned i = 0; i < config->numAttrs; i++) {
+        const cudaLaunchAttribute &wanted = config->attrs[i];
+        if (wanted.id == cudaLaunchAttributeClusterDimension) emulation::cluster = wanted.val.clusterDim.x;
+        else emulation::early = wanted.val.programmaticStreamSerializationAllowed;
+    }
     const cudaError_t error = cudaLaunchKernel(kernel, config->gridDim, config->blockDim, parameters, config->dynamicSmemBytes, config->stream);
-    emulation::cluster = 1;
+    emulation::cluster = 1, emulation::early = false;
     return error;
+}
+template <class F> static cudaError_t cudaOccupancyMaxActiveClusters(int *clusters, F *, const cudaLaunchConfig_t *)
+{
+    *clusters = 2;
+    return cudaSuccess;
 }
 
 /* Which GPU the next launches find. */

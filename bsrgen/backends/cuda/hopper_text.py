@@ -2,11 +2,19 @@
 
 from typing import Any
 
-from bsrgen.backends.cuda.hopper import CHUNK, WARPGROUPS, HopperPlan
+from bsrgen.backends.cuda.hopper import CHUNK, WARPGROUPS, HopperPlan, Shape
 from bsrgen.backends.cuda.hopper_packing import SLOT, pack_tiles
 from bsrgen.backends.cuda.text import entry_of, kernel_of, source_of, tables_in_c
 from bsrgen.emit import Source, banner, render
 from bsrgen.pattern import Weight
+from bsrgen.problem import Problem
+
+PRODUCTS = {  # of warpgroups: features of 32 bytes, types of sums, W and X, what follows the operands
+    "float16": {"k": 16, "types": "f32.f16.f16", "register": "f", "flags": "1, 1, 1, 0, {x_turned}"},
+    "bfloat16": {"k": 16, "types": "f32.bf16.bf16", "register": "f", "flags": "1, 1, 1, 0, {x_turned}"},
+    "int8": {"k": 32, "types": "s32.s8.s8", "register": "r", "flags": "1"},
+}
+MAPS = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "int8": "UINT8"}  # the copy engine's names
 
 
 def emit(plans: tuple[HopperPlan, ...], weight: Weight) -> Source:
@@ -16,7 +24,7 @@ def emit(plans: tuple[HopperPlan, ...], weight: Weight) -> Source:
     values = pack_tiles(weight.data, source, cut)
     blobs = {"values": "unsigned char", "source": "int64_t"}
     entry = entry_of(plan.problem, plan.target, values.nbytes, blobs) | {
-        "hopper": True, "tiles": source.shape[0], "parts": cut.parts, "segments": cut.segments, "width": cut.width,
+        "hopper": True, "tiles": source.shape[0], "parts": cut.parts, "segments": cut.segments, "width": cut.width, "step": cut.step,
     }  # fmt: skip
     data = {"source": source.tobytes(), "values": values.tobytes()}
     device = render("cuda/wgmma.cu.j2", k=_kernel(plan), banner=banner(plan.problem, (plan,)))
@@ -25,15 +33,27 @@ def emit(plans: tuple[HopperPlan, ...], weight: Weight) -> Source:
 
 def _kernel(plan: HopperPlan) -> dict[str, Any]:
     """What the device's text sees."""
-    t, cut = plan.packing, plan.cut
-    return kernel_of(plan.problem) | {
-        "staged": "float" if plan.late else "y_t", "late": plan.late, "gathered": plan.gathered,
-        "slots": plan.slots, "warpgroups": WARPGROUPS,
-        "mine": plan.slots // WARPGROUPS, "tiles": t.rows.size // (plan.slots * SLOT),
-        "width": cut.width, "pieces": cut.pieces, "chunk": CHUNK,
-        "widths": plan.widths, "parts": plan.parts, "stages": {width: plan.stages(width) for width in plan.widths},
-        "whole": bool((t.masks == (1 << plan.slots) - 1).all()),
-        "kernels": (*map(str, plan.widths), "other"),
+    t, cut, problem = plan.packing, plan.cut, plan.problem
+    kernels = list({shape.name: shape for shape in plan.shapes}.values())
+    many, few = ([shape for shape in kernels if shape.few == is_few] for is_few in (False, True))
+    return kernel_of(problem) | {
+        "accumulator": problem.accumulator.c, "product": _product(problem), "map_type": MAPS[problem.x_dtype.name],
+        "staged": problem.accumulator.c if plan.late else "y_t", "late": plan.late, "gathered": plan.gathered,
+        "slots": cut.slots, "down": plan.down, "warpgroups": WARPGROUPS,
+        "mine": plan.slots // WARPGROUPS, "tiles": t.rows.size // (cut.slots * SLOT),
+        "across": any(shape.across > 1 for shape in many),
+        "clusters": any(plan.cluster(shape) > 1 for shape in many),
+        "width": cut.width, "pieces": cut.pieces, "piece_bytes": cut.width * problem.dtype.bytes, "chunk": CHUNK,
+        "widths": sorted({shape.width for shape in kernels}),
+        "stages": {shape.width: plan.stages(shape) for shape in many},
+        "few_stages": {shape.width: plan.stages(shape) for shape in few},
+        "whole": bool((t.masks == (1 << cut.slots) - 1).all()),
+        "buckets": [{"most": s.most, "name": s.name, "launch": "launch_" + _call(s)} for s in plan.shapes],
+        "kernels": [*(shape.name for shape in kernels), "other"],
+        "variants": [
+            *({"name": s.name, "threads": "FEW_THREADS" if s.few else "THREADS", "call": _call(s)} for s in kernels),
+            {"name": "other", "threads": "OTHER_THREADS", "call": "other"},
+        ],
         "tables": tables_in_c((
             ("tile_rows", t.rows, "row of Y of each row of each tile, -1 for none; the tile with most work first"),
             ("tile_steps", t.steps, "first step of each tile"),
@@ -42,3 +62,14 @@ def _kernel(plan: HopperPlan) -> dict[str, Any]:
             ("step_values", t.values, "first tile of W of each step"),
         )),
     }  # fmt: skip
+
+
+def _call(shape: Shape) -> str:
+    """The template that is one of the kernels."""
+    return f"few<{shape.width}, {shape.parts}>" if shape.few else f"many<{shape.width}, {shape.across}>"
+
+
+def _product(problem: Problem) -> dict[str, Any]:
+    """The instruction that multiplies."""
+    row = PRODUCTS[problem.dtype.name]
+    return row | {"flags": str(row["flags"]).format(x_turned=problem.operator.token_axis)}
