@@ -29,7 +29,8 @@ SMALL = replace(HOPPER, sms=4)  # clusters of two for the small matrices here
 
 def weight_of(kind, shape, block, dtype="float16", seed=1):
     weight = make_weight(kind, shape, block, "float32", seed)
-    return Weight(weight.pattern, weight.data.astype(DTYPES[dtype].numpy))
+    data = np.rint(weight.data * 40) if dtype == "int8" else weight.data
+    return Weight(weight.pattern, data.astype(DTYPES[dtype].numpy))
 
 
 def plan_of(problem, slots=2, widths=(16, 64), across=1, down=1, parts=2):

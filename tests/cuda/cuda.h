@@ -328,7 +328,7 @@ static inline void products_commit()
     g.opened++, g.fenced = false;
 }
 template <int LEFT> static void products_wait() { emulation::products_left(LEFT); }
-template <int COUNT> static void sums_done(float (&)[COUNT]) {}
+template <class T, int COUNT> static void sums_done(T (&)[COUNT]) {}
 template <int COUNT> static void registers_more() {}
 template <int COUNT> static void registers_less() {}
 static inline void warps_meet(int number, int count) { emulation::meet(emulation::meetings[emulation::block_rank()][number], count); }

@@ -20,13 +20,16 @@ PANEL = 128  # bytes of a row in shared memory: 64 features, or 128 of one byte
 W_BYTES = PANEL * SLOT  # of a slot in a step
 FEW_BYTES = 113 << 10  # and of a thread block that has one slot: an SM takes two
 FEW_STRIDE = SLOT + 4  # sums from token to token of its sums
+STREAM_WARPS = 8
+STREAM_TOKENS = 4  # at most, of a thread block without products of warpgroups
 STAGES = 8  # at most: deeper rings hide nothing more
 CHUNK = 32  # tokens of a slot on their way from registers to Y
 CLUSTER = 8  # thread blocks at most, on every Hopper
 LEAST_BYTES = 16  # of a box's rows
 LEAST_ROWS = 8  # of a block; a slot has 64, and zeros where block rows do not fill it
-TYPES = ("float16", "bfloat16")  # of W and X
+TYPES = {"float16": 2, "bfloat16": 2, "int8": 1}  # of W and X alike: operators that they serve; no unit turns bytes
 BUCKETS = (1, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # of tokens
+NEARLY = 1.04
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class Shape:
     """One kernel of a library: `width` tokens of a thread block, in calls of at most `most` tokens (0: in all others).
 
     With `parts`, a cluster of so many thread blocks has one slot, and each of them a part of its steps: no SM waits
-    where tiles are few.  Else a thread block has all slots of a tile and all of its steps, and `across` of a cluster,
+    where tiles are few.  Up to four tokens are no work for products of warpgroups: W streams through registers.  Else a thread block has all slots of a tile and all of its steps, and `across` of a cluster,
     side by side along the tokens, share W: each fetches a part of it and sends it to all (multicast).
     """
 
@@ -47,6 +50,11 @@ class Shape:
     def few(self) -> bool:
         """Whether it splits the steps."""
         return self.parts > 0
+
+    @property
+    def streams(self) -> bool:
+        """Whether it is on the ordinary cores."""
+        return self.width <= STREAM_TOKENS
 
     @property
     def name(self) -> str:
@@ -129,14 +137,16 @@ class HopperPlan(Plan):
         return (1 if shape.few else self.slots) * W_BYTES + shape.width * PANEL
 
     def stages(self, shape: Shape) -> int:
-        """Steps that are on their way or being multiplied at a time."""
+        """Steps that are on their way or being multiplied at a time; of what streams none."""
+        if shape.streams:
+            return 0
         room = (FEW_BYTES if shape.few else SHARED_BYTES) - 1024 - self.staging_bytes(shape)
         return min(STAGES, room // (self.stage_bytes(shape) + 16))  # from a multiple of 1024; two barriers each
 
     def staging_bytes(self, shape: Shape) -> int:
         """Results on their way to Y: a chunk of tokens of a slot for each warpgroup, or sums of all of few tokens."""
         if shape.few:
-            return shape.width * FEW_STRIDE * 4
+            return shape.width * FEW_STRIDE * 4 * (1 + STREAM_WARPS * shape.streams)
         chunk, unit = min(shape.width, CHUNK), 4 if self.late else self.problem.out_dtype.bytes
         if self.problem.operator.token_axis == 0:
             return WARPGROUPS * chunk * (SLOT + 16 // unit) * unit
@@ -164,33 +174,36 @@ class HopperPlan(Plan):
 
     def dynamic_bytes(self, shape: Shape) -> int:
         """And of each."""
-        return 1024 + self.stages(shape) * (self.stage_bytes(shape) + 16) + self.staging_bytes(shape)
+        return self.staging_bytes(shape) if shape.streams else 1024 + self.stages(shape) * (self.stage_bytes(shape) + 16) + self.staging_bytes(shape)
 
 
 def candidates(problem: Problem, target: Target) -> Iterator[HopperPlan]:
-    """Plans for float16 and bfloat16 where the newest GPU is a Hopper and all others can run the second kernel.
+    """Plans for types of TYPES where the newest GPU is a Hopper and all others can run the second kernel.
 
-    X comes by copies of boxes: eight features of a token at least, or any number of features of many tokens.
+    X comes by copies of boxes: 16 bytes of a token at least, or any number of features of many tokens.
     """
     p = problem.pattern
     assert isinstance(target, GpuTarget)
-    alike = problem.dtype is problem.x_dtype and problem.dtype.name in TYPES
+    axis = problem.operator.token_axis
+    alike = problem.dtype is problem.x_dtype and axis < TYPES.get(problem.dtype.name, 0)
     if not alike or target.archs[-1] != HOPPER or "sm_75" in target.archs or p.R < LEAST_ROWS or not p.nnzb:
         return
-    if problem.out_dtype.bytes not in (2, 4) or problem.gate_rows:
+    if problem.out_dtype.bytes > 4 or problem.gate_rows:
         return
-    tokens_first = problem.operator.token_axis == 0
-    if tokens_first and p.C % 8:
+    if axis == 0 and p.C * problem.dtype.bytes % LEAST_BYTES:
         return
     for slots, width in ((2, 256), (4, 128)):
         for down in (1, 2):
             plan = HopperPlan(problem, target, slots, (Shape(width),), down)
-            yield replace(plan, shapes=in_buckets(plan, _shapes(plan, width, tokens_first)))
+            yield replace(plan, shapes=in_buckets(plan, _shapes(plan, width)))
 
 
-def _shapes(plan: HopperPlan, width: int, tokens_first: bool) -> Iterator[Shape]:
+def _shapes(plan: HopperPlan, width: int) -> Iterator[Shape]:
     """Kernels that a library may have."""
-    for few in (16, 64, 128) if tokens_first else (64, 128):
+    for few in (1, STREAM_TOKENS):
+        for parts in (1, 2, 4, 8):
+            yield Shape(few, 0, parts)
+    for few in (16, 64, 128) if plan.problem.operator.token_axis == 0 else (64, 128):
         for parts in (1, 2, 4, 8):
             yield Shape(few, 0, parts)
     for tokens in (width // 2, width):
@@ -199,8 +212,18 @@ def _shapes(plan: HopperPlan, width: int, tokens_first: bool) -> Iterator[Shape]
 
 
 def in_buckets(plan: HopperPlan, shapes: Iterable[Shape]) -> tuple[Shape, ...]:
-    """The fastest of `shapes` for the calls of each of BUCKETS, by the model, the last one for all others."""
-    shapes = tuple(shapes)
-    best = [min(shapes, key=lambda shape: counts(plan, n, shape).cycles) for n in BUCKETS]
-    ends = [i for i in range(len(best)) if i + 1 == len(best) or best[i + 1] != best[i]]
-    return (*(replace(best[i], most=BUCKETS[i]) for i in ends[:-1]), best[-1])
+    """Fast ones of `shapes` for the calls of each of BUCKETS, by the model, the last one for all others; one that is
+    there already where it is hardly slower, because each takes a second to compile."""
+    shapes, launch = tuple(shapes), plan.target.call_s * plan.target.ghz * 1e9
+    used: list[Shape] = []
+    chosen: list[Shape] = []
+    for n in reversed(BUCKETS):
+        cycles = {shape: launch + counts(plan, n, shape).cycles for shape in shapes}
+        most = NEARLY * min(cycles.values())
+        shape = min((shape for shape in used if cycles[shape] <= most), key=cycles.__getitem__, default=None)
+        shape = shape or min(shapes, key=cycles.__getitem__)
+        used += [shape] * (shape not in used)
+        if chosen and replace(chosen[-1], most=0) == shape:
+            continue
+        chosen.append(replace(shape, most=n if chosen else 0))
+    return tuple(reversed(chosen))

@@ -28,6 +28,8 @@ BOX_CYCLES = 16.0  # of the copy engine for one box, however small: a guess
 GATHER_CYCLES = 128.0  # of four warps that copy 64 features of 64 tokens, 16 bytes a thread: a guess
 STEP_CYCLES = 40.0  # of barriers and the start of products, the rest hides behind the other warpgroup: a guess
 TILE_CYCLES = 600.0  # from the last product of a tile to the first of the next, beside the traffic of Y: a guess
+STREAM_CYCLES = 300.0  # of a thread block on the ordinary cores, beside its work: a guess
+STREAM_RATE = 3.0  # instructions of an SM in a cycle, of 4: a guess
 CLUSTER_CYCLES = 1000.0  # until the thread blocks of a cluster have met twice: a guess
 OVERLAP = 0.1  # of the resources that do not bound: all of them are asynchronous; a guess
 CLUSTERED = 0.88  # of the steps that rows in any order need, where rows that share columns are put together: 0.83 to
@@ -114,9 +116,14 @@ def _split(
     if rounds < 1:
         uneven = max(1.0, math.ceil(thread_blocks / target.sms) * target.sms / thread_blocks) if thread_blocks > target.sms else 1.0
     staged = 2 * SLOT * shape.width * 4 / SHARED
-    serial = w_tiles * STEP_CYCLES + slots * shape.parts * (TILE_CYCLES / RESIDENT + staged)
-    products = (4 * w_tiles * product + serial) * widths * uneven / sms
     boxes = plan.cut.pieces * (1 if plan.problem.operator.token_axis == 0 else max(shape.width // SLOT, 1))
+    if shape.streams:  # a lane widens W and X, and multiplies; 16 rows of a tile each
+        vector = 16 // plan.problem.dtype.bytes
+        product = (16 * vector * (shape.width + 1) + 4 * vector * shape.width) / (4 * STREAM_RATE)
+        serial, boxes = slots * shape.parts * (STREAM_CYCLES + staged), 0
+    else:
+        serial = w_tiles * STEP_CYCLES + slots * shape.parts * (TILE_CYCLES / RESIDENT + staged)
+    products = (4 * w_tiles * product + serial) * widths * uneven / sms
     from_l2 = widths * w_tiles * (128 * SLOT + x_bytes)
     return (products, from_l2 * uneven / (INGEST * sms), w_tiles * widths * boxes * BOX_CYCLES * uneven / sms), from_l2
 

@@ -35,7 +35,8 @@ def _kernel(plan: HopperPlan) -> dict[str, Any]:
     """What the device's text sees."""
     t, cut, problem = plan.packing, plan.cut, plan.problem
     kernels = list({shape.name: shape for shape in plan.shapes}.values())
-    many, few = ([shape for shape in kernels if shape.few == is_few] for is_few in (False, True))
+    many = [shape for shape in kernels if not shape.few]
+    few = [shape for shape in kernels if shape.few and not shape.streams]
     return kernel_of(problem) | {
         "accumulator": problem.accumulator.c, "product": _product(problem), "map_type": MAPS[problem.x_dtype.name],
         "staged": problem.accumulator.c if plan.late else "y_t", "late": plan.late, "gathered": plan.gathered,
@@ -44,14 +45,15 @@ def _kernel(plan: HopperPlan) -> dict[str, Any]:
         "across": any(shape.across > 1 for shape in many),
         "clusters": any(plan.cluster(shape) > 1 for shape in many),
         "width": cut.width, "pieces": cut.pieces, "piece_bytes": cut.width * problem.dtype.bytes, "chunk": CHUNK,
-        "widths": sorted({shape.width for shape in kernels}),
+        "widths": sorted({shape.width for shape in kernels if not shape.streams}),
         "stages": {shape.width: plan.stages(shape) for shape in many},
+        "split": any(s.few for s in kernels), "streams": any(s.streams for s in kernels),
         "few_stages": {shape.width: plan.stages(shape) for shape in few},
         "whole": bool((t.masks == (1 << cut.slots) - 1).all()),
-        "buckets": [{"most": s.most, "name": s.name, "launch": "launch_" + _call(s)} for s in plan.shapes],
+        "buckets": [{"most": s.most, "name": s.name, "launch": _launch(s), "streams": s.streams} for s in plan.shapes],
         "kernels": [*(shape.name for shape in kernels), "other"],
         "variants": [
-            *({"name": s.name, "threads": "FEW_THREADS" if s.few else "THREADS", "call": _call(s)} for s in kernels),
+            *({"name": s.name, "threads": _threads(s), "call": _call(s)} for s in kernels),
             {"name": "other", "threads": "OTHER_THREADS", "call": "other"},
         ],
         "tables": tables_in_c((
@@ -66,7 +68,21 @@ def _kernel(plan: HopperPlan) -> dict[str, Any]:
 
 def _call(shape: Shape) -> str:
     """The template that is one of the kernels."""
-    return f"few<{shape.width}, {shape.parts}>" if shape.few else f"many<{shape.width}, {shape.across}>"
+    name, parts = "stream" if shape.streams else "few" if shape.few else "many", shape.parts or shape.across
+    return f"{name}<{shape.width}, {parts}>"
+
+
+def _threads(shape: Shape) -> str:
+    """Of a thread block."""
+    return "STREAM_THREADS" if shape.streams else "FEW_THREADS" if shape.few else "THREADS"
+
+
+def _launch(shape: Shape) -> str:
+    """What launches it."""
+    if not shape.few:
+        return f"launch_many<{shape.width}, {shape.across}>"
+    room = f"{'STREAM' if shape.streams else 'FEW'}_BYTES<{shape.width}>"
+    return f"launch_parts<{shape.width}, {shape.parts}, {_threads(shape)}, {room}>"
 
 
 def _product(problem: Problem) -> dict[str, Any]:
