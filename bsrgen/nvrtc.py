@@ -32,6 +32,7 @@ HEADERS = {
         " uint16_t;\ntypedef int int32_t; typedef unsigned uint32_t; typedef long long int64_t;"
         " typedef unsigned long long uint64_t;\ntypedef unsigned long long uintptr_t;\n#define INT32_MAX 2147483647\n"
     ),
+    "cuda.h": "struct alignas(64) CUtensorMap { unsigned long long opaque[16]; };\n",
     "stddef.h": "",
     "string.h": "",
     "cuda_runtime.h": "",

@@ -39,6 +39,20 @@ template <class F> static cudaError_t launch_stub(F *stub, dim3 grid, dim3 block
 
 template <class F> static cudaError_t ask_stub(cudaFuncAttributes *to, F *stub) { return cudaFuncGetAttributes(to, code_of(stub)); }
 
+/* Of Hopper's kernels: clusters, and more shared memory than others have. */
+template <class A> static cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*stub)(A), A &a)
+{
+    void *arguments[] = {&a};
+    return cudaLaunchKernelExC(config, code_of(stub), arguments);
+}
+template <class F> static cudaError_t allow_stub(F *stub, cudaFuncAttribute what, int value) { return cudaFuncSetAttribute(code_of(stub), what, value); }
+template <class F> static cudaError_t clusters_of_stub(int *clusters, F *stub, const cudaLaunchConfig_t *config)
+{
+    return cudaOccupancyMaxActiveClusters(clusters, code_of(stub), config);
+}
+
+#define cudaFuncSetAttribute allow_stub
+#define cudaOccupancyMaxActiveClusters clusters_of_stub
 #define cudaLaunchKernel launch_stub
 #define cudaFuncGetAttributes ask_stub
 #endif

@@ -173,6 +173,7 @@ def source_of(dtype, operator="linear", arch="sm_80", turn=0):
 @pytest.mark.parametrize(("dtype", "operator", "arch", "turn"), [
     ("float32", "linear", "sm_75", 0), ("float64", "spmm", "sm_90", 0), ("int8", "linear", "sm_90", 0),
     ("float16", "linear", "sm_80", 0), ("float16", "spmm", "sm_80", 1), ("bfloat16", "spmm", "sm_90", 0),
+    ("bfloat16", "linear", "sm_90a", 0),
 ])  # fmt: skip
 def test_nvrtc_compiles_every_template(dtype, operator, arch, turn, needs_nvrtc):
     """To machine code, with nothing of a toolkit but NVRTC itself."""

@@ -43,31 +43,34 @@ def library_of(kernel):
     return ctypes.CDLL(str(kernel.artifact.library))
 
 
-# block, operator, type of W and X, of Y, epilogue, kind of pattern, slots, tokens of tiles, tokens of calls
+# block, operator, type of W and X, of Y, epilogue, kind of pattern, slots, tokens of tiles, of calls, shape of clusters
 TABLE = [
-    ((128, 64), "linear", "bfloat16", None, ("bias", "silu"), "uniform", 2, (16, 64), (0, 5, 66)),
-    ((64, 64), "spmm", "float16", None, ("scale", "relu"), "powerlaw", 4, (64, 128), (64, 200)),
-    ((64, 32), "linear", "float16", "float32", ("bias", "accumulate"), "uniform", 4, (32,), (33,)),
-    ((32, 16), "linear", "bfloat16", None, ("residual", "clamp"), "uniform", 2, (64,), (70,)),
-    ((37, 8), "linear", "float16", None, (), "full", 2, (8,), (12,)),
-    ((32, 1), "spmm", "bfloat16", "float32", ("bias",), "uniform", 2, (64,), (72,)),
-    ((200, 3), "spmm", "float16", None, ("residual",), "uniform", 2, (64, 128), (8,)),
-    ((64, 64), "linear", "bfloat16", None, ("bias",), "one", 2, (256,), (260,)),
-    ((8, 24), "spmm", "bfloat16", None, (), "uniform", 4, (128,), (136,)),
+    ((128, 64), "linear", "bfloat16", None, ("bias", "silu"), "uniform", 2, (16, 64), (0, 5, 66), (1, 1)),
+    ((64, 64), "spmm", "float16", None, ("scale", "relu"), "powerlaw", 4, (64, 128), (64, 200), (1, 1)),
+    ((64, 32), "linear", "float16", "float32", ("bias", "accumulate"), "uniform", 4, (32,), (33,), (1, 1)),
+    ((32, 16), "linear", "bfloat16", None, ("residual", "clamp"), "uniform", 2, (64,), (70,), (2, 1)),
+    ((37, 8), "linear", "float16", None, (), "full", 2, (4, 8), (12, 3), (4, 1)),
+    ((32, 1), "spmm", "bfloat16", "float32", ("bias",), "uniform", 2, (4, 64), (72, 4), (1, 1)),
+    ((200, 3), "spmm", "float16", None, ("residual",), "uniform", 2, (64, 128), (8,), (1, 1)),
+    ((64, 64), "linear", "bfloat16", None, ("bias",), "one", 2, (256,), (260,), (1, 2)),
+    ((8, 24), "spmm", "bfloat16", None, (), "uniform", 4, (128,), (136,), (2, 2)),
+    ((64, 16), "linear", "int8", None, ("scale", "bias"), "uniform", 2, (4, 16, 64), (3, 10, 130), (1, 2)),
+    ((16, 128), "linear", "int8", "int8", (), "powerlaw", 4, (32,), (40,), (2, 1)),
 ]
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: f"{case[0][0]}x{case[0][1]}-{case[1]}-{case[2]}-{case[5]}")
 def test_table(case, rng, tmp_path):
-    (R, C), operator, dtype, y, epilogue, kind, slots, widths, tokens = case
+    (R, C), operator, dtype, y, epilogue, kind, slots, widths, tokens, (across, down) = case
     shape = (R * max(3, 150 // R) - R // 3, C * max(3, -(-200 // C)))
     weight = weight_of(kind, shape, (R, C), dtype)
     problem = problem_of(weight, operator, epilogue, y=y)
-    plan = plan_of(problem, slots, widths)
+    plan = plan_of(problem, slots, widths, across, down)
     kernel = emulated(plan, weight, tmp_path)
     check_device_calls(kernel, problem, weight, rng, tokens, exact=False)  # X that is not aligned: the other kernel
     assert library_of(kernel).emulation_products() > 0, "X was aligned, and wgmma was not used"
-    other = Weight(weight.pattern, weight.data * 2)
+    half = weight.data.astype(np.float32) * 0.5
+    other = Weight(weight.pattern, (np.rint(half) if dtype == "int8" else half).astype(weight.data.dtype))
     kernel.update(other)  # packed by the library
     library_of(kernel).emulation_gpu(8, 0)  # what other GPUs of the library run, of aligned X
     x, given = problem.sample(rng, tokens[-1])
@@ -99,32 +102,60 @@ MUTATIONS = {
     "stage given back while it is read": ("products_wait<1>()", "products_wait<2>()"),
     "sums read too early": ("    products_wait<0>();\n    if (held", "    if (held"),
     "wrong parity": ("parity = 1; /*", "parity = 0; /*"),
-    "a step without W keeps its stage": ("            if (threadIdx.x % 32 == 0) barrier_arrive(empty + stage);\n", ""),
+    "a step without W keeps its stage": ("            give_back<ACROSS>(empty + stage);\n", ""),
     "a stage kept over steps without W": ("            if (held >= 0) {\n", "            if (false) {\n"),
-    "X not announced": ("WIDTH * 128 + bytes", "bytes"),
-    "W not swizzled": ("32 * k16, 16, 1024, SWIZZLE_128)", "32 * k16, 16, 1024, SWIZZLE_NONE)"),
-    "wrong stride": ("32 * k16, 16, 1024,", "32 * k16, 16, 512,"),
+    "X not announced": ("barrier_expect(full, WIDTH * 128 + bytes)", "barrier_expect(full, bytes)"),
+    "W not swizzled": ("32 * quarter, 16, 1024, SWIZZLE_128)", "32 * quarter, 16, 1024, SWIZZLE_NONE)"),
+    "wrong stride": ("32 * quarter, 16, 1024,", "32 * quarter, 16, 512,"),
     "no fence": ("            products_fence();\n", ""),
     "barriers not there yet": ("        barriers_done();\n", ""),
     "wrong tile of W": ("__popc(mask & ((1 << group * MINE) - 1))", "0"),
-    "boxes over each other": ("box * (WIDTH * PIECE * 2)", "box * (WIDTH * PIECE)"),
+    "boxes over each other": ("box * (WIDTH * PIECE_BYTES)", "box * (WIDTH * PIECE)"),
     "one piece for all": ("step_features[step * PIECES + box]", "step_features[step * PIECES]"),
     "tokens past the end": ("&& n_v < a.n", "&& n_v < a.n + 8"),
     "rows past the end": (" && rows[r + VECTOR - 1] == rows[r] + VECTOR - 1", ""),
     "nobody waits for results": ("            }\n            warps_meet(1 + group, 128);\n", "            }\n"),
     "results overwritten": ("warps_meet(1 + group, 128); /*", "/*"),
-    "shared memory not asked for": ("SHARED_BYTES<WIDTH>);\n    void *parameters", "49152);\n    void *parameters"),
-    "shared memory not given": ("parameters, SHARED_BYTES<WIDTH>", "parameters, 49152"),
+    "shared memory not asked for": ("(int)config->dynamicSmemBytes);", "49152);"),
+    "shared memory not given": ("config.dynamicSmemBytes = SHARED_BYTES<WIDTH>", "config.dynamicSmemBytes = 49152"),
 }  # fmt: skip
 
 
 FEW_MUTATIONS = {
     "a part left out": ("p < PARTS; p++", "p < PARTS - 1; p++"),
     "parts that begin too late": ("(int64_t)count * part / PARTS)", "(int64_t)count * part / PARTS) + 1"),
-    "sums of others too early": ("    cluster_meet();\n    for (int e", "    for (int e"),
-    "gone while others read": ("    cluster_meet(); /* nobody", "    /* nobody"),
+    "sums of others too early": ("if constexpr (PARTS > 1) cluster_meet();\n    else", "if constexpr (PARTS == 1)"),
+    "gone while others read": ("if constexpr (PARTS > 1) cluster_meet(); /* nobody leaves", "/* nobody leaves"),
     "sums that nobody waited for": ("        products_wait<0>();\n        sums_done", "        sums_done"),
 }
+
+
+SPLIT_MUTATIONS = {  # of what comes before the kernel ahead is over
+    "X before it may be there": ("    earlier_done();\n    next_may_begin();\n    for (bool", "    for (bool"),
+    "results before they may come": ("        earlier_done(); /* Y", "        /* Y"),
+    "W of the first stages once more": ("stage = 0, parity ^= 1, first = false;", "stage = 0, parity ^= 1;"),
+    "tokens of the first tile": ("(blockIdx.x / PARTS % a.tiles * WIDTH)", "0"),
+}
+STREAM_MUTATIONS = {
+    "the last warp left out": ("w < STREAM_WARPS; w++", "w < STREAM_WARPS - 1; w++"),
+    "chunks where they lie": ("lane % 8 ^ (4 * HALF + lane / 8)", "lane % 8"),
+    "steps for all warps": ("if (turn++ % STREAM_WARPS != warp) continue;", ""),
+    "sums of warps too early": ("    __syncthreads();\n    for (int e = threadIdx.x; e < 64 * TOKENS", "    for (int e = threadIdx.x; e < 64 * TOKENS"),
+    "half of the lanes": ("distance < 8; distance", "distance < 4; distance"),
+}
+CLUSTER_MUTATIONS = {
+    "sent before all are ready": ("if constexpr (ACROSS * DOWN > 1) cluster_meet(); /* nobody sends", "/* nobody sends"),
+    "gone while others send": ("if constexpr (ACROSS * DOWN > 1) cluster_meet(); /* nobody leaves", "/* nobody leaves"),
+    "given back to one alone": ("if (lane < ACROSS + DOWN - 1)", "if (lane < 1)"),
+    "given back to the wrong one": ("other = j < down<ACROSS>() ? j : j + 1", "other = down<ACROSS>()"),
+    "W for other rows": (" << (down<ACROSS>() * ACROSS)", ""),
+    "one part of W": ("blockIdx.x % ACROSS * part;", "ACROSS * 0;"),
+    "W of the other thread block": ("const int before = down<ACROSS>() * OWN", "const int before = 0 * OWN"),
+    "steps of the other thread block": ("step_masks[step + 1] >> down<ACROSS>() * OWN", "step_masks[step + 1] >> 0 * OWN"),
+    "one share of X": ("share * TOKENS : 0", "0 * TOKENS : 0"),
+    "tokens of the first": ("* ACROSS + blockIdx.x % ACROSS)", "* ACROSS)"),
+    "rows of the first": ("store_tile<WIDTH>(a, sums, at, down<ACROSS>() * OWN", "store_tile<WIDTH>(a, sums, at, 0"),
+}  # fmt: skip
 
 
 GATHER_MUTATIONS = {
@@ -173,23 +204,30 @@ def victim():
 
 def changed(text, old="", new=""):
     """The victim's text, with two stages and one change."""
-    text = replaced(text, " STAGES<64> = 8;", " STAGES<64> = 2;")
+    text = replaced(text, " STAGES<64> = 8;", " STAGES<64> = 2;").replace(" STAGES<16> = 8;", " STAGES<16> = 2;")
     return replaced(text, old, new) if old else text
 
 
 def test_victim_is_right(victim, rng, tmp_path):
     weight, problem, tokens = victim
-    kernel = emulated(plan_of(problem, 2, (16, 64)), weight, tmp_path, changed)
-    check_device_calls(kernel, problem, weight, rng, (9, *tokens), exact=False)
+    shapes = (Shape(4, 4, 2), Shape(16, 32, 2), Shape(64, 150), Shape(64, 0, 0, 2))
+    for down, calls in ((1, (3, 19, *tokens)), (2, (200,))):
+        (folder := tmp_path / str(down)).mkdir()
+        kernel = emulated(HopperPlan(problem, SMALL, 2, shapes, down), weight, folder, changed)
+        check_device_calls(kernel, problem, weight, rng, calls, exact=False)
 
 
-@pytest.mark.parametrize("name", [*MUTATIONS, *FEW_MUTATIONS])
+@pytest.mark.parametrize("name", [*MUTATIONS, *FEW_MUTATIONS, *SPLIT_MUTATIONS, *STREAM_MUTATIONS, *CLUSTER_MUTATIONS])
 def test_mutation_is_found(name, victim, rng, tmp_path):
-    (weight, problem, tokens), widths = victim, (64,)
-    if name in FEW_MUTATIONS:
-        tokens, widths = (9,), (16, 64)
-    change = (MUTATIONS | FEW_MUTATIONS)[name]
-    kernel = emulated(plan_of(problem, 2, widths), weight, tmp_path, lambda text: changed(text, *change))
+    (weight, problem, tokens), plan = victim, plan_of(victim[1], 2, (64,))
+    changes = MUTATIONS | FEW_MUTATIONS | SPLIT_MUTATIONS | STREAM_MUTATIONS | CLUSTER_MUTATIONS
+    if name in FEW_MUTATIONS | SPLIT_MUTATIONS:
+        tokens, plan = (19,), HopperPlan(problem, SMALL, 2, (Shape(16, 32, 2), Shape(64)))
+    elif name in STREAM_MUTATIONS:
+        tokens, plan = (3,), plan_of(problem, 2, (4, 64))
+    elif name in CLUSTER_MUTATIONS:
+        tokens, plan = (200,), plan_of(problem, 2, (64,), across=2, down=2)
+    kernel = emulated(plan, weight, tmp_path, lambda text: changed(text, *changes[name]))
     with pytest.raises((AssertionError, DeviceError, pytest.fail.Exception)) as found:
         check_device_calls(
             kernel, problem, weight, rng, 3 * tokens, exact=False
@@ -273,8 +311,11 @@ def test_where_hopper_plans_serve(dtype, block, operator, archs, there):
         assert plan.shared_bytes <= SHARED_BYTES
         assert isinstance(plan.counts(300).cycles, float)
         if isinstance(plan, HopperPlan):
-            assert min(plan.stages(width) for width in plan.widths) >= 3
-            assert plan.widths[-1] // 2 * plan.slots // 2 <= 128, "sums in registers"
+            assert min(plan.stages(shape) for shape in plan.shapes if not shape.streams) >= 3
+            assert all(shape.few or shape.width // 2 * plan.slots // 2 <= 128 for shape in plan.shapes), "registers"
+            assert all(plan.cluster(shape) <= CLUSTER for shape in plan.shapes)
+            assert [s.most for s in plan.shapes[:-1]] == sorted({s.most for s in plan.shapes[:-1]})
+            assert plan.shapes[-1].most == 0
 
 
 def test_strict_kernels_multiply_no_zeros():
