@@ -139,7 +139,7 @@ SPLIT_MUTATIONS = {  # of what comes before the kernel ahead is over
 STREAM_MUTATIONS = {
     "the last warp left out": ("w < STREAM_WARPS; w++", "w < STREAM_WARPS - 1; w++"),
     "chunks where they lie": ("lane % 8 ^ (4 * HALF + lane / 8)", "lane % 8"),
-    "steps for all warps": ("if (turn++ % STREAM_WARPS != warp) continue;", ""),
+    "steps for all warps": ("% STREAM_WARPS != warp) continue;", "== -1) continue;"),
     "sums of warps too early": ("    __syncthreads();\n    for (int e = threadIdx.x; e < 64 * TOKENS", "    for (int e = threadIdx.x; e < 64 * TOKENS"),
     "half of the lanes": ("distance < 8; distance", "distance < 4; distance"),
 }
@@ -147,7 +147,7 @@ CLUSTER_MUTATIONS = {
     "sent before all are ready": ("if constexpr (ACROSS * DOWN > 1) cluster_meet(); /* nobody sends", "/* nobody sends"),
     "gone while others send": ("if constexpr (ACROSS * DOWN > 1) cluster_meet(); /* nobody leaves", "/* nobody leaves"),
     "given back to one alone": ("if (lane < ACROSS + DOWN - 1)", "if (lane < 1)"),
-    "given back to the wrong one": ("other = j < down<ACROSS>() ? j : j + 1", "other = down<ACROSS>()"),
+    "given back to the wrong one": ("other = j < down<ACROSS>() ? j : j + 1", "other = j < down<ACROSS>() ? j + 1 : j"),
     "W for other rows": (" << (down<ACROSS>() * ACROSS)", ""),
     "one part of W": ("blockIdx.x % ACROSS * part;", "ACROSS * 0;"),
     "W of the other thread block": ("const int before = down<ACROSS>() * OWN", "const int before = 0 * OWN"),
@@ -204,7 +204,7 @@ def victim():
 
 def changed(text, old="", new=""):
     """The victim's text, with two stages and one change."""
-    text = replaced(text, " STAGES<64> = 8;", " STAGES<64> = 2;").replace(" STAGES<16> = 8;", " STAGES<16> = 2;")
+    text = replaced(text, " STAGES<64> = 8;", " STAGES<64> = 2;").replace(" FEW_STAGES<16> = 8;", " FEW_STAGES<16> = 2;")
     return replaced(text, old, new) if old else text
 
 
@@ -224,7 +224,7 @@ def test_mutation_is_found(name, victim, rng, tmp_path):
     if name in FEW_MUTATIONS | SPLIT_MUTATIONS:
         tokens, plan = (19,), HopperPlan(problem, SMALL, 2, (Shape(16, 32, 2), Shape(64)))
     elif name in STREAM_MUTATIONS:
-        tokens, plan = (3,), plan_of(problem, 2, (4, 64))
+        tokens, plan = (4,), plan_of(problem, 2, (4, 64), parts=1)
     elif name in CLUSTER_MUTATIONS:
         tokens, plan = (200,), plan_of(problem, 2, (64,), across=2, down=2)
     kernel = emulated(plan, weight, tmp_path, lambda text: changed(text, *changes[name]))
