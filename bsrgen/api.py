@@ -98,6 +98,8 @@ def compile(
         int8              int8                float32, bfloat16, int8                sums of int32, exact
         int8              float32             float32
         int8              bfloat16            bfloat16, float32
+        float8_e4m3fn     float8_e4m3fn       bfloat16, float16, float32    backend "cuda", target "sm_90a", linear alone;
+                                              W and X are taken as they are: scales are epilogues ("scale", "token_scale")
         None for x_dtype means dtype.
     int8: symmetric, W[m] stands for w_scale[m] * w[m], w in [-127, 127].  Floating W is quantised,
         w = round(W / w_scale), ties to even, clipped, with w_scale[m] = max |W[m]| / 127 (1 for a row of zeros) or the
@@ -142,7 +144,7 @@ def compile(
     chosen = backend_of(backend, mode)
     if dtype is None:
         raise ArgumentTypeError(f"dtype=None: one of {', '.join(DTYPES)}")
-    w, x, y = as_types(dtype, x_dtype, out_dtype)
+    w, x, y = as_types(dtype, x_dtype, out_dtype, hopper=chosen.name == "cuda" and mode == "static")
     tuning = as_tuning(tune, tune_seconds, executor, progress, strict)
     n = None if n is None else count("n", n, 1)
     default_threads(threads)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bsrgen.dtypes import DTYPES, INT8, as_dtype
+from bsrgen.dtypes import DTYPES, HOPPER, INT8, as_dtype
 from bsrgen.errors import ArgumentError, ArgumentTypeError, PatternError
 from bsrgen.foreign import Array, Pair, Raw, integers
 
@@ -92,12 +92,12 @@ def _check_padding(key: Array, data: Array, shape: Pair) -> None:
 def target(dtype: Any, have: np.dtype[Any]) -> np.dtype[Any]:
     """The dtype to convert to: a row of DTYPES, or where None is asked `have` if it is one, else float32."""
     if dtype is None:
-        dtype = have.name if have.name in DTYPES else "float32"
-    return as_dtype(dtype).numpy
+        dtype = have.name if have.name in DTYPES | HOPPER else "float32"
+    return as_dtype(dtype, hopper=True).numpy
 
 
 def cast(data: Array, to: np.dtype[Any], copy: bool) -> Array:
-    """`data` as a read-only C-contiguous array of `to`; PatternError where a number becomes Inf, or none of int8."""
+    """`data` as a read-only C-contiguous array of `to`; PatternError where a finite number becomes none, or none of int8."""
     if to == INT8.numpy:
         if data.dtype.kind not in "iu":
             raise ArgumentTypeError(f"W has dtype {data.dtype}; bsrgen.compile(W, dtype='int8') quantises it")
@@ -105,7 +105,7 @@ def cast(data: Array, to: np.dtype[Any], copy: bool) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         new: Array = np.array(data, dtype=to, order="C", copy=copy or None)
     if to.kind != "i" and not np.can_cast(data.dtype, to, "safe"):
-        lost = np.isinf(new)
+        lost = ~np.isfinite(new)
         if lost.any():
             lost &= np.isfinite(data.astype(np.float64))
         if lost.any():

@@ -17,6 +17,7 @@ from bsrgen import build, package, tune
 from bsrgen.artifact import read_artifact, write_manifest
 from bsrgen.backends import BACKENDS, Backend
 from bsrgen.cost import Cost, estimate
+from bsrgen.dtypes import HOPPER, HOPPER_ONLY
 from bsrgen.errors import ArgumentError, ArgumentTypeError, BsrgenError, BuildError, UnsupportedError
 from bsrgen.exam import Exam, affordable
 from bsrgen.machine import parallel_cores
@@ -94,7 +95,7 @@ def allowed(backend: Backend, problem: Problem, target: Target, *, strict: bool 
     if not plans:
         raise UnsupportedError(
             f"{problem}: no plan of backend {backend.name!r} for {target.name}"
-            f"{' that is strict' * strict}; {backend.lacks}"
+            f"{' that is strict' * strict}; {HOPPER_ONLY if problem.dtype.name in HOPPER else backend.lacks}"
         )
     return plans
 

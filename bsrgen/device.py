@@ -138,7 +138,8 @@ class DeviceKernel(Kernel):
 
     def _array(self, what: str, value: Any, want: "np.dtype[Any]") -> DeviceArray:
         array = device_array(f"{self.name}: {what}", value)
-        bits = want.name == "bfloat16" and array.dtype == np.uint16  # CuPy has no bfloat16
+        unknown = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8}  # to CuPy, which has them as their bits
+        bits = array.dtype == unknown.get(want.name)
         if array.dtype != want and not bits:
             raise ArgumentTypeError(
                 f"{self.name}: {what} has dtype {array.dtype}, the kernel {want}; convert it, or compile a kernel for "

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bsrgen.dtypes import DTYPES
+from bsrgen.dtypes import DTYPES, HOPPER
 from bsrgen.errors import ArgumentError, ArgumentTypeError
 
 CUDA_DEVICES = (2, 13)  # kDLCUDA, kDLCUDAManaged (dlpack.h)
@@ -147,8 +147,8 @@ def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _dtype(what: str, name: str) -> "np.dtype[Any]":
-    if name in DTYPES:
-        return DTYPES[name].numpy
+    if name in DTYPES | HOPPER:
+        return (DTYPES | HOPPER)[name].numpy
     name = "bool" if name == "bool8" else name
     try:
         return np.dtype(name)

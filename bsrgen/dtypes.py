@@ -28,12 +28,11 @@ class DType:
 
     @property
     def numpy(self) -> np.dtype[Any]:
-        """The numpy dtype of native byte order; bfloat16 is ml_dtypes'."""
-        if self.name == "bfloat16":
+        """The numpy dtype of native byte order; bfloat16 and float8_e4m3fn are ml_dtypes'."""
+        if self.name in ("bfloat16", *HOPPER):
             import ml_dtypes
 
-            bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-            return bfloat16
+            return np.dtype(getattr(ml_dtypes, self.name))
         return np.dtype(self.name)
 
 
@@ -44,7 +43,10 @@ FLOAT16 = DType("float16", "f16", "uint16_t", 2, "float32", "float32", 2.0**-11,
 INT8 = DType("int8", "s8", "int8_t", 1, "int32", "float32", 0.0, 1.0, 127.0)
 INT32 = DType("int32", "s32", "int32_t", 4, "int32", "float32", 0.0, 1.0, 2.0**31 - 1)  # of sums only
 UINT8 = DType("uint8", "u8", "uint8_t", 1, "int32", "float32", 0.0, 1.0, 255.0)  # of masks only
+FLOAT8 = DType("float8_e4m3fn", "e4m3", "uint8_t", 1, "float32", "float32", 2.0**-4, 2.0**-9, 448.0)  # no Inf
 
+HOPPER = {FLOAT8.name: FLOAT8}  # for matrix units of one GPU alone, which nothing else multiplies
+HOPPER_ONLY = "it is for Hopper alone: backend='cuda', target='sm_90a', linear, blocks of 8 rows or more x 16 n columns"
 DTYPES = {row.name: row for row in (FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT8)}
 ACCUMULATORS = {row.name: row for row in (FLOAT32, FLOAT64, INT32)}
 
@@ -60,38 +62,47 @@ PAIRS: dict[tuple[str, str], tuple[str, ...]] = {
     ("int8", "float32"): ("float32",),
     ("int8", "bfloat16"): ("bfloat16", "float32"),
 }
+HOPPER_PAIRS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("float8_e4m3fn", "float8_e4m3fn"): ("bfloat16", "float16", "float32")
+}
 
 
-def as_dtype(value: DTypeLike | DType) -> DType:
-    """The row of `value`, a name or a numpy dtype.  ArgumentTypeError when there is none."""
+def as_dtype(value: DTypeLike | DType, hopper: bool = False) -> DType:
+    """The row of `value`, a name or a numpy dtype, with `hopper` also of HOPPER.  ArgumentTypeError when there is none."""
     if isinstance(value, DType):
         return value
     try:
         name = np.dtype(value).name
     except (TypeError, ValueError, SyntaxError):  # numpy parses strings
         name = str(value)
+    if name in HOPPER:
+        if not hopper:
+            raise UnsupportedError(f"dtype {name!r}: {HOPPER_ONLY}")
+        return HOPPER[name]
     if name not in DTYPES:
         raise ArgumentTypeError(f"dtype {value!r}: no kernels for it; one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def _row(name: str) -> DType:
-    return (DTYPES | ACCUMULATORS)[name]
+    return (DTYPES | ACCUMULATORS | HOPPER)[name]
 
 
 def as_types(
-    dtype: DTypeLike | DType, x_dtype: DTypeLike | DType | None = None, out_dtype: DTypeLike | DType | None = None
-) -> tuple[DType, DType, DType]:
-    """The rows of W, X and Y; None for X means W's, for Y the first of PAIRS.
+    dtype: DTypeLike | DType, x_dtype: DTypeLike | DType | None = None, out_dtype: DTypeLike | DType | None = None,
+    hopper: bool = False,
+) -> tuple[DType, DType, DType]:  # fmt: skip
+    """The rows of W, X and Y; None for X means W's, for Y the first of PAIRS; with `hopper` also those of HOPPER.
 
     ArgumentTypeError where a type has no row, UnsupportedError where the rows do not go together.
     """
-    w = as_dtype(dtype)
-    x = w if x_dtype is None else as_dtype(x_dtype)
-    if (w.name, x.name) not in PAIRS:
-        reads = " or ".join(x_name for w_name, x_name in PAIRS if w_name == w.name)
+    w = as_dtype(dtype, hopper)
+    x = w if x_dtype is None else as_dtype(x_dtype, hopper)
+    pairs = PAIRS | HOPPER_PAIRS
+    if (w.name, x.name) not in pairs:
+        reads = " or ".join(x_name for w_name, x_name in pairs if w_name == w.name)
         raise UnsupportedError(f"x_dtype={x.name!r} with dtype={w.name!r}: {w.name} kernels read {reads}")
-    able = PAIRS[w.name, x.name]
+    able = pairs[w.name, x.name]
     y = DTYPES[able[0]] if out_dtype is None else as_dtype(out_dtype)
     if y.name not in able:
         raise UnsupportedError(

@@ -237,7 +237,7 @@ class Manifest(_Record, frozen=True):
     @property
     def types(self) -> tuple[DType, DType, DType]:
         """The rows of W, X and Y.  ArgumentTypeError, UnsupportedError."""
-        return as_types(self.dtype, self.x_dtype, self.out_dtype)
+        return as_types(self.dtype, self.x_dtype, self.out_dtype, hopper=True)
 
     @property
     def steps(self) -> tuple[Epilogue, ...]:

@@ -227,11 +227,11 @@ class Weight:
         return Weight(pattern, self.data[order].transpose(0, 2, 1), self.notes)
 
     def tobsr(self) -> Any:
-        """A scipy bsr_array of the padded shape (block_rows * R, block_cols * C); half types become float32."""
+        """A scipy bsr_array of the padded shape (block_rows * R, block_cols * C); half types and float8 become float32."""
         from scipy.sparse import bsr_array
 
         p = self.pattern
-        dtype = np.float32 if self.data.dtype.name in ("bfloat16", "float16") else self.data.dtype
+        dtype = np.float32 if self.data.dtype.name in ("bfloat16", "float16", "float8_e4m3fn") else self.data.dtype
         triple = (self.data.astype(dtype), p.indices.copy(), p.indptr.copy())
         return bsr_array(triple, shape=(p.block_rows * p.R, p.block_cols * p.C), blocksize=p.blocksize)
 

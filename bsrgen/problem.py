@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bsrgen import epilogues
-from bsrgen.dtypes import ACCUMULATORS, BFLOAT16, DTYPES, INT8, INT32, DType, as_types, bound_factor
+from bsrgen.dtypes import ACCUMULATORS, BFLOAT16, DTYPES, FLOAT8, INT8, INT32, DType, as_types, bound_factor
 from bsrgen.epilogues import QUANTIZED_X, W_SCALE, Epilogue, Operand, as_epilogues, composed
 from bsrgen.errors import ArgumentError, UnsupportedError
 from bsrgen.operators import Operator, as_operator, kernel_name
@@ -188,7 +188,7 @@ class Problem:
         if self.accumulator is INT32:  # exact, and rounded once when it becomes a real number
             return y, self.real.unit_roundoff * np.abs(y)
         entries = np.diff(p.indptr).repeat(p.R)[: p.M] * p.C
-        factor = self._per_row(bound_factor(entries + 2, self.accumulator.unit_roundoff))
+        factor = self._per_row(bound_factor(entries + 2, self._sum_roundoff))
         bound = factor * self.operator.product(abs(W), abs(x)) + self._per_row((entries + 2) * self._underflow)
         for half, other in ((self.dtype, x), (self.x_dtype, W.data)):
             if self._is_half(half):  # what is smaller may be read as zero
@@ -204,6 +204,11 @@ class Problem:
         gate = step.numpy(v)
         rounding = step.roundings * (self.real.unit_roundoff * (np.abs(v) + np.abs(gate)) + self.real.smallest)
         return gate, step.gain() * b + rounding, up, rest
+
+    @property
+    def _sum_roundoff(self) -> float:
+        """Of an addition: Hopper's units keep about 14 bits of sums of float8 (DeepSeek-V3, arXiv:2412.19437, 3.3.2)."""
+        return 2.0**-13 if self.dtype is FLOAT8 else self.accumulator.unit_roundoff
 
     @property
     def _underflow(self) -> float:

@@ -22,6 +22,7 @@ typedef float f32_t;
 typedef double f64_t;
 typedef uint16_t bf16_t, f16_t; /* their bits */
 typedef int8_t s8_t;
+typedef uint8_t e4m3_t; /* its bits */
 typedef NAME_OF(W_KIND, _t) w_t;
 typedef NAME_OF(X_KIND, _t) x_t;
 typedef NAME_OF(Y_KIND, _t) y_t;
@@ -39,6 +40,12 @@ DEVICE double get_f64(f64_t v) { return v; }
 DEVICE float get_bf16(bf16_t v) { return __uint_as_float((uint32_t)v << 16); }
 DEVICE float get_f16(f16_t v) { return __half2float(__ushort_as_half(v)); }
 DEVICE int get_s8(s8_t v) { return v; }
+/* A sign, four bits of exponent above 7, three of fraction; all ones are NaN, and there is no Inf. */
+DEVICE float get_e4m3(e4m3_t v)
+{
+    const float size = __uint_as_float((uint32_t)(v & 0x7f) << 20) * __uint_as_float(247u << 23);
+    return (v & 0x7f) == 0x7f ? __uint_as_float(0x7fc00000u) : v & 0x80 ? -size : size;
+}
 
 /* Rounded to nearest, ties to even. */
 DEVICE f32_t put_f32(float v) { return v; }

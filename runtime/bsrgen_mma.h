@@ -50,6 +50,14 @@ DEVICE void multiply_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t *b)
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+#if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 890
+DEVICE void multiply_e4m3(float (&d)[4], const uint32_t (&a)[4], const uint32_t *b)
+{
+    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
 /* The first `bytes` of 16 from global to shared memory, zeros for the rest; there after copies_wait and a barrier. */
 DEVICE void copy_later(void *shared, const void *global, int bytes)
 {

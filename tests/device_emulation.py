@@ -92,7 +92,7 @@ class GpuArray:
         assert upload(whole.ctypes.data, whole.nbytes, 0, ctypes.byref(memory)) == 0
         self.memory = memory.value
         start = self.memory + (array.ctypes.data - base.ctypes.data if base is not array else 0)
-        typestr = "<u2" if array.dtype.name == "bfloat16" else array.dtype.str
+        typestr = {"bfloat16": "<u2", "float8_e4m3fn": "|u1"}.get(array.dtype.name, array.dtype.str)
         self.__cuda_array_interface__ = {
             "shape": array.shape, "typestr": typestr, "data": (start, False), "strides": array.strides, "version": 3,
         } | changes  # fmt: skip

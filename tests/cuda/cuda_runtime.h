@@ -391,6 +391,12 @@ static unsigned __ballot_sync(unsigned mask, int one)
 static inline float widen_bf16(uint32_t v) { const uint32_t bits = v << 16; float f; memcpy(&f, &bits, 4); return f; }
 static inline float widen_f16(uint32_t v) { const uint16_t bits = (uint16_t)v; _Float16 h; memcpy(&h, &bits, 2); return (float)h; }
 static inline int widen_s8(uint32_t v) { return (int8_t)v; }
+static inline float widen_e4m3(uint32_t v)
+{
+    const int exponent = v >> 3 & 15, fraction = v & 7;
+    const float size = exponent ? ldexpf(8 + fraction, exponent - 10) : ldexpf(fraction, -9);
+    return (v & 127) == 127 ? NAN : v & 128 ? -size : size;
+}
 static inline void load_matrices(uint32_t (&a)[4], const void *at) { emulation::matrices(a, at, false); }
 static inline void load_matrices_transposed(uint32_t (&a)[4], const void *at) { emulation::matrices(a, at, true); }
 #ifdef BSRGEN_TURING
@@ -404,6 +410,7 @@ static inline emulation::Fragments fragments(const uint32_t (&a)[4], const uint3
 static inline void multiply_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t *b) { const auto f = fragments(a, b); emulation::multiply<2, 2>(d, f, widen_f16); }
 static inline void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t *b) { const auto f = fragments(a, b); emulation::multiply<2, 2>(d, f, widen_bf16); }
 static inline void multiply_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t *b) { const auto f = fragments(a, b); emulation::multiply<2, 4>(d, f, widen_s8); }
+static inline void multiply_e4m3(float (&d)[4], const uint32_t (&a)[4], const uint32_t *b) { const auto f = fragments(a, b); emulation::multiply<2, 4>(d, f, widen_e4m3); }
 static inline void copies_commit() { emulation::fibers[emulation::current].groups++; }
 template <int LEFT> static inline void copies_wait() { emulation::land(LEFT); }
 static inline void copy_later(void *to, const void *from, int bytes)

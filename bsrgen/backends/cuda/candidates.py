@@ -8,6 +8,7 @@ from bsrgen.backends.cuda import dynamic, hopper
 from bsrgen.backends.cuda.matrix import MatrixFeaturesPlan, MatrixPlan, tokens
 from bsrgen.backends.cuda.pit import fits_selection
 from bsrgen.backends.cuda.plan import SHARED_BYTES, CudaPlan, Lanes
+from bsrgen.dtypes import HOPPER
 from bsrgen.gpus import GpuTarget
 from bsrgen.problem import Problem
 from bsrgen.targets import Target
@@ -43,6 +44,8 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
         return
     if p.known and problem.pit is None:  # Hopper's tables are clustered: a preparation has no time for that
         yield from hopper.candidates(problem, target)
+    if problem.dtype.name in HOPPER:
+        return
     yield from _matrix(problem, target)
     few = SOME if problem.pit is None else SELECTED if problem.pit.axis.listed else LIVE
     for rows in rows_of_tiles(p.R):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from bsrgen.backends.cuda.hopper_count import Tiles, counts, tiles_of
 from bsrgen.backends.cuda.hopper_packing import SLOT, Cut, HopperPacking, pack_hopper
+from bsrgen.dtypes import FLOAT8
 from bsrgen.gpus import GpuTarget
 from bsrgen.plan import Counts, Plan
 from bsrgen.problem import Problem
@@ -27,7 +28,7 @@ CHUNK = 32  # tokens of a slot on their way from registers to Y
 CLUSTER = 8  # thread blocks at most, on every Hopper
 LEAST_BYTES = 16  # of a box's rows
 LEAST_ROWS = 8  # of a block; a slot has 64, and zeros where block rows do not fill it
-TYPES = {"float16": 2, "bfloat16": 2, "int8": 1}  # of W and X alike: operators that they serve; no unit turns bytes
+TYPES = {"float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}  # of W and X alike: operators that they serve; no unit turns bytes
 BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # of tokens
 NEARLY = 1.06  # as fast as the fastest: another kernel takes a second to compile
 
@@ -188,7 +189,7 @@ def candidates(problem: Problem, target: Target) -> Iterator[HopperPlan]:
     alike = problem.dtype is problem.x_dtype and axis < TYPES.get(problem.dtype.name, 0)
     if not alike or target.archs[-1] != HOPPER or "sm_75" in target.archs or p.R < LEAST_ROWS or not p.nnzb:
         return
-    if problem.out_dtype.bytes > 4 or problem.gate_rows:
+    if problem.out_dtype.bytes > 4 or problem.gate_rows or (problem.dtype is FLOAT8 and len(target.archs) > 1):
         return
     if axis == 0 and p.C * problem.dtype.bytes % LEAST_BYTES:
         return

@@ -12,9 +12,10 @@ from bsrgen.problem import Problem
 PRODUCTS = {  # of warpgroups: features of 32 bytes, types of sums, W and X, what follows the operands
     "float16": {"k": 16, "types": "f32.f16.f16", "register": "f", "flags": "1, 1, 1, 0, {x_turned}"},
     "bfloat16": {"k": 16, "types": "f32.bf16.bf16", "register": "f", "flags": "1, 1, 1, 0, {x_turned}"},
+    "float8_e4m3fn": {"k": 32, "types": "f32.e4m3.e4m3", "register": "f", "flags": "1, 1, 1"},
     "int8": {"k": 32, "types": "s32.s8.s8", "register": "r", "flags": "1"},
 }
-MAPS = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "int8": "UINT8"}  # the copy engine's names
+MAPS = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "int8": "UINT8", "float8_e4m3fn": "UINT8"}  # the copy engine's names
 
 
 def emit(plans: tuple[HopperPlan, ...], weight: Weight) -> Source:
