@@ -32,8 +32,8 @@ STREAM_CYCLES = 300.0  # of a thread block on the ordinary cores, beside its wor
 STREAM_RATE = 3.0  # instructions of an SM in a cycle, of 4: a guess
 CLUSTER_CYCLES = 1000.0  # until the thread blocks of a cluster have met twice: a guess
 OVERLAP = 0.1  # of the resources that do not bound: all of them are asynchronous; a guess
-CLUSTERED = 0.88  # of the steps that rows in any order need, where rows that share columns are put together: 0.83 to
-# 0.95 in 10 of 11 tables of random patterns, 8192 x 8192 at density 0.1 (blocks of 16 to 64 rows, tiles of 2 to 8 slots)
+CLUSTERED = 0.13  # of the steps that rows in any order need, at most, are saved where rows that share columns are put
+# together: 0 to 0.24 in 45 tables of random patterns, 4096 x 4096 in blocks of 16, 32 and 64, densities 0.05 to 0.8
 ODD_SMS = 4  # that clusters of more than two leave idle: processor clusters of 16 and of 18 SMs; a guess
 RESIDENT = 2  # thread blocks of a slot on an SM
 DEALT = 1 << 12  # parts of a call that are dealt out to see how unevenly: with more it no longer matters
@@ -156,7 +156,8 @@ def tiles_of(plan: "HopperPlan") -> Tiles:
     def united(block_rows: int) -> float:
         """Pieces that so many block rows need together."""
         share = 1 - (1 - p.density) ** min(block_rows, p.block_rows)
-        return wide * max(share * (CLUSTERED if block_rows > 1 else 1.0), p.density)
+        saved = CLUSTERED * (1 - share**4) if block_rows > 1 else 0.0
+        return wide * max(share * (1 - saved), p.density)
 
     steps = max(math.ceil(united(cut.block_rows)) / cut.pieces, 1.0)
     per_slot = united(cut.segments) / cut.pieces  # in whole steps, were its pieces side by side
