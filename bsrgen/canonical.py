@@ -97,7 +97,7 @@ def target(dtype: Any, have: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def cast(data: Array, to: np.dtype[Any], copy: bool) -> Array:
-    """`data` as a read-only C-contiguous array of `to`; PatternError where a finite number becomes none, or none of int8."""
+    """`data` as a read-only C-contiguous array of `to`; PatternError where a number becomes Inf or NaN."""
     if to == INT8.numpy:
         if data.dtype.kind not in "iu":
             raise ArgumentTypeError(f"W has dtype {data.dtype}; bsrgen.compile(W, dtype='int8') quantises it")

@@ -32,7 +32,8 @@ class DType:
         if self.name in ("bfloat16", *HOPPER):
             import ml_dtypes
 
-            return np.dtype(getattr(ml_dtypes, self.name))
+            found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, self.name))
+            return found
         return np.dtype(self.name)
 
 
@@ -68,7 +69,7 @@ HOPPER_PAIRS: dict[tuple[str, str], tuple[str, ...]] = {
 
 
 def as_dtype(value: DTypeLike | DType, hopper: bool = False) -> DType:
-    """The row of `value`, a name or a numpy dtype, with `hopper` also of HOPPER.  ArgumentTypeError when there is none."""
+    """The row of `value`, a name or a numpy dtype; of HOPPER with `hopper`.  ArgumentTypeError, UnsupportedError."""
     if isinstance(value, DType):
         return value
     try:

@@ -39,10 +39,9 @@ class GpuTarget(Target):
 
     def matrix_flop_per_cycle(self, dtype: str) -> float:
         """Peak FLOP of dense products on the matrix units; 0 where they do not know the type."""
-        return {"float16": 1, "bfloat16": int(self.archs[-1] != "sm_75"), "int8": 2,
-                "float8_e4m3fn": 2 * (self.archs[-1] == "sm_90a")}.get(dtype, 0) * (
-            self.half_flop_per_cycle
-        )
+        newest = self.archs[-1]
+        times = {"float16": 1, "bfloat16": newest != "sm_75", "int8": 2, "float8_e4m3fn": 2 * (newest == "sm_90a")}
+        return times.get(dtype, 0) * self.half_flop_per_cycle
 
 
 def _gpu(

@@ -227,7 +227,7 @@ class Weight:
         return Weight(pattern, self.data[order].transpose(0, 2, 1), self.notes)
 
     def tobsr(self) -> Any:
-        """A scipy bsr_array of the padded shape (block_rows * R, block_cols * C); half types and float8 become float32."""
+        """A scipy bsr_array of the padded shape (block_rows * R, block_cols * C); shorter floats become float32."""
         from scipy.sparse import bsr_array
 
         p = self.pattern

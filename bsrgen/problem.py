@@ -207,7 +207,7 @@ class Problem:
 
     @property
     def _sum_roundoff(self) -> float:
-        """Of an addition: Hopper's units keep about 14 bits of sums of float8 (DeepSeek-V3, arXiv:2412.19437, 3.3.2)."""
+        """Of an addition: Hopper keeps about 14 bits in sums of float8 (DeepSeek-V3, arXiv:2412.19437, 3.3.2)."""
         return 2.0**-13 if self.dtype is FLOAT8 else self.accumulator.unit_roundoff
 
     @property

@@ -144,18 +144,22 @@ STREAM_MUTATIONS = {
     "the last warp left out": ("w < STREAM_WARPS; w++", "w < STREAM_WARPS - 1; w++"),
     "chunks where they lie": ("lane % 8 ^ (4 * HALF + lane / 8)", "lane % 8"),
     "steps for all warps": ("% STREAM_WARPS != warp) continue;", "== -1) continue;"),
-    "sums of warps too early": ("    __syncthreads();\n    for (int e = threadIdx.x; e < 64 * TOKENS", "    for (int e = threadIdx.x; e < 64 * TOKENS"),
+    "sums of warps too early": (
+        "    __syncthreads();\n    for (int e = threadIdx.x; e < 64 * TOKENS",
+        "    for (int e = threadIdx.x; e < 64 * TOKENS",
+    ),
     "half of the lanes": ("distance < 8; distance", "distance < 4; distance"),
 }
+MEET = "if constexpr (ACROSS * DOWN > 1) cluster_meet(); "
 CLUSTER_MUTATIONS = {
-    "sent before all are ready": ("if constexpr (ACROSS * DOWN > 1) cluster_meet(); /* nobody sends", "/* nobody sends"),
-    "gone while others send": ("if constexpr (ACROSS * DOWN > 1) cluster_meet(); /* nobody leaves", "/* nobody leaves"),
+    "sent before all are ready": (MEET + "/* nobody sends", "/* nobody sends"),
+    "gone while others send": (MEET + "/* nobody leaves", "/* nobody leaves"),
     "given back to one alone": ("if (lane < ACROSS + DOWN - 1)", "if (lane < 1)"),
     "given back to the wrong one": ("other = j < down<ACROSS>() ? j : j + 1", "other = j < down<ACROSS>() ? j + 1 : j"),
     "W for other rows": (" << (down<ACROSS>() * ACROSS)", ""),
     "one part of W": ("blockIdx.x % ACROSS * part;", "ACROSS * 0;"),
     "W of the other thread block": ("const int before = down<ACROSS>() * OWN", "const int before = 0 * OWN"),
-    "steps of the other thread block": ("step_masks[step + 1] >> down<ACROSS>() * OWN", "step_masks[step + 1] >> 0 * OWN"),
+    "steps of the other thread block": ("[step + 1] >> down<ACROSS>() * OWN", "[step + 1] >> 0 * OWN"),
     "one share of X": ("share * TOKENS : 0", "0 * TOKENS : 0"),
     "tokens of the first": ("* ACROSS + blockIdx.x % ACROSS)", "* ACROSS)"),
     "rows of the first": ("store_tile<WIDTH>(a, sums, at, down<ACROSS>() * OWN", "store_tile<WIDTH>(a, sums, at, 0"),
@@ -208,7 +212,9 @@ def victim():
 
 def changed(text, old="", new=""):
     """The victim's text, with two stages and one change."""
-    text = replaced(text, " STAGES<64> = 8;", " STAGES<64> = 2;").replace(" FEW_STAGES<16> = 8;", " FEW_STAGES<16> = 2;")
+    text = replaced(text, " STAGES<64> = 8;", " STAGES<64> = 2;").replace(
+        " FEW_STAGES<16> = 8;", " FEW_STAGES<16> = 2;"
+    )
     return replaced(text, old, new) if old else text
 
 
@@ -337,9 +343,11 @@ def test_float8_is_for_hopper_alone(tmp_path):
     ):  # fmt: skip
         with pytest.raises((UnsupportedError, ArgumentError), match=match):
             bsrgen.compile(W, dtype="float8_e4m3fn", **bad)
-    with pytest.raises(PatternError, match="value 1000.0 in block 0 overflows float8_e4m3fn"):
+    with pytest.raises(PatternError, match=r"value 1000\.0 in block 0 overflows float8_e4m3fn"):
         as_weight(np.full((8, 16), 1000.0), blocksize=(8, 16), dtype="float8_e4m3fn")
-    assert all(isinstance(p, HopperPlan) for p in candidates(problem_of(W, "linear", (), TYPES["float8_e4m3fn"]), HOPPER))
+    assert all(
+        isinstance(p, HopperPlan) for p in candidates(problem_of(W, "linear", (), TYPES["float8_e4m3fn"]), HOPPER)
+    )
 
 
 def test_shapes_of_kernels_follow_the_tokens():

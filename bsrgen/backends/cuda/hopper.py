@@ -28,9 +28,9 @@ CHUNK = 32  # tokens of a slot on their way from registers to Y
 CLUSTER = 8  # thread blocks at most, on every Hopper
 LEAST_BYTES = 16  # of a box's rows
 LEAST_ROWS = 8  # of a block; a slot has 64, and zeros where block rows do not fill it
-TYPES = {"float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}  # of W and X alike: operators that they serve; no unit turns bytes
+TYPES = {"float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}  # of W and X: operators; no unit turns bytes
 BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # of tokens
-NEARLY = 1.06  # as fast as the fastest: another kernel takes a second to compile
+NEARLY = 1.06  # times the fastest is as fast: another kernel takes a second to compile
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,10 @@ class Shape:
     """One kernel of a library: `width` tokens of a thread block, in calls of at most `most` tokens (0: in all others).
 
     With `parts`, a cluster of so many thread blocks has one slot, and each of them a part of its steps: no SM waits
-    where tiles are few.  Up to four tokens are no work for products of warpgroups: W streams through registers.  Else a thread block has all slots of a tile and all of its steps, and `across` of a cluster,
-    side by side along the tokens, share W: each fetches a part of it and sends it to all (multicast).
+    where tiles are few.  Up to four tokens are no work for products of warpgroups: W streams through registers.
+
+    Else a thread block has all slots of a tile and all of its steps, and `across` of a cluster, side by side along the
+    tokens, share W: each fetches a part of it and sends it to all (multicast).
     """
 
     width: int
@@ -175,7 +177,11 @@ class HopperPlan(Plan):
 
     def dynamic_bytes(self, shape: Shape) -> int:
         """And of each."""
-        return self.staging_bytes(shape) if shape.streams else 1024 + self.stages(shape) * (self.stage_bytes(shape) + 16) + self.staging_bytes(shape)
+        return (
+            self.staging_bytes(shape)
+            if shape.streams
+            else 1024 + self.stages(shape) * (self.stage_bytes(shape) + 16) + self.staging_bytes(shape)
+        )
 
 
 def candidates(problem: Problem, target: Target) -> Iterator[HopperPlan]:

@@ -22,7 +22,8 @@ from bsrgen.plan import Counts
 if TYPE_CHECKING:
     from bsrgen.backends.cuda.hopper import HopperPlan, Shape
 
-INGEST = 64.0  # bytes that one SM takes from L2 in a cycle, at most, sent to it alone or to others too: DeepGEMM's model of sm_90
+W_BYTES = 128 * SLOT  # of a tile of W
+INGEST = 64.0  # bytes that one SM takes from L2 in a cycle, at most, sent to it alone or not: DeepGEMM's model of sm_90
 SHARED = 128.0  # bytes that one SM reads or writes of shared memory in a cycle
 BOX_CYCLES = 16.0  # of the copy engine for one box, however small: a guess
 GATHER_CYCLES = 128.0  # of four warps that copy 64 features of 64 tokens, 16 bytes a thread: a guess
@@ -57,75 +58,84 @@ def counts(plan: "HopperPlan", n: int, shape: "Shape") -> Counts:
     assert isinstance(target, GpuTarget)
     tiles, unit = plan.tiles, problem.dtype.bytes
     steps, w_tiles = float(tiles.steps.sum()), float(tiles.w_tiles.sum())
-    value_bytes, x_bytes, y_bytes = int(w_tiles) * 128 * SLOT, 128 * width, problem.out_dtype.bytes
+    value_bytes, y_bytes = int(w_tiles) * W_BYTES, problem.out_dtype.bytes
     table_bytes = 4 * tiles.steps.size * plan.cut.slots * SLOT + int(steps) * (5 + 4 * plan.cut.pieces)
-    # a product of 64 rows reads 2 KiB of W and the tokens' 32 bytes each, or is limited by its multiply-adds
-    rate = target.matrix_flop_per_cycle(problem.dtype.name) / target.sms
-    product = max(2 * SLOT * width * 32 / unit / rate, (2048 + 32 * width) / SHARED)
     widths = -(-n // (width * shape.across)) * shape.across
-    work = _split if shape.few else _whole
-    bounds, from_l2 = work(plan, shape, widths, product, x_bytes, y_bytes)
+    bounds, from_l2 = (_split if shape.few else _whole)(plan, shape, widths)
     memory = value_bytes + table_bytes + (p.K * problem.x_dtype.bytes + problem.rows * y_bytes) * n
     dram = memory / target.dram_bytes_per_cycle if memory > target.l2_bytes else 0.0
     bounds = (*bounds, from_l2 / target.l2_bytes_per_cycle, dram)
     cycles = max(bounds) + OVERLAP * (sum(bounds) - max(bounds)) + CLUSTER_CYCLES * (plan.cluster(shape) > 1)
     flop = int(w_tiles * 128 / unit) * 2 * SLOT * widths * width
+    l1_bytes = w_tiles * 4 * widths * _product(plan, shape) * SHARED
     return Counts(
         flop=max(flop, problem.flop(n)), effective_flop=problem.flop(n), vector_fma=flop // (2 * WARP),
-        vector_loads=int(w_tiles * 4 * widths), l1_bytes=int(w_tiles * 4 * widths * product * SHARED),
+        vector_loads=int(w_tiles * 4 * widths), l1_bytes=int(l1_bytes),
         l2_bytes=int(from_l2), memory_bytes=memory, registers=width // 2 * (1 if shape.few else plan.slots // 2) + 40,
         code_bytes=64 * 4 * 2 ** (plan.slots // 2), table_bytes=table_bytes, value_bytes=value_bytes, cycles=cycles,
     )  # fmt: skip
 
 
-def _whole(
-    plan: "HopperPlan", shape: "Shape", widths: int, product: float, x_bytes: int, y_bytes: int
-) -> tuple[tuple[float, ...], float]:
-    """Thread blocks that stay, each with whole tiles: cycles of products, of what an SM takes in and of boxes; bytes
-    from L2, where what is sent to several counts once."""
-    target, tiles, width = plan.target, plan.tiles, shape.width
+def _product(plan: "HopperPlan", shape: "Shape") -> float:
+    """Cycles of one of the four products of a tile of W: it reads 2 KiB of W and the tokens' 32 bytes each, or is
+    limited by its multiply-adds.  A lane that streams widens W and X, and multiplies, for 16 rows of a tile."""
+    target, unit, width = plan.target, plan.problem.dtype.bytes, shape.width
     assert isinstance(target, GpuTarget)
-    cluster = plan.cluster(shape)
+    if shape.streams:
+        return (16 // unit) * (16 * (width + 1) + 4 * width) / (4 * STREAM_RATE)
+    rate = target.matrix_flop_per_cycle(plan.problem.dtype.name) / target.sms
+    return max(2 * SLOT * width * 32 / unit / rate, (2048 + 32 * width) / SHARED)
+
+
+def _boxes(plan: "HopperPlan", shape: "Shape") -> int:
+    """That X of a step comes in."""
+    return plan.cut.pieces * (1 if plan.problem.operator.token_axis == 0 else max(shape.width // SLOT, 1))
+
+
+Bounds = tuple[tuple[float, ...], float]  # cycles of products, of what an SM takes in, of boxes; bytes from L2
+
+
+def _whole(plan: "HopperPlan", shape: "Shape", widths: int) -> Bounds:
+    """Thread blocks that stay, each with whole tiles.  What L2 sends to several counts once there, and for each of them
+    where it is taken in."""
+    target, tiles, width, down = plan.target, plan.tiles, shape.width, plan.down
+    assert isinstance(target, GpuTarget)
+    cluster, x_bytes = plan.cluster(shape), 128 * width
     sms = target.sms if cluster <= 2 else max(target.sms - ODD_SMS, cluster)
-    clusters, units = max(sms // cluster, 1), tiles.steps.size * widths // shape.across
-    steps, w_tiles = float(tiles.steps.sum()) * widths, float(tiles.w_tiles.sum()) * widths
-    staged = 2 * plan.slots * SLOT * width * (4 if plan.late else y_bytes) / SHARED
-    work = tiles.work(product, plan.down) + staged
-    uneven, busy = _unevenness(work, widths // shape.across, clusters), clusters * cluster
-    w_bytes, piece_boxes = 128 * SLOT * w_tiles, plan.cut.pieces * (1 if plan.problem.operator.token_axis == 0 else width // SLOT)
-    taken = w_bytes + steps * plan.down * x_bytes
-    boxes = steps * max(plan.down if plan.problem.operator.token_axis == 0 else 1, 1) * piece_boxes * BOX_CYCLES
-    if plan.gathered:
-        boxes = steps * plan.down * GATHER_CYCLES * width / SLOT
-    from_l2 = w_bytes / shape.across + steps * x_bytes
-    products = float(work.sum()) * widths * plan.down * uneven / busy
-    return (products, taken * uneven / (INGEST * busy), boxes * uneven / busy), from_l2
+    clusters = max(sms // cluster, 1)
+    busy = clusters * cluster
+    staged = 2 * plan.slots * SLOT * width * (4 if plan.late else plan.problem.out_dtype.bytes) / SHARED
+    work = tiles.work(_product(plan, shape), down) + staged
+    uneven = _unevenness(work, widths // shape.across, clusters)
+    steps, w_bytes = float(tiles.steps.sum()) * widths, W_BYTES * float(tiles.w_tiles.sum()) * widths
+    boxes = GATHER_CYCLES * width / SLOT if plan.gathered else _boxes(plan, shape) * BOX_CYCLES
+    return (
+        float(work.sum()) * widths * down * uneven / busy,
+        (w_bytes + steps * down * x_bytes) * uneven / (INGEST * busy),
+        steps * down * boxes * uneven / busy,
+    ), w_bytes / shape.across + steps * x_bytes
 
 
-def _split(
-    plan: "HopperPlan", shape: "Shape", widths: int, product: float, x_bytes: int, y_bytes: int
-) -> tuple[tuple[float, ...], float]:
+def _split(plan: "HopperPlan", shape: "Shape", widths: int) -> Bounds:
     """Thread blocks of one slot and a part of its steps; each brings its own X, and has its sums added up."""
     target, w_tiles = plan.target, float(plan.tiles.w_tiles.sum())
     assert isinstance(target, GpuTarget)
-    slots = plan.tiles.steps.size * plan.cut.slots
-    thread_blocks = slots * shape.parts * widths
-    rounds = thread_blocks / (RESIDENT * target.sms)
-    uneven = math.ceil(rounds) / rounds if rounds < 2 else 1 + 0.5 / rounds
+    parts = plan.tiles.steps.size * plan.cut.slots * shape.parts
+    thread_blocks = parts * widths
     sms = min(target.sms, thread_blocks)
-    if rounds < 1:
-        uneven = max(1.0, math.ceil(thread_blocks / target.sms) * target.sms / thread_blocks) if thread_blocks > target.sms else 1.0
+    rounds = thread_blocks / sms
+    uneven = math.ceil(rounds) / rounds if rounds < 2 * RESIDENT else 1 + 0.5 * RESIDENT / rounds
     staged = 2 * SLOT * shape.width * 4 / SHARED
-    boxes = plan.cut.pieces * (1 if plan.problem.operator.token_axis == 0 else max(shape.width // SLOT, 1))
-    if shape.streams:  # a lane widens W and X, and multiplies; 16 rows of a tile each
-        vector = 16 // plan.problem.dtype.bytes
-        product = (16 * vector * (shape.width + 1) + 4 * vector * shape.width) / (4 * STREAM_RATE)
-        serial, boxes = slots * shape.parts * (STREAM_CYCLES + staged), 0
+    if shape.streams:
+        serial, boxes = parts * (STREAM_CYCLES + staged), 0
     else:
-        serial = w_tiles * STEP_CYCLES + slots * shape.parts * (TILE_CYCLES / RESIDENT + staged)
-    products = (4 * w_tiles * product + serial) * widths * uneven / sms
-    from_l2 = widths * w_tiles * (128 * SLOT + x_bytes)
-    return (products, from_l2 * uneven / (INGEST * sms), w_tiles * widths * boxes * BOX_CYCLES * uneven / sms), from_l2
+        serial, boxes = w_tiles * STEP_CYCLES + parts * (TILE_CYCLES / RESIDENT + staged), _boxes(plan, shape)
+    from_l2 = widths * w_tiles * (W_BYTES + 128 * shape.width)
+    return (
+        (4 * w_tiles * _product(plan, shape) + serial) * widths * uneven / sms,
+        from_l2 * uneven / (INGEST * sms),
+        w_tiles * widths * boxes * BOX_CYCLES * uneven / sms,
+    ), from_l2
 
 
 def _unevenness(work: NDArray[Any], widths: int, clusters: int) -> float:

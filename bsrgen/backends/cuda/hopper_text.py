@@ -15,7 +15,12 @@ PRODUCTS = {  # of warpgroups: features of 32 bytes, types of sums, W and X, wha
     "float8_e4m3fn": {"k": 32, "types": "f32.e4m3.e4m3", "register": "f", "flags": "1, 1, 1"},
     "int8": {"k": 32, "types": "s32.s8.s8", "register": "r", "flags": "1"},
 }
-MAPS = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "int8": "UINT8", "float8_e4m3fn": "UINT8"}  # the copy engine's names
+MAPS = {
+    "float16": "FLOAT16",
+    "bfloat16": "BFLOAT16",
+    "int8": "UINT8",
+    "float8_e4m3fn": "UINT8",
+}  # the copy engine's names
 
 
 def emit(plans: tuple[HopperPlan, ...], weight: Weight) -> Source:
@@ -25,7 +30,8 @@ def emit(plans: tuple[HopperPlan, ...], weight: Weight) -> Source:
     values = pack_tiles(weight.data, source, cut)
     blobs = {"values": "unsigned char", "source": "int64_t"}
     entry = entry_of(plan.problem, plan.target, values.nbytes, blobs) | {
-        "hopper": True, "tiles": source.shape[0], "parts": cut.parts, "segments": cut.segments, "width": cut.width, "step": cut.step,
+        "hopper": True, "tiles": source.shape[0], "parts": cut.parts, "segments": cut.segments, "width": cut.width,
+        "step": cut.step,
     }  # fmt: skip
     data = {"source": source.tobytes(), "values": values.tobytes()}
     device = render("cuda/wgmma.cu.j2", k=_kernel(plan), banner=banner(plan.problem, (plan,)))
@@ -39,7 +45,8 @@ def _kernel(plan: HopperPlan) -> dict[str, Any]:
     many = [shape for shape in kernels if not shape.few]
     few = [shape for shape in kernels if shape.few and not shape.streams]
     return kernel_of(problem) | {
-        "accumulator": problem.accumulator.c, "product": _product(problem), "map_type": MAPS[problem.x_dtype.name],
+        "accumulator": problem.accumulator.c, "product": _product(problem),
+        "map_type": MAPS[problem.x_dtype.name],
         "staged": problem.accumulator.c if plan.late else "y_t", "late": plan.late, "gathered": plan.gathered,
         "slots": cut.slots, "down": plan.down, "warpgroups": WARPGROUPS,
         "mine": plan.slots // WARPGROUPS, "tiles": t.rows.size // (cut.slots * SLOT),
