@@ -42,8 +42,8 @@ class HopperPacking:
     """The pattern as tables, tiles in the order they start in: the most work first.
 
     A tile goes through the pieces that any of its slots has, 128 bytes of features a step.  A slot that has none of a
-    step's has no W for it; zeros stand for pieces that it lacks, and X behind the last one is out of bounds, which reads
-    as zeros.
+    step's has no W for it; zeros stand for pieces that it lacks, and X behind the last one is out of bounds, which
+    reads as zeros.
     """
 
     rows: Integers  # row of Y of each row of each tile, -1 for none: int32[tiles * slots * 64]
