@@ -266,9 +266,11 @@ static void run_block(uint8_t *stacks)
     static unsigned turn; /* whose thread block of a cluster is slow, if any is */
     const unsigned slow = ++turn % (cluster + 1);
     unsigned pass = 0;
+    long seen = 0;
     for (bool left = true; left; pass++) {
-        const bool all = cluster == 1 || pass % 16 == 15;
         const long before = progress;
+        const bool all = cluster == 1 || pass % 16 == 15 || progress == seen; /* the others wait */
+        seen = before;
         unsigned *order = shuffled(threads * cluster);
         left = false;
         for (unsigned i = 0; i < threads * cluster; i++) {
