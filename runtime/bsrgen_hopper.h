@@ -122,7 +122,7 @@ DEVICE void warps_meet(int number, int threads) { asm volatile("bar.sync %0, %1;
 /* All threads of a cluster of thread blocks meet; what each wrote before to its shared memory, the others see. */
 DEVICE void cluster_meet()
 {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" : : : "memory");
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" : : : "memory");
 }
 
 /* What another thread block of the cluster has at that place of its shared memory. */

@@ -16,10 +16,11 @@ from programs import run as run_program
 from programs import tool
 from support import REPOSITORY
 
-from benchmarks.gpu import contenders, cusparse, grids, results, take
+from benchmarks.gpu import contenders, cusparse, grids, l2, results, take
 from benchmarks.gpu.results import Figure, Line, Results
 from benchmarks.gpu.stages import Timer
 from benchmarks.points import Point
+from bsrgen._paths import RUNTIME
 from bsrgen.errors import UnsupportedError
 
 
@@ -244,3 +245,17 @@ def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     stage.alive = lambda: False  # type: ignore[method-assign]
     with pytest.raises(click.ClickException, match="context is broken"):
         take.taken(held, stage, Makes(), [("tiny", CASES[0])], 3, float("inf"), lambda: None)  # type: ignore[arg-type]
+
+
+def test_rates_of_l2(tmp_path: Path) -> None:
+    """The kernel that asks for them, in emulation: all that is sent arrives, whoever sends it."""
+    library = tmp_path / "l2.so"
+    headers = (f"-I{REPOSITORY / 'tests' / 'cuda'}", f"-I{RUNTIME}")
+    flags = ("-O1", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+             "-Wno-unused-function")  # fmt: skip
+    run_program([tool("g++"), *flags, *headers, "-x", "c++", str(l2.SOURCE), "-o", str(library)])
+    source = np.zeros(3 * l2.PIECE_BYTES + 16, np.uint8)
+    at = -(-source.ctypes.data // 16) * 16
+    bring = l2.bring_of(library, 3 * l2.PIECE_BYTES)
+    for cluster in l2.CLUSTERS:
+        assert bring(at, cluster, 15, 0) == 2 * cluster

@@ -328,6 +328,9 @@ def test_where_hopper_plans_serve(dtype, block, operator, archs, there):
             assert all(plan.cluster(shape) <= CLUSTER for shape in plan.shapes)
             assert [s.most for s in plan.shapes[:-1]] == sorted({s.most for s in plan.shapes[:-1]})
             assert plan.shapes[-1].most == 0
+            assert not plan.shapes[-1].few
+            assert not plan.gathered or plan.down == 1 == max(s.across for s in plan.shapes)
+            assert all(s.few or operator == "linear" or s.width % (64 * plan.down) == 0 for s in plan.shapes)
 
 
 def test_float8_is_for_hopper_alone(tmp_path):

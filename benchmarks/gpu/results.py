@@ -118,7 +118,7 @@ def markdown(results: Results) -> str:
 
 
 def _rate(name: str, value: float) -> str:
-    return f"{value * 1e-9:.0f} GB/s" if name == "copy" else f"{value * 1e-12:.1f} TFLOP/s"
+    return f"{value * 1e-9:.0f} GB/s" if name.startswith(("copy", "L2")) else f"{value * 1e-12:.1f} TFLOP/s"
 
 
 def _table(results: Results, grid: str) -> Iterator[str]:

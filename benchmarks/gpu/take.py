@@ -16,7 +16,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.gpu import grids, rehearse
+from benchmarks.gpu import grids, l2, rehearse
 from benchmarks.gpu.artifacts import Makes
 from benchmarks.gpu.contenders import Contender, Run, dynamic, ours, peers
 from benchmarks.gpu.results import Figure, Line, Results, Times
@@ -37,7 +37,7 @@ AHEAD = 24  # points whose kernels are made together
 
 
 def ceilings(stage: Stage, size: int = DENSE_SIZE, copied: int = COPY_BYTES) -> dict[str, float]:
-    """Bytes a second of a copy, read and written both counted, and FLOP a second of dense products, on random data."""
+    """Bytes a second of a copy, read and written both counted, and from L2; FLOP a second of dense products."""
     if not stage.real:
         return {"copy": 1.0}
     torch = stage.torch  # type: ignore[attr-defined]
@@ -50,6 +50,8 @@ def ceilings(stage: Stage, size: int = DENSE_SIZE, copied: int = COPY_BYTES) -> 
         out = torch.empty_like(a)
         product = functools.partial(torch.matmul, a, b, out=out)
         found[f"dense {name} {size}"] = 2 * size**3 / _best(stage, product)
+    if stage.facts()["capability"] == [9, 0]:
+        found |= l2.ceilings(source.data_ptr(), stage.handle, functools.partial(_best, stage))  # type: ignore[attr-defined]
     return found
 
 

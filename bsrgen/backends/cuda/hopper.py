@@ -202,7 +202,8 @@ def candidates(problem: Problem, target: Target) -> Iterator[HopperPlan]:
     for slots, width in ((2, 256), (4, 128)):
         for down in (1, 2):
             plan = HopperPlan(problem, target, slots, (Shape(width),), down)
-            yield replace(plan, shapes=in_buckets(plan, _shapes(plan, width)))
+            if down == 1 or not plan.gathered:  # who gathers sends nothing
+                yield replace(plan, shapes=in_buckets(plan, _shapes(plan, width)))
 
 
 def _shapes(plan: HopperPlan, width: int) -> Iterator[Shape]:
@@ -213,7 +214,8 @@ def _shapes(plan: HopperPlan, width: int) -> Iterator[Shape]:
     for few in (16, 64, 128) if plan.problem.operator.token_axis == 0 else (64, 128):
         for parts in (1, 2, 4, 8):
             yield Shape(few, 0, parts)
-    for tokens in (width // 2, width):
+    whole = plan.problem.operator.token_axis == 0 or width // 2 % (SLOT * plan.down) == 0  # boxes of 64 tokens
+    for tokens in (width // 2, width) if whole else (width,):
         for across in (1, 2, 4) if not plan.gathered else (1,):  # clusters of eight at most
             yield Shape(tokens, 0, 0, across)
 
@@ -225,10 +227,11 @@ def in_buckets(plan: HopperPlan, shapes: Iterable[Shape]) -> tuple[Shape, ...]:
     used: list[Shape] = []
     chosen: list[Shape] = []
     for n in reversed(BUCKETS):
-        cycles = {shape: launch + counts(plan, n, shape).cycles for shape in shapes}
+        able = [shape for shape in shapes if chosen or not shape.few]  # for any number of tokens
+        cycles = {shape: launch + counts(plan, n, shape).cycles for shape in able}
         most = NEARLY * min(cycles.values())
         shape = min((shape for shape in used if cycles[shape] <= most), key=cycles.__getitem__, default=None)
-        shape = shape or min(shapes, key=cycles.__getitem__)
+        shape = shape or min(able, key=cycles.__getitem__)
         used += [shape] * (shape not in used)
         if chosen and replace(chosen[-1], most=0) == shape:
             continue
