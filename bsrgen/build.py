@@ -109,6 +109,8 @@ def build(source: Source, folder: Path, compiler: Compiler) -> Path:
         (folder / name).unlink(missing_ok=True)
     if not (folder / library).is_file():
         raise BuildError(f"{source.name}: {compiler.path} wrote no library; sources kept in {folder}")
+    if flaw := nvcc.flaw("".join(logs)):
+        raise BuildError(f"{source.name}: ptxas: {flaw}; sources kept in {folder}")
     head = "".join(f"{who}\n" for who in (compiler.identity, source.tools) if who)
     (folder / "build.log").write_text(head + "".join(logs))
     _log_time(source.name, time.monotonic() - started)

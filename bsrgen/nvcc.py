@@ -67,6 +67,13 @@ def find_nvcc() -> Nvcc:
     return _probe(found)
 
 
+def flaw(log: str) -> str:
+    """What ptxas says of a kernel that is right and too slow to keep: products of warpgroups one after the other (C7510
+    and its like), or no notice taken of setmaxnreg; "" where it says nothing of the kind."""
+    found = re.search(r"\(C75\d\d\) .*", log)
+    return found.group() if found else ""
+
+
 def identity() -> str:
     """nvcc's, as it enters the key of the store."""
     return find_nvcc().identity

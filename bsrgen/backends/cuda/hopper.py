@@ -49,6 +49,11 @@ class Shape:
     parts: int = 0
     across: int = 1
 
+    def __str__(self) -> str:
+        if self.few:
+            return f"{self.width}{' streamed' * self.streams} by slots" + f" in {self.parts} parts" * (self.parts > 1)
+        return f"{self.width}" + f" x {self.across}" * (self.across > 1)
+
     @property
     def few(self) -> bool:
         """Whether it splits the steps."""
@@ -83,8 +88,7 @@ class HopperPlan(Plan):
         text += f"; {cut.block_rows} block rows share X" if cut.block_rows > 1 else ""
         if self.cluster(last) > 1:
             text += f"; clusters of {last.across} tiles of tokens x {self.down} of rows"
-        few = ", ".join(f"up to {s.most} {s.name.replace('_', ' ')}" for s in self.shapes[:-1])
-        return f"{text}; tokens: {few}" if few else text
+        return "; ".join((text, *(f"tiles of {shape} up to {shape.most} tokens" for shape in self.shapes[:-1])))
 
     @property
     def matrix(self) -> bool:
