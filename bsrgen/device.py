@@ -138,8 +138,8 @@ class DeviceKernel(Kernel):
 
     def _array(self, what: str, value: Any, want: "np.dtype[Any]") -> DeviceArray:
         array = device_array(f"{self.name}: {what}", value)
-        unknown = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8}  # to CuPy, which has them as their bits
-        bits = array.dtype == unknown.get(want.name)
+        as_bits = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8}  # of CuPy, which does not know them
+        bits = array.dtype == as_bits.get(want.name, want)
         if array.dtype != want and not bits:
             raise ArgumentTypeError(
                 f"{self.name}: {what} has dtype {array.dtype}, the kernel {want}; convert it, or compile a kernel for "

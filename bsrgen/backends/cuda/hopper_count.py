@@ -34,7 +34,7 @@ STREAM_RATE = 3.0  # instructions of an SM in a cycle, of 4: a guess
 CLUSTER_CYCLES = 1000.0  # until the thread blocks of a cluster have met twice: a guess
 OVERLAP = 0.1  # of the resources that do not bound: all of them are asynchronous; a guess
 CLUSTERED = 0.13  # of the steps that rows in any order need, at most, are saved where rows that share columns are put
-# together: 0 to 0.24 in 45 tables of random patterns, 4096 x 4096 in blocks of 16, 32 and 64, densities 0.05 to 0.8
+# together: 0 to 0.27 in 45 tables of random patterns, 4096 x 4096 in blocks of 16, 32 and 64, densities 0.05 to 0.8
 ODD_SMS = 4  # that clusters of more than two leave idle: processor clusters of 16 and of 18 SMs; a guess
 RESIDENT = 2  # thread blocks of a slot on an SM
 DEALT = 1 << 12  # parts of a call that are dealt out to see how unevenly: with more it no longer matters

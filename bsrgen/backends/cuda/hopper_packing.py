@@ -99,7 +99,8 @@ def pack_hopper(p: Pattern, cut: Cut) -> HopperPacking:
 
 def clustered(p: Pattern, size: int) -> Integers:
     """Block rows in an order in which each `size` of them share many columns: the one with most blocks, then whatever
-    shares most with those before it (greedy, as SMaT clusters rows: Okanovic et al., SC 2024).  int64[block_rows]."""
+    has the largest part of what it and those before it need in common with them (greedily by Jaccard's index, as SMaT
+    clusters rows: Okanovic et al., SC 2024).  int64[block_rows]."""
     if size == 1 or not p.nnzb:
         return np.arange(p.block_rows)
     found: list[int] = []
@@ -108,13 +109,16 @@ def clustered(p: Pattern, size: int) -> Integers:
         bits = np.zeros((min(WINDOW, p.block_rows - begin), p.block_cols), bool)
         bits[p.rows[inside] - begin, p.indices[inside]] = True
         words = np.packbits(bits, axis=1)
-        left = np.argsort(-bits.sum(1), kind="stable")
+        counts = bits.sum(1)
+        left = np.argsort(-counts, kind="stable")
         while left.size:
             union = words[left[0]].copy()
             found.append(begin + int(left[0]))
             left = left[1:]
             for _ in range(min(size - 1, left.size)):
-                best = int(np.argmax(np.bitwise_count(words[left] & union).sum(1, np.int64)))
+                shared = np.bitwise_count(words[left] & union).sum(1, np.int64)
+                both = np.bitwise_count(union).sum(dtype=np.int64) + counts[left] - shared
+                best = int(np.argmax(shared / np.maximum(both, 1)))
                 union |= words[left[best]]
                 found.append(begin + int(left[best]))
                 left = np.delete(left, best)
