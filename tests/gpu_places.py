@@ -127,7 +127,9 @@ def poisoned(problem: Problem, rng: Any, n: int) -> Array:
 
 
 def check(kernel: DeviceKernel, problem: Problem, weight: Weight, rng: Any, tokens: Any) -> None:
-    """Calls with each N of `tokens` against float64: poisoned outputs, and frames that must stay as they are."""
+    """Calls with each N of `tokens` against float64: poisoned outputs, and frames that must stay as they are.  Hopper's
+    kernels add in another order where X is not aligned."""
+    exact = not kernel.plan.knobs.get("hopper")
     for n in tokens:
         x, given = problem.sample(rng, n)
         old = poisoned(problem, rng, n)
@@ -135,7 +137,9 @@ def check(kernel: DeviceKernel, problem: Problem, weight: Weight, rng: Any, toke
         assert_right(problem, weight, plain, x, given, old)
         out = framed(old, fill=CANARY)
         if min(out.shape):
-            np.testing.assert_array_equal(run(kernel, framed(x), out, given), plain)
+            inside = run(kernel, framed(x), out, given)
+            assert_right(problem, weight, inside, x, given, old)
+            assert not exact or inside.tobytes() == plain.tobytes()
             assert frame_is_intact(out)
 
 

@@ -26,10 +26,13 @@ from support import (
 import bsrgen
 from bsrgen import driver, tune
 from bsrgen.backends import BACKENDS
-from bsrgen.backends.cuda import CudaPlan, candidates
+from bsrgen.backends.cuda import CudaPlan, HopperPlan, candidates
+from bsrgen.backends.cuda.hopper import Shape
 from bsrgen.device import DeviceKernel
-from bsrgen.dtypes import DTYPES
+from bsrgen.dtypes import DTYPES, HOPPER
 from bsrgen.errors import ArgumentError, ArgumentTypeError, DeviceError
+from bsrgen.foreign import Pair
+from bsrgen.gpus import as_gpus
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
 from bsrgen.verify import verify
@@ -94,6 +97,36 @@ def test_every_template(number: int, what: Any, place: Place, rng: Any, tmp_path
         if problem.dtype.name != "int8" and weight.pattern.shape[0] % weight.pattern.R == 0:
             kernel.update(other)
             check(kernel, problem, other, rng, (7,))
+
+
+# block, operator, types of W and of Y, slots, down, shapes of kernels: each template, each way through a cluster
+HOPPER_CASES: tuple[tuple[Pair, str, str, str | None, int, int, tuple[Shape, ...]], ...] = (
+    ((64, 64), "linear", "bfloat16", None, 4, 2, (Shape(4, 4, 2), Shape(16, 32, 4), Shape(128, across=2))),
+    ((128, 64), "linear", "float16", "float32", 2, 1, (Shape(1, 1, 1), Shape(64, 128, 8), Shape(256, across=4))),
+    ((32, 32), "spmm", "bfloat16", None, 4, 2, (Shape(4, 4, 1), Shape(64, 64, 2), Shape(128, across=4))),
+    ((16, 8), "linear", "float16", None, 4, 1, (Shape(128, 200, 1), Shape(64, 1000), Shape(128))),
+    ((32, 1), "spmm", "bfloat16", None, 2, 1, (Shape(4, 4, 4), Shape(64, 64, 8), Shape(256))),
+    ((64, 128), "linear", "int8", None, 2, 2, (Shape(4, 4, 2), Shape(16, 32, 2), Shape(256, across=2))),
+    ((64, 128), "linear", "float8_e4m3fn", None, 2, 1, (Shape(4, 4, 1), Shape(16, 32, 8), Shape(256, across=2))),
+)
+
+
+@pytest.mark.parametrize(("place", "number"), [
+    pytest.param(GPU, number, marks=pytest.mark.gpu, id=f"gpu-{number}") for number in range(len(HOPPER_CASES))
+] + [pytest.param(EMULATION, 0, id="emulation-0")], indirect=["place"])  # fmt: skip
+def test_every_hopper_kernel(number: int, place: Place, rng: Any, tmp_path: Path) -> None:
+    """Streams, parts of a slot, and clusters that send W, X and both, with tokens that end anywhere."""
+    if place.real and driver.gpus()[0].capability != (9, 0):
+        pytest.skip("no Hopper")
+    (R, C), operator, w, y, slots, down, shapes = HOPPER_CASES[number]
+    shape = (R * (1000 // R if place.real else 5) - R // 3, C * max(4, (1500 if place.real else 200) // C))
+    weight = make_weight("uniform", shape, (R, C), "float32", seed=number)
+    data = np.rint(weight.data * 40) if w == "int8" else weight.data
+    weight = Weight(weight.pattern, data.astype((DTYPES | HOPPER)[w].numpy))
+    problem = problem_of(weight, operator, ("scale", "relu"), (DTYPES | HOPPER)[w], y=y)
+    target = as_gpus("sm_90a")[0]
+    kernel = place.build(HopperPlan(problem, target, slots, shapes, down), weight, tmp_path)
+    check(kernel, problem, weight, rng, (1, 4, 24, 64, 65, 304, 1103) if place.real else (3, 20, 168))
 
 
 def matrix_case() -> tuple[Problem, Weight]:
