@@ -47,7 +47,8 @@ def _kernel(plan: HopperPlan) -> dict[str, Any]:
     return kernel_of(problem) | {
         "accumulator": problem.accumulator.c, "product": _product(problem),
         "map_type": MAPS[problem.x_dtype.name],
-        "staged": problem.accumulator.c if plan.late else "y_t", "late": plan.late, "gathered": plan.gathered,
+        "staged": problem.accumulator.c if plan.late else "y_t", "late": plan.late,
+        "gathered": plan.gathered, "prepare": None,
         "slots": cut.slots, "down": plan.down, "warpgroups": WARPGROUPS,
         "mine": plan.slots // WARPGROUPS, "tiles": t.rows.size // (cut.slots * SLOT),
         "across": any(shape.across > 1 for shape in many),
