@@ -24,6 +24,7 @@ from bsrgen.pattern import Weight, as_weight
 from bsrgen.prune import block_norms, magnitude, masked, mass
 from bsrgen.sparsity import Job, Sparsity, jobs_of, read_sparsity
 
+
 @dataclass(frozen=True, slots=True)
 class _Made:
     """A job with its numbers: plain data, so that another process may compile it."""

@@ -255,7 +255,8 @@ def _class_of(base: type[nn.Module], plan: _Plan) -> Any:
     def deepcopy(self: Any, memo: Any) -> Any:
         import copy
 
-        new = memo[id(self)] = type(self).__new__(type(self))
+        own: Any = type(self)
+        new = memo[id(self)] = own.__new__(own)
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
 

@@ -18,7 +18,7 @@ from bsrgen.foreign import view
 from bsrgen.instance import Instance
 from bsrgen.integrations.torch.config import Spec, parsed
 from bsrgen.integrations.torch.kernels import compiled, pattern_of
-from bsrgen.integrations.torch.layer import BsrLinear, transformed, watched
+from bsrgen.integrations.torch.layer import BsrLinear, watched
 from bsrgen.integrations.torch.ops import library
 from bsrgen.kernel import Kernel
 from bsrgen.pattern import Weight
@@ -157,7 +157,7 @@ class BsrFused(nn.Module):  # type: ignore[misc]  # torch is not typed here
 
     def forward(self, x: torch.Tensor, residual: Any = None) -> Any:
         """x [..., K]; residual like the result."""
-        if torch.compiler.is_compiling() or not x.is_cpu or watched(x) or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not x.is_cpu or watched(x) or transformed() or torch.is_grad_enabled():
             y = self._by_operator(x, residual, fused)
         else:
             have = self._ready(x, residual)
@@ -169,10 +169,10 @@ class BsrFused(nn.Module):  # type: ignore[misc]  # torch is not typed here
 
     def _ready(self, x: torch.Tensor, residual: Any) -> _Packed | None:
         """What was packed in the last call, if it is right for this one, and nothing needs a second look."""
-        if not self._kept or torch.is_autocast_enabled("cpu") or x.shape[-1] != self.features or not x.is_contiguous():
+        if not self._kept or torch.is_autocast_enabled("cpu") or x.shape[-1:] != (self.features,):
             return None
         dtype, watch, have = self._kept
-        if x.dtype is not dtype:
+        if x.dtype is not dtype or not x.is_contiguous():
             return None
         if self.residual and not (
             type(residual) is torch.Tensor and residual.dtype is dtype and residual.is_contiguous()
@@ -197,13 +197,9 @@ class BsrFused(nn.Module):  # type: ignore[misc]  # torch is not typed here
         bias = [layer.bias for layer in self._layers if layer.bias is not None]
         if call is product and not any(tensor.is_inference() for tensor in (*values, *bias)):
             have = packed(text, values, crow, col, bias)
-            slots = [
-                (f._parameters, name)
-                for name in ("values", "bias")
-                for f in self._layers
-                if f._parameters[name] is not None
-            ]
-            self._kept = x.dtype, [(p, n, p[n], p[n].data_ptr(), p[n]._version) for p, n in slots], have
+            slots = [(f._parameters, name) for name in ("values", "bias") for f in self._layers]
+            watch = [(p, n, p[n], *((0, 0) if p[n] is None else _state([p[n]])[0])) for p, n in slots]
+            self._kept = x.dtype, watch, have
         return call(x, values, crow, col, bias, residual, text)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -211,15 +207,17 @@ class BsrFused(nn.Module):  # type: ignore[misc]  # torch is not typed here
 
     def _fits(self, x: torch.Tensor, residual: Any, own: tuple[str, ...]) -> bool:
         """Whether the kernel does what the layers would."""
-        if not x.is_cpu or not all(own) or x.dtype != self._layers[0].values.dtype or torch.is_autocast_enabled("cpu"):
+        first, biased = self._layers[0], {layer.bias is not None for layer in self._layers}
+        if not x.is_cpu or not all(own) or x.dtype != first.values.dtype or transformed():
             return False
-        if torch.is_grad_enabled() and (
-            x.requires_grad or any(p.requires_grad for f in self._layers for p in f.parameters())
-        ):
+        if torch.is_autocast_enabled("cpu") or len(biased) > 1 or (self.paired and True in biased):
+            return False
+        learns = x.requires_grad or any(p.requires_grad for layer in self._layers for p in layer.parameters())
+        if torch.is_grad_enabled() and learns:
             return False
         if not self.residual:
             return True
-        shape = (*x.shape[:-1], self._layers[0].out_features)
+        shape = (*x.shape[:-1], first.out_features)
         return isinstance(residual, torch.Tensor) and residual.dtype == x.dtype and tuple(residual.shape) == shape
 
     def separately(self, x: torch.Tensor, residual: Any = None) -> Any:
@@ -250,7 +248,6 @@ class BsrFused(nn.Module):  # type: ignore[misc]  # torch is not typed here
 
     def extra_repr(self) -> str:
         """For print(model)."""
-        act = f", {PAIRS.get(str(self.activation)) if self.paired else self.activation}" if self.activation else ""
-        return (
-            f"{len(self._layers)} layers of {self._layers[0].in_features} features{act}" + ", residual" * self.residual
-        )
+        act = PAIRS[str(self.activation)] if self.paired else self.activation
+        what = [f"{len(self._layers)} of {self.features} features", act, "residual" if self.residual else None]
+        return ", ".join(filter(None, what))
