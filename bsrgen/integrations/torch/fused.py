@@ -18,7 +18,7 @@ from bsrgen.foreign import view
 from bsrgen.instance import Instance
 from bsrgen.integrations.torch.config import Spec, parsed
 from bsrgen.integrations.torch.kernels import compiled, pattern_of
-from bsrgen.integrations.torch.layer import BsrLinear, watched
+from bsrgen.integrations.torch.layer import BsrLinear, transformed, watched
 from bsrgen.integrations.torch.ops import library
 from bsrgen.kernel import Kernel
 from bsrgen.pattern import Weight
