@@ -153,7 +153,7 @@ def test_operators_pass_torchs_own_checks(pair):
     part = next(v for v in vars(pair[1].gated).values() if isinstance(v, fused.BsrFused) and v.residual)
     (layer,) = part._layers
     x, r = torch.randn(3, layer.in_features), torch.randn(3, layer.out_features)
-    own = (layer._specs[torch.float32],)
+    own = part._own(torch.float32)
     lists = [[t.detach()] for t in (layer.values, layer.crow_indices, layer.col_indices, layer.bias)]
     torch.library.opcheck(torch.ops.bsrgen.fused.default, (x, *lists, r, part._text(own)))
 
