@@ -208,7 +208,9 @@ class BsrFused(nn.Module):  # type: ignore[misc]  # torch is not typed here
     def _fits(self, x: torch.Tensor, residual: Any, own: tuple[str, ...]) -> bool:
         """Whether the kernel does what the layers would."""
         first, biased = self._layers[0], {layer.bias is not None for layer in self._layers}
-        if not x.is_cpu or not all(own) or x.dtype != first.values.dtype or transformed():
+        if not x.is_cpu or not all(own) or x.dtype != first.values.dtype:
+            return False
+        if not torch.compiler.is_compiling() and transformed():
             return False
         if torch.is_autocast_enabled("cpu") or len(biased) > 1 or (self.paired and True in biased):
             return False
