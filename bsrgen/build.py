@@ -145,6 +145,9 @@ def _nameless(text: Nameless, command: list[str], folder: Path) -> None:
     for name, data in texts.items():
         (folder / name).write_bytes(data)
     log = _run([*command, "-c", "unit.c", "-o", "unit.o"], folder)
+    data = (folder / "unit.o").read_bytes()
+    if not data.startswith(b"\x7fELF") or text.stand_in.encode() not in data:
+        raise BuildError(f"{text.file}: {command[0]} wrote no object")
     (folder / "unit.log").write_text(log.partition("\n")[2])
     for name in texts:
         (folder / name).unlink()
