@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -43,25 +43,36 @@ def compile_model(
     executor: Executor | None = None,
     progress: Callable[[float], object] | None = None,
 ) -> Model:
-    """Compile the layers that `config` chooses of a .safetensors or .npz file into `folder`; the model, loaded.
+    """Compile the layers that `config` chooses of a .safetensors, .npz or .onnx file into `folder`; the model, loaded.
 
     config: a TOML file or a Sparsity (sparsity.py says what its tables mean).  folder: new, empty, or a model, which is
     replaced as a whole.  Any concurrent.futures.Executor compiles, None means threads on all cores; `progress` is told
     the share done, 0 to 1.  Layers whose weight, operands and options are equal share an artifact.
     Errors, before anything is written: ArgumentError, PatternError, UnsupportedError, BuildError, StoreError.
     """
+    sparsity = config if isinstance(config, Sparsity) else read_sparsity(Path(config))
+    source = Path(weights)
+    jobs = jobs_of(sparsity, model_matrices(source))
+    return assemble(jobs, source, Path(folder), executor, progress)
+
+
+def assemble(
+    jobs: Sequence[Job], source: Path, folder: Path, executor: Executor | None,
+    progress: Callable[[float], object] | None, finish: Callable[[Path, Mapping[str, LayerRecord]], None] | None = None,
+) -> Model:  # fmt: skip
+    """The kernels of `jobs` in `folder`, which appears as a whole; `finish` may add files to it before."""
     if executor is not None and not isinstance(executor, Executor):
         raise ArgumentTypeError(f"executor={executor!r}: a concurrent.futures.Executor, or None for threads")
-    sparsity = config if isinstance(config, Sparsity) else read_sparsity(Path(config))
-    target = Path(folder).resolve()
+    target = folder.resolve()
     refuse_strangers(target, "a model", model_files)
-    source = Path(weights)
-    made = [_prepare(job, source) for job in jobs_of(sparsity, model_matrices(source))]
+    made = [_prepare(job, source) for job in jobs]
     _build_all(made, executor, progress or (lambda share: None))
     with replacing(target) as new:
         layers = _save_all(made, new / KERNELS)
         record = ModelRecord(SCHEMA, __version__, hashlib.sha256(source.read_bytes()).hexdigest(), layers)
         (new / MODEL).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2))
+        if finish:
+            finish(new, layers)
     return load_model(target)
 
 

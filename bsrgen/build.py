@@ -1,6 +1,7 @@
 """Build: sources -> shared library, with the system's compiler under a time and memory limit."""
 
 import functools
+import hashlib
 import os
 import re
 import resource
@@ -21,6 +22,8 @@ from bsrgen.emit import Source, Unit
 from bsrgen.errors import BuildError, CompilerNotFoundError
 from bsrgen.gpus import code_flags
 from bsrgen.machine import parallel_cores
+from bsrgen.objects import Nameless, nameless
+from bsrgen.store import Store
 from bsrgen.targets import Target, native
 
 TIMEOUT_S = 60  # one compiler process; the plans' budgets keep real ones below two seconds
@@ -99,7 +102,7 @@ def build(source: Source, folder: Path, compiler: Compiler) -> Path:
     run: Callable[[list[str]], str] = functools.partial(_run, folder=folder)
     logs = [_assemble(unit, folder) for unit in codes]  # other units take in what becomes of it
     headers = ("-isystem", nvcc.find_nvcc().include) if codes else ()
-    compile_one = functools.partial(_compile, compiler=compiler, folder=folder, headers=headers)
+    compile_one = functools.partial(_object, source=source, compiler=compiler, folder=folder, headers=headers)
     with ThreadPoolExecutor(max_workers=parallel_cores()) as pool:
         logs += pool.map(compile_one, units, objects)
     device = bool(codes) or any(unit.file.endswith(".cu") for unit in units)
@@ -121,6 +124,36 @@ def _assemble(unit: Unit, folder: Path) -> str:
     """PTX -> machine code for each GPU, in one file; log text."""
     code = f"{Path(unit.file).stem}.fatbin"
     return _run([nvcc.find_nvcc().path, "-O3", "-Xptxas", "-v", *unit.flags, "-fatbin", unit.file, "-o", code], folder)
+
+
+def _object(unit: Unit, target: str, source: Source, compiler: Compiler, folder: Path, headers: Sequence[str]) -> str:
+    """One file -> an object in `folder`, from the store where another kernel of the same text has been; log text."""
+    text = None if headers else nameless(source, unit)
+    if text is not None:
+        flags = (*COMPILE_FLAGS, *unit.flags, "-I.")
+        with suppress(BuildError, OSError):  # then the file is compiled here, and says what is wrong with it
+            make = functools.partial(_nameless, text, [compiler.path, *flags])
+            kept = Store.default().publish(text.key(compiler.identity, *flags), make)
+            data, said = text.named((kept / "unit.o").read_bytes()), (kept / "unit.log").read_text()
+            if data is not None:
+                (folder / target).write_bytes(data)
+                return text.commands(" ".join([Path(compiler.path).name, *flags]), target) + said
+    return _compile(unit, target, compiler, folder, headers)
+
+
+def _nameless(text: Nameless, command: list[str], folder: Path) -> None:
+    """The object and what the compiler says of it, in a folder of the store."""
+    texts = {"unit.c": text.text, **text.headers}
+    for name, data in texts.items():
+        (folder / name).write_bytes(data)
+    log = _run([*command, "-c", "unit.c", "-o", "unit.o"], folder)
+    data = (folder / "unit.o").read_bytes()
+    if not data.startswith(b"\x7fELF") or text.stand_in.encode() not in data:
+        raise BuildError(f"{text.file}: {command[0]} wrote no object")
+    (folder / "unit.log").write_text(log.partition("\n")[2])
+    for name in texts:
+        (folder / name).unlink()
+    seal(folder, {})
 
 
 def _compile(unit: Unit, target: str, compiler: Compiler, folder: Path, headers: Sequence[str] = ()) -> str:
@@ -174,7 +207,6 @@ def build_trampoline() -> None:
     from cffi import recompiler
 
     from bsrgen import trampoline
-    from bsrgen.store import Store
 
     def make(folder: Path) -> None:
         compiler = find_compiler(native())
@@ -191,6 +223,23 @@ def build_trampoline() -> None:
     if store.get(trampoline.extension_key()) is None:
         _refuse_if_disabled(trampoline.MODULE)
         store.publish(trampoline.extension_key(), make)
+
+
+def build_runtime(texts: Sequence[str], library: str, target: Target) -> Path:
+    """`library` made of texts of runtime/, the first of them C, for a target's family; built once into the store."""
+    compiler, flags = find_compiler(target), (*COMPILE_FLAGS, *LINK_FLAGS)
+    data = {name: (RUNTIME / name).read_bytes() for name in texts}
+    identity = "\0".join((compiler.identity, library, *flags)).encode()
+    key = hashlib.sha256(b"\0".join((identity, *data.values()))).hexdigest()
+
+    def make(folder: Path) -> None:
+        _refuse_if_disabled(library)
+        for name, text in data.items():
+            (folder / name).write_bytes(text)
+        _run([compiler.path, *flags, "-I.", texts[0], "-o", library], folder)
+        seal(folder, {})
+
+    return Store.default().publish(key, make) / library
 
 
 def _refuse_if_disabled(what: str) -> None:

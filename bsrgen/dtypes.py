@@ -27,6 +27,11 @@ class DType:
         return _row, (self.name,)  # the row itself, so that `is` holds in other processes
 
     @property
+    def dlpack(self) -> tuple[int, int]:
+        """DLPack's code of the kind (DLDataTypeCode) and the bits."""
+        return {"bfloat16": 4, "uint8": 1}.get(self.name, 0 if self.name.startswith("int") else 2), 8 * self.bytes
+
+    @property
     def numpy(self) -> np.dtype[Any]:
         """The numpy dtype of native byte order; bfloat16 and float8_e4m3fn are ml_dtypes'."""
         if self.name in ("bfloat16", *HOPPER):

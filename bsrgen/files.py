@@ -1,4 +1,4 @@
-"""Weights on disk: .npz, .npy and .safetensors.  Data never becomes code: nothing is unpickled."""
+"""Weights on disk: .npz, .npy, .safetensors and .onnx.  Data never becomes code: nothing is unpickled."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bsrgen.errors import ArgumentError, ArgumentTypeError, BsrgenError, PatternError, StoreError
+from bsrgen.onnx_graph import known_graph
 from bsrgen.pattern import Weight, as_weight
 
 _PARTS = ("values", "crow_indices", "col_indices")  # torch's words; metadata "bsr.<key>.shape" is a JSON list [M, K]
@@ -24,7 +25,8 @@ def read_weight(
     """The weight in a file, in its own type where that is one of DTYPES, else in float32.
 
     .npz: scipy.sparse.save_npz, or arrays data, indices, indptr and shape, or a dense array; .npy: a dense array;
-    .safetensors: <key>.values, <key>.crow_indices, <key>.col_indices and metadata bsr.<key>.shape, or a dense tensor.
+    .safetensors: <key>.values, <key>.crow_indices, <key>.col_indices and metadata bsr.<key>.shape, or a dense tensor;
+    .onnx: the constant that a MatMul or Gemm multiplies with, turned where need be so that it is [M, K].
     `key` may be left out where the file holds one matrix.  `blocksize`, `otherwise` as in as_weight.
     """
     with _reading(path) as path:
@@ -52,7 +54,8 @@ def matrix_names(path: str | Path) -> list[str | None]:
     """The keys of all matrices in a file, for read_weight one by one; [None] for the one of a file without names.
 
     A .safetensors file gives its block-sparse matrices, or where it has none every 2-D tensor; an .npz file of plain
-    arrays gives every 2-D array.
+    arrays gives every 2-D array; an .onnx file the weights of its MatMul and Gemm nodes, by the names that they had in
+    the checkpoint where the bias or the node's path tells, else by their own (onnx_graph.py).
     """
     with _reading(path) as path:
         return _NAMES[path.suffix](path) if path.suffix in _NAMES else [None]
@@ -82,6 +85,8 @@ def read_vector(path: str | Path, key: str) -> Any:
         if path.suffix == ".npz":
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return arrays[key] if key in arrays.files and arrays[key].ndim == 1 else None
+        if path.suffix == ".onnx":
+            return _onnx_bias(path, key)
         from safetensors import safe_open
 
         with path.open("rb"), safe_open(path, "np") as file:
@@ -167,6 +172,23 @@ def _safetensors_names(path: Path) -> list[str | None]:
         return [*sorted(sparse or dense)]
 
 
+def _read_onnx(path: Path, key: str | None) -> tuple[Any, Any]:
+    graph = known_graph(path)
+    products = graph.named()
+    return graph.weight(products[_only(list(products), key)]), None
+
+
+def _onnx_names(path: Path) -> list[str | None]:
+    return [*sorted(known_graph(path).named())]
+
+
+def _onnx_bias(path: Path, key: str) -> Any:
+    """The bias X.bias of the product X.weight or X."""
+    graph, stem = known_graph(path), key.removesuffix(".bias")
+    product = next((graph.named()[name] for name in (f"{stem}.weight", stem) if name in graph.named()), None)
+    return None if product is None or product.bias is None else graph.array(product.bias).ravel()
+
+
 def _matrices(file: Any) -> tuple[set[str], set[str]]:
     """Names of the block-sparse matrices and of the other 2-D tensors in an open .safetensors file."""
     names = set(file.keys())
@@ -196,7 +218,12 @@ _READERS: dict[str, Callable[[Path, str | None], tuple[Any, Any]]] = {
     ".npz": _read_npz,
     ".npy": _read_npy,
     ".safetensors": _read_safetensors,
+    ".onnx": _read_onnx,
 }
-_NAMES: dict[str, Callable[[Path], list[str | None]]] = {".npz": _npz_names, ".safetensors": _safetensors_names}
+_NAMES: dict[str, Callable[[Path], list[str | None]]] = {
+    ".npz": _npz_names,
+    ".safetensors": _safetensors_names,
+    ".onnx": _onnx_names,
+}
 SUFFIXES = tuple(_READERS)
 _WRITERS: dict[str, Callable[[Path, Weight, str], None]] = {".npz": _write_npz, ".safetensors": _write_safetensors}

@@ -16,12 +16,16 @@ class Instance:
     others have their defaults.
     """
 
-    __slots__ = ("_call", "_cast", "_function", "_kernel", "_pointer", "_values", "_void")
+    __slots__ = (
+        "_call", "_cast", "_function", "_kernel", "_pointer", "_record_bytes", "_records", "_values", "_void",
+    )  # fmt: skip
 
     def __init__(self, kernel: Kernel, W: Any) -> None:
         self._kernel, self._values = kernel, kernel.valued(W)
         path = kernel._tramp
         self._cast, self._void = path.ffi.cast, path.ffi.typeof("void *")
+        self._records = path.ffi.typeof("struct bsrgen_operand[]")
+        self._record_bytes = path.ffi.sizeof("struct bsrgen_operand")
         self._call, self._function, self._pointer = path.call, kernel._function, self._values.pointer
 
     def operands(self, **addresses: int) -> Any:
@@ -34,6 +38,19 @@ class Instance:
         for record, operand in zip(records if given else (), given, strict=True):
             if operand.name in addresses:
                 record.data = self._cast(self._void, addresses[operand.name])
+        return records
+
+    def place(self, name: str) -> int:
+        """Where an operand stands among the kernel's."""
+        return [operand.name for operand in self._kernel._call.operands].index(name)
+
+    def with_address(self, operands: Any, place: int, address: int, ld: int) -> Any:
+        """A copy of what `operands` made, in which the array at `place` lies at `address`, rows `ld` elements apart."""
+        ffi = self._kernel._tramp.ffi
+        records = ffi.new(self._records, len(operands))
+        ffi.memmove(records, operands, self._record_bytes * len(operands))
+        record = records[place]
+        record.data, record.ld = self._cast(self._void, address), ld
         return records
 
     def run(self, n: int, x: int, ldx: int, y: int, ldy: int, operands: Any, threads: int) -> None:

@@ -13,6 +13,7 @@ from bsrgen.kernel import Kernel
 from bsrgen.loading import kernel_of
 
 MODEL = "model.json"
+BESIDE = ("model.onnx", "model.onnx.data", "libbsrgen_onnx.so")  # what a rewritten ONNX model has in its folder
 KERNELS = "kernels"  # folder of the artifacts
 SCHEMA = 1
 
@@ -114,4 +115,4 @@ def load_model(
 def model_files(folder: Path) -> set[str]:
     """The files of the model in a folder, as its records say.  OSError, ArtifactError."""
     places = {f"{KERNELS}/{layer.kernel}" for layer in read_record(folder).layers.values()}
-    return {MODEL, *(f"{place}/{name}" for place in places for name in files_of(folder / place))}
+    return {MODEL, *BESIDE, *(f"{place}/{name}" for place in places for name in files_of(folder / place))}

@@ -160,7 +160,9 @@ def library(request: pytest.FixtureRequest, golden_artifacts: dict[str, Artifact
 def test_exported_symbols_are_the_entry_points(library: Path) -> None:
     name = library.name[3:-3]
     lines = [line.split() for line in run([tool("nm"), "-D", "--defined-only", library]).splitlines()]
-    assert sorted(line[2] for line in lines) == sorted([name, f"{name}_call", f"{name}_info", f"{name}_pack"])
+    assert sorted(line[2] for line in lines) == sorted(
+        [name, f"{name}_call", f"{name}_info", f"{name}_pack", f"__tvm_ffi_{name}"]
+    )
     assert {line[1] for line in lines} == {"T"}
 
 

@@ -47,6 +47,7 @@ FLOORS = """
     backends.c.matrix
     backends.c.packing
     backends.c.products  backends.c.tiles
+    objects
     emit  cost  backends.c.count
     verify  model
     tracks
@@ -56,7 +57,7 @@ FLOORS = """
     exam  instance
     kernel  plan  files  picture
     artifact  arguments
-    selection
+    selection  onnx_graph
     problem  pattern_problem  occupancy  cover  quantize  stack  even
     pattern  prune
     canonical  manifest  trampoline  sparsity
@@ -87,9 +88,14 @@ WORKSHOP = {
 
 ON_USE = {
     "torch", "ml_dtypes", "jinja2", "safetensors", "scipy", "matplotlib", "click", "rich", "archspec", "threadpoolctl",
-    "mlir", "torch_mlir", "llvmlite",
+    "mlir", "torch_mlir", "llvmlite", "onnx", "onnxruntime", "jax", "jax_tvm_ffi", "tvm_ffi",
 }  # fmt: skip
-AT_ONCE = {"cli": {"click", "rich"}, "__main__": {"click", "rich"}, "bench": {"scipy"}, "integrations": {"torch"}}
+AT_ONCE = {
+    "cli": {"click", "rich"},
+    "__main__": {"click", "rich"},
+    "bench": {"scipy"},
+    "integrations": {"torch", "jax"},
+}
 
 LONG = {  # more lines than the house allows, and why
     "bsrgen/api.py": "compile and what its many arguments mean",

@@ -22,6 +22,8 @@ def test_python_blocks_run(block, tmp_path, monkeypatch):
         pytest.importorskip("llvmlite")
     if "integrations.torch" in block:
         pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'bsrgen[torch]'")
+    if "integrations.jax" in block:
+        pytest.importorskip("jax_tvm_ffi", reason="jax-tvm-ffi is not installed: pip install 'bsrgen[jax]'")
     if '"cuda"' in block:
         from bsrgen.errors import CompilerNotFoundError
         from bsrgen.nvcc import find_nvcc

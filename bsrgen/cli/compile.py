@@ -60,7 +60,8 @@ def compile_(
 ) -> None:  # fmt: skip
     """Compile the kernel of WEIGHT, check it, and write its artifact.
 
-    With --config, WEIGHT is the file of a whole model, and its table of layers says what becomes a kernel and how.
+    With --config, WEIGHT is the file of a whole model, and its table of layers says what becomes a kernel and how.  Of
+    an .onnx file the folder also holds the file rewritten, for ONNX Runtime with the library beside it.
 
     Without -o the artifact is left in the store, and its folder is all that is printed on stdout.  What is printed ends
     in the verdict, and in the block shape of the same nonzeros that would be faster, if there is one.
@@ -117,8 +118,13 @@ def _model(weight_file: Path, config: Path, output: Path | None, jobs: int | Non
     if output is None:
         raise ArgumentError("--config needs -o FOLDER: a model is a folder of artifacts")
     start = time.perf_counter()
+    make: Any = compile_model
+    if weight_file.suffix == ".onnx":
+        from bsrgen.integrations.onnx import convert
+
+        make = convert
     with ThreadPoolExecutor(jobs or parallel_cores()) as pool, working(f"compiling {weight_file.name}") as progress:
-        model = compile_model(weight_file, config, output, executor=pool, progress=progress)
+        model = make(weight_file, config, output, executor=pool, progress=progress)
     seconds = time.perf_counter() - start
     if as_json:
         show_json({"seconds": seconds, **model_document(output, model.record)})

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from bsrgen.backends.c import dynamic
@@ -11,6 +12,7 @@ from bsrgen.backends.c.matrix_text import matrix_view
 from bsrgen.backends.c.plan import CPlan
 from bsrgen.backends.c.tiles import TokenTile, WeightTile
 from bsrgen.backends.c.tiling import code, folds, group, token_groups, variants
+from bsrgen.dtypes import DType
 from bsrgen.emit import Source, Unit, arguments_in_c, banner, epilogue_formula, operands_in_c, render, runtime_file
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
@@ -65,11 +67,13 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
     manifest = {"name": name, "problem": str(problem), "pattern": problem.pattern.digest}
     artifact["manifest_lines"] = [c_string(line) for line in json.dumps(manifest, indent=1).splitlines()]
     files[f"{name}.c"] = render("c/main.c.j2", a=artifact, banner=head).encode()
+    files[f"{name}_data.c"] = render("c/data.c.j2", a=artifact, banner=head).encode()
+    units.append(Unit(f"{name}_data.c", units[0].flags))
     files[f"{name}.h"] = render("c/header.h.j2", a=artifact, banner=head).encode()
     math = ("bsrgen_math.h",) if _needs_math(problem) else ()
     tiles = _AMX if any(plan.matrix for plan in plans) else ()
     expand = ("bsrgen_expand.h",) if any(plan.bits for plan in plans) else ()
-    prepare = () if known else ("bsrgen_prepare.h",)
+    prepare = ("bsrgen_tvm_ffi.h",) if known else ("bsrgen_prepare.h",)
     live = ("bsrgen_live.h",) if isinstance(plans[0], FeaturesPlan) else ()
     for runtime in (*RUNTIME_FILES, *live, *tiles, *expand, *math, *prepare):
         files[runtime] = runtime_file(runtime)
@@ -125,11 +129,33 @@ def _artifact(
         "C": p.C, "nnzb": p.nnzb,
         "flop_per_token": max(2 * max(plan.pattern.nnz for plan in plans), 1), "flop_per_part": FLOP_PER_PART,
         "language": "c", "dynamic": not p.known, "values_name": values,
-        "pit": pit, "columns": problem.pit.groups(p.M) if problem.pit else 0,
+        "ffi": _ffi(problem), "pit": pit, "columns": problem.pit.groups(p.M) if problem.pit else 0,
         "missing_bytes": 1 + sum(len(f) + 1 for f in (*levels[-1]["requires"], PERMISSION)), "permission": PERMISSION,
         "formula": problem.operator.formula, "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
         "epilogue_formula": epilogue_formula(problem),
     }  # fmt: skip
+
+
+def _ffi(problem: Problem) -> dict[str, Any]:
+    """What runtime/bsrgen_tvm_ffi.h wants to know: types as DLPack has them, and how each operand may come."""
+    operands = [
+        {"name": o.name, "letter": "g" if o.kind == "routing" else o.kind[0],
+         "type": _ffi_type(problem.operand_dtype(o)), "otherwise": _c_number(o.default),
+         "optional": int(o.kind in ("scalar", "live", "mask"))}
+        for o in problem.operands
+    ]  # fmt: skip
+    tokens, rows = (problem.pit.tokens, problem.pit.rows) if problem.pit else (1, 1)
+    return {"x": _ffi_type(problem.x_dtype), "y": _ffi_type(problem.out_dtype), "operands": operands,
+            "tokens": max(tokens, 1), "rows": max(rows, 1)}  # fmt: skip
+
+
+def _ffi_type(row: DType) -> str:
+    code, bits = row.dlpack
+    return f'{{"{row.name}", {code}, {bits}}}'
+
+
+def _c_number(value: float | None) -> str:
+    return "0" if value is None else repr(value) if isfinite(value) else f"{'-' if value < 0 else ''}INFINITY"
 
 
 def _pit(plan: CPlan) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ def emit(plans: tuple[MlirPlan, ...], weight: Weight) -> Source:
     source = c.emit(plans, weight)
     files, units, reading = dict(source.files), list(source.units), []
     head = as_comment(banner(plans[0].problem, plans))
-    for plan, unit, level in zip(plans, source.units[1:], source.entry["levels"], strict=True):
+    for plan, unit, level in zip(plans, source.units[1:-1], source.entry["levels"], strict=True):
         text = render("mlir/tile.mlir.j2", k=tile_view(plan, level["name"], level["tables"]), banner=head)
         lowered = lower(text)
         steps = {"tile.mlir": text, "loops.mlir": lowered.loops, "tile.ll": lowered.llvm_ir}

@@ -31,7 +31,7 @@ def kernel_of(text: str, role: Role, crow: Any, col: Any, device: str = "cpu") -
     found = _kernels.get((text, role, device))
     if found is None:
         spec = parsed(text)
-        found = _kernels.setdefault((text, role, device), _made(spec, role, _pattern(spec, crow, col), device))
+        found = _kernels.setdefault((text, role, device), _made(spec, role, pattern_of(spec, crow, col), device))
     return found
 
 
@@ -41,7 +41,8 @@ def build(text: str, role: Role, pattern: Pattern, device: str) -> None:
         _kernels.setdefault((text, role, device), _made(parsed(text), role, pattern, device))
 
 
-def _pattern(spec: Spec, crow: Any, col: Any) -> Pattern:
+def pattern_of(spec: Spec, crow: Any, col: Any) -> Pattern:
+    """The pattern that index tensors say, which is the spec's.  ArgumentError."""
     pattern = Pattern(spec.shape, spec.blocksize, host("crow_indices", crow), host("col_indices", col))
     if pattern.digest != spec.pattern:
         raise ArgumentError(
@@ -54,16 +55,24 @@ def _pattern(spec: Spec, crow: Any, col: Any) -> Pattern:
 def _made(spec: Spec, role: Role, pattern: Pattern, device: str) -> Kernel:
     from bsrgen import api
 
-    weight = with_random_values(pattern, _rng(pattern))
+    if role == "forward":
+        return compiled(spec, [pattern], ("bias",) if spec.bias else (), device)
+    weight, x = with_random_values(pattern, _rng(pattern)), spec.x_dtype
     common: dict[str, Any] = {"n": spec.n, "tune": spec.tune, **_place(spec, device)}
-    x = spec.x_dtype
     if role == "dw":
         return api.compile(weight, operator="linear_grad", dtype=x, **common | {"backend": "auto"})
-    if role == "dx":
-        return api.compile(weight, transposed=True, dtype=x, strict=spec.strict, **common)
+    return api.compile(weight, transposed=True, dtype=x, strict=spec.strict, **common)
+
+
+def compiled(spec: Spec, patterns: list[Pattern], epilogue: tuple[str, ...], device: str = "cpu") -> Kernel:
+    """The kernel of layers that share x and all of `spec` but the pattern."""
+    from bsrgen import api
+
+    weights = [with_random_values(pattern, _rng(pattern)) for pattern in patterns]
     return api.compile(
-        weight, dtype=spec.dtype, x_dtype=x, out_dtype=x, quantize_x=spec.quantize_x, strict=spec.strict,
-        epilogue=("bias",) if spec.bias else (), **common,
+        weights if len(weights) > 1 else weights[0], dtype=spec.dtype, x_dtype=spec.x_dtype, out_dtype=spec.x_dtype,
+        quantize_x=spec.quantize_x, strict=spec.strict, epilogue=epilogue, n=spec.n, tune=spec.tune,
+        **_place(spec, device),
     )  # fmt: skip
 
 

@@ -24,9 +24,14 @@ except AttributeError:
     _modes = _functorch = _tracing = _profiling = lambda: True
 
 
-def _watched(x: torch.Tensor) -> bool:
+def watched(x: torch.Tensor) -> bool:
     """Whether something wants to see operators go by: subclasses, modes, tracers, the profiler."""
     return type(x) is not torch.Tensor or bool(_modes() or _tracing() or _profiling())
+
+
+def transformed() -> bool:
+    """Whether functorch or forward-mode differentiation is at work."""
+    return bool(_functorch() or forward_ad._current_level >= 0)
 
 
 def _autocast(device: str) -> bool:
@@ -48,6 +53,7 @@ class BsrLinear(nn.Module):  # type: ignore[misc]  # torch is not typed here
     are compiled when a type is used for the first time, or taken from bsrgen's store; `kernel()` does it ahead.
     """
 
+    TENSORS = ("values", "crow_indices", "col_indices")
     in_features: int
     out_features: int
 
@@ -137,9 +143,9 @@ class BsrLinear(nn.Module):  # type: ignore[misc]  # torch is not typed here
         spec = self._spec(x.dtype) if specs is None else specs[bias is not None]  # the former raises
         if torch.compiler.is_compiling():
             return linear(x, values, crow, col, bias, spec)
-        if _functorch() or forward_ad._current_level >= 0:
+        if transformed():
             return nn.functional.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        if not on_cpu or _watched(x):
+        if not on_cpu or watched(x):
             return linear(x, values, crow, col, bias, spec)
         if torch.is_grad_enabled():
             if values.requires_grad and (self.training or x.requires_grad):
@@ -204,8 +210,7 @@ class BsrLinear(nn.Module):  # type: ignore[misc]  # torch is not typed here
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
         """Another pattern takes the place of this one; torch does the rest."""
-        names = ("values", "crow_indices", "col_indices")
-        new = [state.get(prefix + name) for name in names]
+        new = [state.get(prefix + name) for name in self.TENSORS]
         if all(isinstance(tensor, torch.Tensor) for tensor in new):
             try:
                 self._adopt(*new)

@@ -19,6 +19,7 @@
 #include "spmm_f32_9x7_b1x1_dfaa5c3d.h"
 #include "bsrgen.h"
 #include "bsrgen_parallel.h"
+#include "bsrgen_tvm_ffi.h"
 #include <sched.h>
 #include <stddef.h>
 #include <stdlib.h>
@@ -26,16 +27,7 @@
 
 typedef float element; /* of W as it comes */
 
-/* Packed values and tables enter as they lie in their files: compile time does not grow with the matrix. */
-__asm__(".pushsection .rodata\n"
-        ".balign 64\n.globl spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_work\n.hidden spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_work\nspmm_f32_9x7_b1x1_dfaa5c3d_b3x2_work:\n.incbin \"spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_work.bin\"\n"
-        ".balign 64\n.globl spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_moves\n.hidden spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_moves\nspmm_f32_9x7_b1x1_dfaa5c3d_b3x2_moves:\n.incbin \"spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_moves.bin\"\n"
-        ".balign 64\n.globl spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_pointers\n.hidden spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_pointers\nspmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_pointers:\n.incbin \"spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_pointers.bin\"\n"
-        ".balign 64\n.globl spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_offsets\n.hidden spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_offsets\nspmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_offsets:\n.incbin \"spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_offsets.bin\"\n"
-        ".balign 64\n.globl spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_order\n.hidden spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_order\nspmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_order:\n.incbin \"spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_order.bin\"\n"
-        ".balign 64\n.globl spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_rows\n.hidden spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_rows\nspmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_rows:\n.incbin \"spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_rows.bin\"\n"
-        ".balign 64\n.globl spmm_f32_9x7_b1x1_dfaa5c3d_values_0\n.hidden spmm_f32_9x7_b1x1_dfaa5c3d_values_0\nspmm_f32_9x7_b1x1_dfaa5c3d_values_0:\n.incbin \"spmm_f32_9x7_b1x1_dfaa5c3d_values_0.bin\"\n"
-        ".balign 64\n.popsection\n");
+/* All that differs between kernels of the same text lies in spmm_f32_9x7_b1x1_dfaa5c3d_data.c. */
 extern const uint64_t spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_work[] __attribute__((visibility("hidden")));
 extern const uint32_t spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_moves[] __attribute__((visibility("hidden")));
 extern const uint32_t spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_pointers[] __attribute__((visibility("hidden")));
@@ -43,6 +35,10 @@ extern const uint16_t spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_offsets[] __attribut
 extern const uint32_t spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_order[] __attribute__((visibility("hidden")));
 extern const uint32_t spmm_f32_9x7_b1x1_dfaa5c3d_b3x2_u16_4_rows[] __attribute__((visibility("hidden")));
 extern const float spmm_f32_9x7_b1x1_dfaa5c3d_values_0[] __attribute__((visibility("hidden")));
+
+extern const char spmm_f32_9x7_b1x1_dfaa5c3d_manifest[] __attribute__((visibility("hidden")));
+extern const double spmm_f32_9x7_b1x1_dfaa5c3d_flop __attribute__((visibility("hidden"))); /* of a token */
+extern const int64_t spmm_f32_9x7_b1x1_dfaa5c3d_value_bytes[] __attribute__((visibility("hidden"))); /* packed, for each level */
 
 int64_t spmm_f32_9x7_b1x1_dfaa5c3d_x86_64_v3_units(int64_t n) __attribute__((visibility("hidden")));
 int spmm_f32_9x7_b1x1_dfaa5c3d_x86_64_v3_run(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t) __attribute__((visibility("hidden")));
@@ -82,15 +78,8 @@ static const struct level *choose_level(void)
 
 const char *spmm_f32_9x7_b1x1_dfaa5c3d_info(int what)
 {
-    static const char manifest[] =
-        "{\n"
-        " \"name\": \"spmm_f32_9x7_b1x1_dfaa5c3d\",\n"
-        " \"problem\": \"spmm float32 9x7 blocks 1x1 density 0.222\",\n"
-        " \"pattern\": \"b7224fbcc1248150d59f28c7beaf405c6fc39bae685611fe14071de331aaba5b\"\n"
-        "}\n"
-        "";
     const struct level *level = choose_level();
-    if (what == 0) return manifest;
+    if (what == 0) return spmm_f32_9x7_b1x1_dfaa5c3d_manifest;
     if (what == 2) return level ? level->target : "";
     static char missing[87];
     char text[sizeof missing] = "";
@@ -224,7 +213,7 @@ int spmm_f32_9x7_b1x1_dfaa5c3d_call(const struct bsrgen_call *call)
     const struct level *level = choose_level();
     if (!level) return BSRGEN_NO_ISA;
     struct region r = region_of(call, level, 0, level->block_rows);
-    run_threads(call, (double)n * 132.0, run_part, &r); /* 132 FLOP a token */
+    run_threads(call, (double)n * spmm_f32_9x7_b1x1_dfaa5c3d_flop, run_part, &r);
     return r.status;
 }
 
@@ -285,7 +274,21 @@ int64_t spmm_f32_9x7_b1x1_dfaa5c3d_pack(const float *data, void *packed, int lev
     }
     switch (level) {
     case 0:
-        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : 264;
+        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : spmm_f32_9x7_b1x1_dfaa5c3d_value_bytes[0];
     }
     return BSRGEN_PACK_NO_LEVEL;
+}
+
+int __tvm_ffi_spmm_f32_9x7_b1x1_dfaa5c3d(void *self, const struct ffi_value *args, int32_t count, struct ffi_value *result)
+{
+    static const struct ffi_kernel kernel = {
+        "spmm_f32_9x7_b1x1_dfaa5c3d", spmm_f32_9x7_b1x1_dfaa5c3d_call, spmm_f32_9x7_b1x1_dfaa5c3d_info, {"float32", 2, 32}, {"float32", 2, 32}, .features = 7, .rows = 9,
+        .mask_tokens = 1, .mask_rows = 1, .by_token = 0, .operands = 0,
+    };
+    static const struct ffi_operand operands[] = {
+        {0},
+    };
+    struct bsrgen_operand given[1];
+    (void)self, (void)result;
+    return ffi_call(&kernel, operands, given, args, count);
 }

@@ -17,6 +17,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+extern const char linear_f32_24x20_b4x2_05f53789_manifest[] __attribute__((visibility("hidden")));
+
 int64_t linear_f32_24x20_b4x2_05f53789_x86_64_v3_units(int64_t n) __attribute__((visibility("hidden")));
 int linear_f32_24x20_b4x2_05f53789_x86_64_v3_run(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t) __attribute__((visibility("hidden")));
 int64_t linear_f32_24x20_b4x2_05f53789_x86_64_v3_few_units(int64_t n) __attribute__((visibility("hidden")));
@@ -59,15 +61,8 @@ static const struct level *choose_level(void)
 
 const char *linear_f32_24x20_b4x2_05f53789_info(int what)
 {
-    static const char manifest[] =
-        "{\n"
-        " \"name\": \"linear_f32_24x20_b4x2_05f53789\",\n"
-        " \"problem\": \"linear float32 24x20 blocks 4x2 density 0.217\",\n"
-        " \"pattern\": \"d6028962cd164acc675f01ad0e387fc964e1ebfaa869e82a67f0f39b05957f52\"\n"
-        "}\n"
-        "";
     const struct level *level = choose_level();
-    if (what == 0) return manifest;
+    if (what == 0) return linear_f32_24x20_b4x2_05f53789_manifest;
     if (what == 2) return level ? level->target : "";
     static char missing[87];
     char text[sizeof missing] = "";

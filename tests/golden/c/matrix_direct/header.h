@@ -33,10 +33,14 @@ int linear_bf16_48x64_b16x32_65559bfd(int64_t n, const uint16_t *x, int64_t ldx,
 /* The same through one struct. */
 int linear_bf16_48x64_b16x32_65559bfd_call(const struct bsrgen_call *call);
 
-/* New values, same pattern: data is [1][16][32], block rows in order, columns ascending.  `level` counts
+/* New values, same pattern: data is [nnzb][16][32], block rows in order, columns ascending.  `level` counts
  * the ISA levels from the best, -1 is the one in use.  Returns the bytes of `packed` (NULL: only count), -2 where there
  * is no memory, -1 where there is no such level. */
 int64_t linear_bf16_48x64_b16x32_65559bfd_pack(const uint16_t *data, void *packed, int level);
+
+/* A function of TVM FFI, (x, operands ..., y[, threads]): tvm_ffi.load_module(library)["linear_bf16_48x64_b16x32_65559bfd"]. */
+struct ffi_value;
+int __tvm_ffi_linear_bf16_48x64_b16x32_65559bfd(void *self, const struct ffi_value *args, int32_t count, struct ffi_value *result);
 
 /* 0: the manifest as JSON.  1: the CPU features that are missing here, "" when none.  2: the ISA level in use. */
 const char *linear_bf16_48x64_b16x32_65559bfd_info(int what);

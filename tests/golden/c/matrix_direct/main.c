@@ -13,6 +13,7 @@
 #include "linear_bf16_48x64_b16x32_65559bfd.h"
 #include "bsrgen.h"
 #include "bsrgen_parallel.h"
+#include "bsrgen_tvm_ffi.h"
 #include "bsrgen_amx.h"
 #include <sched.h>
 #include <stddef.h>
@@ -21,17 +22,7 @@
 
 typedef uint16_t element; /* of W as it comes */
 
-/* Packed values and tables enter as they lie in their files: compile time does not grow with the matrix. */
-__asm__(".pushsection .rodata\n"
-        ".balign 64\n.globl linear_bf16_48x64_b16x32_65559bfd_work\n.hidden linear_bf16_48x64_b16x32_65559bfd_work\nlinear_bf16_48x64_b16x32_65559bfd_work:\n.incbin \"linear_bf16_48x64_b16x32_65559bfd_work.bin\"\n"
-        ".balign 64\n.globl linear_bf16_48x64_b16x32_65559bfd_u16_direct2_by2_pointers\n.hidden linear_bf16_48x64_b16x32_65559bfd_u16_direct2_by2_pointers\nlinear_bf16_48x64_b16x32_65559bfd_u16_direct2_by2_pointers:\n.incbin \"linear_bf16_48x64_b16x32_65559bfd_u16_direct2_by2_pointers.bin\"\n"
-        ".balign 64\n.globl linear_bf16_48x64_b16x32_65559bfd_u16_direct2_by2_offsets\n.hidden linear_bf16_48x64_b16x32_65559bfd_u16_direct2_by2_offsets\nlinear_bf16_48x64_b16x32_65559bfd_u16_direct2_by2_offsets:\n.incbin \"linear_bf16_48x64_b16x32_65559bfd_u16_direct2_by2_offsets.bin\"\n"
-        ".balign 64\n.globl linear_bf16_48x64_b16x32_65559bfd_u16_direct2_by2_firsts\n.hidden linear_bf16_48x64_b16x32_65559bfd_u16_direct2_by2_firsts\nlinear_bf16_48x64_b16x32_65559bfd_u16_direct2_by2_firsts:\n.incbin \"linear_bf16_48x64_b16x32_65559bfd_u16_direct2_by2_firsts.bin\"\n"
-        ".balign 64\n.globl linear_bf16_48x64_b16x32_65559bfd_values_0\n.hidden linear_bf16_48x64_b16x32_65559bfd_values_0\nlinear_bf16_48x64_b16x32_65559bfd_values_0:\n.incbin \"linear_bf16_48x64_b16x32_65559bfd_values_0.bin\"\n"
-        ".balign 64\n.globl linear_bf16_48x64_b16x32_65559bfd_u16_pointers\n.hidden linear_bf16_48x64_b16x32_65559bfd_u16_pointers\nlinear_bf16_48x64_b16x32_65559bfd_u16_pointers:\n.incbin \"linear_bf16_48x64_b16x32_65559bfd_u16_pointers.bin\"\n"
-        ".balign 64\n.globl linear_bf16_48x64_b16x32_65559bfd_u16_offsets\n.hidden linear_bf16_48x64_b16x32_65559bfd_u16_offsets\nlinear_bf16_48x64_b16x32_65559bfd_u16_offsets:\n.incbin \"linear_bf16_48x64_b16x32_65559bfd_u16_offsets.bin\"\n"
-        ".balign 64\n.globl linear_bf16_48x64_b16x32_65559bfd_values_1\n.hidden linear_bf16_48x64_b16x32_65559bfd_values_1\nlinear_bf16_48x64_b16x32_65559bfd_values_1:\n.incbin \"linear_bf16_48x64_b16x32_65559bfd_values_1.bin\"\n"
-        ".balign 64\n.popsection\n");
+/* All that differs between kernels of the same text lies in linear_bf16_48x64_b16x32_65559bfd_data.c. */
 extern const uint64_t linear_bf16_48x64_b16x32_65559bfd_work[] __attribute__((visibility("hidden")));
 extern const uint32_t linear_bf16_48x64_b16x32_65559bfd_u16_direct2_by2_pointers[] __attribute__((visibility("hidden")));
 extern const uint16_t linear_bf16_48x64_b16x32_65559bfd_u16_direct2_by2_offsets[] __attribute__((visibility("hidden")));
@@ -40,6 +31,10 @@ extern const uint32_t linear_bf16_48x64_b16x32_65559bfd_values_0[] __attribute__
 extern const uint32_t linear_bf16_48x64_b16x32_65559bfd_u16_pointers[] __attribute__((visibility("hidden")));
 extern const uint16_t linear_bf16_48x64_b16x32_65559bfd_u16_offsets[] __attribute__((visibility("hidden")));
 extern const uint16_t linear_bf16_48x64_b16x32_65559bfd_values_1[] __attribute__((visibility("hidden")));
+
+extern const char linear_bf16_48x64_b16x32_65559bfd_manifest[] __attribute__((visibility("hidden")));
+extern const double linear_bf16_48x64_b16x32_65559bfd_flop __attribute__((visibility("hidden"))); /* of a token */
+extern const int64_t linear_bf16_48x64_b16x32_65559bfd_value_bytes[] __attribute__((visibility("hidden"))); /* packed, for each level */
 
 int64_t linear_bf16_48x64_b16x32_65559bfd_x86_64_v4_amx_units(int64_t n) __attribute__((visibility("hidden")));
 int linear_bf16_48x64_b16x32_65559bfd_x86_64_v4_amx_run(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t) __attribute__((visibility("hidden")));
@@ -83,15 +78,8 @@ static const struct level *choose_level(void)
 
 const char *linear_bf16_48x64_b16x32_65559bfd_info(int what)
 {
-    static const char manifest[] =
-        "{\n"
-        " \"name\": \"linear_bf16_48x64_b16x32_65559bfd\",\n"
-        " \"problem\": \"linear bfloat16 48x64 blocks 16x32 density 0.167 + bias\",\n"
-        " \"pattern\": \"fd655be1913242ee89ef7bdb45944c4afba8ee43505778bd9f3dae138a050a08\"\n"
-        "}\n"
-        "";
     const struct level *level = choose_level();
-    if (what == 0) return manifest;
+    if (what == 0) return linear_bf16_48x64_b16x32_65559bfd_manifest;
     if (what == 2) return level ? level->target : "";
     static char missing[87];
     char text[sizeof missing] = "";
@@ -227,7 +215,7 @@ int linear_bf16_48x64_b16x32_65559bfd_call(const struct bsrgen_call *call)
     const struct level *level = choose_level();
     if (!level) return BSRGEN_NO_ISA;
     struct region r = region_of(call, level, 0, level->block_rows);
-    run_threads(call, (double)n * 1024.0, run_part, &r); /* 1024 FLOP a token */
+    run_threads(call, (double)n * linear_bf16_48x64_b16x32_65559bfd_flop, run_part, &r);
     return r.status;
 }
 
@@ -294,9 +282,24 @@ int64_t linear_bf16_48x64_b16x32_65559bfd_pack(const uint16_t *data, void *packe
     }
     switch (level) {
     case 0:
-        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : 1024;
+        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : linear_bf16_48x64_b16x32_65559bfd_value_bytes[0];
     case 1:
-        return packed && pack_1(data, packed) ? BSRGEN_PACK_NO_MEMORY : 1024;
+        return packed && pack_1(data, packed) ? BSRGEN_PACK_NO_MEMORY : linear_bf16_48x64_b16x32_65559bfd_value_bytes[1];
     }
     return BSRGEN_PACK_NO_LEVEL;
+}
+
+int __tvm_ffi_linear_bf16_48x64_b16x32_65559bfd(void *self, const struct ffi_value *args, int32_t count, struct ffi_value *result)
+{
+    static const struct ffi_kernel kernel = {
+        "linear_bf16_48x64_b16x32_65559bfd", linear_bf16_48x64_b16x32_65559bfd_call, linear_bf16_48x64_b16x32_65559bfd_info, {"bfloat16", 4, 16}, {"bfloat16", 4, 16}, .features = 64, .rows = 48,
+        .mask_tokens = 1, .mask_rows = 1, .by_token = 1, .operands = 1,
+    };
+    static const struct ffi_operand operands[] = {
+        {"bias", 'r', {"float32", 2, 32}, 0, 0},
+        {0},
+    };
+    struct bsrgen_operand given[2];
+    (void)self, (void)result;
+    return ffi_call(&kernel, operands, given, args, count);
 }

@@ -37,10 +37,14 @@ int linear_f64_16x18_b4x4_77bea486(int64_t n, const double *x, int64_t ldx, doub
 /* The same through one struct. */
 int linear_f64_16x18_b4x4_77bea486_call(const struct bsrgen_call *call);
 
-/* New values, same pattern: data is [4][4][4], block rows in order, columns ascending.  `level` counts
+/* New values, same pattern: data is [nnzb][4][4], block rows in order, columns ascending.  `level` counts
  * the ISA levels from the best, -1 is the one in use.  Returns the bytes of `packed` (NULL: only count), -2 where there
  * is no memory, -1 where there is no such level. */
 int64_t linear_f64_16x18_b4x4_77bea486_pack(const double *data, void *packed, int level);
+
+/* A function of TVM FFI, (x, operands ..., y[, threads]): tvm_ffi.load_module(library)["linear_f64_16x18_b4x4_77bea486"]. */
+struct ffi_value;
+int __tvm_ffi_linear_f64_16x18_b4x4_77bea486(void *self, const struct ffi_value *args, int32_t count, struct ffi_value *result);
 
 /* 0: the manifest as JSON.  1: the CPU features that are missing here, "" when none.  2: the ISA level in use. */
 const char *linear_f64_16x18_b4x4_77bea486_info(int what);

@@ -14,6 +14,7 @@
 #include "linear_f64_16x18_b4x4_77bea486.h"
 #include "bsrgen.h"
 #include "bsrgen_parallel.h"
+#include "bsrgen_tvm_ffi.h"
 #include <sched.h>
 #include <stddef.h>
 #include <stdlib.h>
@@ -21,17 +22,15 @@
 
 typedef double element; /* of W as it comes */
 
-/* Packed values and tables enter as they lie in their files: compile time does not grow with the matrix. */
-__asm__(".pushsection .rodata\n"
-        ".balign 64\n.globl linear_f64_16x18_b4x4_77bea486_work\n.hidden linear_f64_16x18_b4x4_77bea486_work\nlinear_f64_16x18_b4x4_77bea486_work:\n.incbin \"linear_f64_16x18_b4x4_77bea486_work.bin\"\n"
-        ".balign 64\n.globl linear_f64_16x18_b4x4_77bea486_u16_pointers\n.hidden linear_f64_16x18_b4x4_77bea486_u16_pointers\nlinear_f64_16x18_b4x4_77bea486_u16_pointers:\n.incbin \"linear_f64_16x18_b4x4_77bea486_u16_pointers.bin\"\n"
-        ".balign 64\n.globl linear_f64_16x18_b4x4_77bea486_u16_offsets\n.hidden linear_f64_16x18_b4x4_77bea486_u16_offsets\nlinear_f64_16x18_b4x4_77bea486_u16_offsets:\n.incbin \"linear_f64_16x18_b4x4_77bea486_u16_offsets.bin\"\n"
-        ".balign 64\n.globl linear_f64_16x18_b4x4_77bea486_values_0\n.hidden linear_f64_16x18_b4x4_77bea486_values_0\nlinear_f64_16x18_b4x4_77bea486_values_0:\n.incbin \"linear_f64_16x18_b4x4_77bea486_values_0.bin\"\n"
-        ".balign 64\n.popsection\n");
+/* All that differs between kernels of the same text lies in linear_f64_16x18_b4x4_77bea486_data.c. */
 extern const uint64_t linear_f64_16x18_b4x4_77bea486_work[] __attribute__((visibility("hidden")));
 extern const uint32_t linear_f64_16x18_b4x4_77bea486_u16_pointers[] __attribute__((visibility("hidden")));
 extern const uint16_t linear_f64_16x18_b4x4_77bea486_u16_offsets[] __attribute__((visibility("hidden")));
 extern const double linear_f64_16x18_b4x4_77bea486_values_0[] __attribute__((visibility("hidden")));
+
+extern const char linear_f64_16x18_b4x4_77bea486_manifest[] __attribute__((visibility("hidden")));
+extern const double linear_f64_16x18_b4x4_77bea486_flop __attribute__((visibility("hidden"))); /* of a token */
+extern const int64_t linear_f64_16x18_b4x4_77bea486_value_bytes[] __attribute__((visibility("hidden"))); /* packed, for each level */
 
 int64_t linear_f64_16x18_b4x4_77bea486_aarch64_units(int64_t n) __attribute__((visibility("hidden")));
 int linear_f64_16x18_b4x4_77bea486_aarch64_run(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t) __attribute__((visibility("hidden")));
@@ -66,15 +65,8 @@ static const struct level *choose_level(void)
 
 const char *linear_f64_16x18_b4x4_77bea486_info(int what)
 {
-    static const char manifest[] =
-        "{\n"
-        " \"name\": \"linear_f64_16x18_b4x4_77bea486\",\n"
-        " \"problem\": \"linear float64 16x18 blocks 4x4 density 0.2 + bias, gelu, residual, clamp\",\n"
-        " \"pattern\": \"ff65cfafca291821d0378aa2ed24870d553d0eddba510799ef3c3a6222d532d7\"\n"
-        "}\n"
-        "";
     const struct level *level = choose_level();
-    if (what == 0) return manifest;
+    if (what == 0) return linear_f64_16x18_b4x4_77bea486_manifest;
     if (what == 2) return level ? level->target : "";
     return "";
 }
@@ -193,7 +185,7 @@ int linear_f64_16x18_b4x4_77bea486_call(const struct bsrgen_call *call)
     const struct level *level = choose_level();
     if (!level) return BSRGEN_NO_ISA;
     struct region r = region_of(call, level, 0, level->block_rows);
-    run_threads(call, (double)n * 128.0, run_part, &r); /* 128 FLOP a token */
+    run_threads(call, (double)n * linear_f64_16x18_b4x4_77bea486_flop, run_part, &r);
     return r.status;
 }
 
@@ -242,7 +234,25 @@ int64_t linear_f64_16x18_b4x4_77bea486_pack(const double *data, void *packed, in
     }
     switch (level) {
     case 0:
-        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : 512;
+        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : linear_f64_16x18_b4x4_77bea486_value_bytes[0];
     }
     return BSRGEN_PACK_NO_LEVEL;
+}
+
+int __tvm_ffi_linear_f64_16x18_b4x4_77bea486(void *self, const struct ffi_value *args, int32_t count, struct ffi_value *result)
+{
+    static const struct ffi_kernel kernel = {
+        "linear_f64_16x18_b4x4_77bea486", linear_f64_16x18_b4x4_77bea486_call, linear_f64_16x18_b4x4_77bea486_info, {"float64", 2, 64}, {"float64", 2, 64}, .features = 18, .rows = 16,
+        .mask_tokens = 1, .mask_rows = 1, .by_token = 1, .operands = 4,
+    };
+    static const struct ffi_operand operands[] = {
+        {"bias", 'r', {"float64", 2, 64}, 0, 0},
+        {"residual", 'e', {"float64", 2, 64}, 0, 0},
+        {"lo", 's', {"float64", 2, 64}, -INFINITY, 1},
+        {"hi", 's', {"float64", 2, 64}, INFINITY, 1},
+        {0},
+    };
+    struct bsrgen_operand given[5];
+    (void)self, (void)result;
+    return ffi_call(&kernel, operands, given, args, count);
 }

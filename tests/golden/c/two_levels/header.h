@@ -32,10 +32,14 @@ int spmm_f32_12x16_b4x1_6d89d2d2(int64_t n, const float *x, int64_t ldx, float *
 /* The same through one struct. */
 int spmm_f32_12x16_b4x1_6d89d2d2_call(const struct bsrgen_call *call);
 
-/* New values, same pattern: data is [8][4][1], block rows in order, columns ascending.  `level` counts
+/* New values, same pattern: data is [nnzb][4][1], block rows in order, columns ascending.  `level` counts
  * the ISA levels from the best, -1 is the one in use.  Returns the bytes of `packed` (NULL: only count), -2 where there
  * is no memory, -1 where there is no such level. */
 int64_t spmm_f32_12x16_b4x1_6d89d2d2_pack(const float *data, void *packed, int level);
+
+/* A function of TVM FFI, (x, operands ..., y[, threads]): tvm_ffi.load_module(library)["spmm_f32_12x16_b4x1_6d89d2d2"]. */
+struct ffi_value;
+int __tvm_ffi_spmm_f32_12x16_b4x1_6d89d2d2(void *self, const struct ffi_value *args, int32_t count, struct ffi_value *result);
 
 /* 0: the manifest as JSON.  1: the CPU features that are missing here, "" when none.  2: the ISA level in use. */
 const char *spmm_f32_12x16_b4x1_6d89d2d2_info(int what);

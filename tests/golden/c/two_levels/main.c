@@ -13,6 +13,7 @@
 #include "spmm_f32_12x16_b4x1_6d89d2d2.h"
 #include "bsrgen.h"
 #include "bsrgen_parallel.h"
+#include "bsrgen_tvm_ffi.h"
 #include <sched.h>
 #include <stddef.h>
 #include <stdlib.h>
@@ -20,17 +21,15 @@
 
 typedef float element; /* of W as it comes */
 
-/* Packed values and tables enter as they lie in their files: compile time does not grow with the matrix. */
-__asm__(".pushsection .rodata\n"
-        ".balign 64\n.globl spmm_f32_12x16_b4x1_6d89d2d2_work\n.hidden spmm_f32_12x16_b4x1_6d89d2d2_work\nspmm_f32_12x16_b4x1_6d89d2d2_work:\n.incbin \"spmm_f32_12x16_b4x1_6d89d2d2_work.bin\"\n"
-        ".balign 64\n.globl spmm_f32_12x16_b4x1_6d89d2d2_u16_pointers\n.hidden spmm_f32_12x16_b4x1_6d89d2d2_u16_pointers\nspmm_f32_12x16_b4x1_6d89d2d2_u16_pointers:\n.incbin \"spmm_f32_12x16_b4x1_6d89d2d2_u16_pointers.bin\"\n"
-        ".balign 64\n.globl spmm_f32_12x16_b4x1_6d89d2d2_u16_offsets\n.hidden spmm_f32_12x16_b4x1_6d89d2d2_u16_offsets\nspmm_f32_12x16_b4x1_6d89d2d2_u16_offsets:\n.incbin \"spmm_f32_12x16_b4x1_6d89d2d2_u16_offsets.bin\"\n"
-        ".balign 64\n.globl spmm_f32_12x16_b4x1_6d89d2d2_values_0\n.hidden spmm_f32_12x16_b4x1_6d89d2d2_values_0\nspmm_f32_12x16_b4x1_6d89d2d2_values_0:\n.incbin \"spmm_f32_12x16_b4x1_6d89d2d2_values_0.bin\"\n"
-        ".balign 64\n.popsection\n");
+/* All that differs between kernels of the same text lies in spmm_f32_12x16_b4x1_6d89d2d2_data.c. */
 extern const uint64_t spmm_f32_12x16_b4x1_6d89d2d2_work[] __attribute__((visibility("hidden")));
 extern const uint32_t spmm_f32_12x16_b4x1_6d89d2d2_u16_pointers[] __attribute__((visibility("hidden")));
 extern const uint16_t spmm_f32_12x16_b4x1_6d89d2d2_u16_offsets[] __attribute__((visibility("hidden")));
 extern const float spmm_f32_12x16_b4x1_6d89d2d2_values_0[] __attribute__((visibility("hidden")));
+
+extern const char spmm_f32_12x16_b4x1_6d89d2d2_manifest[] __attribute__((visibility("hidden")));
+extern const double spmm_f32_12x16_b4x1_6d89d2d2_flop __attribute__((visibility("hidden"))); /* of a token */
+extern const int64_t spmm_f32_12x16_b4x1_6d89d2d2_value_bytes[] __attribute__((visibility("hidden"))); /* packed, for each level */
 
 int64_t spmm_f32_12x16_b4x1_6d89d2d2_x86_64_v3_units(int64_t n) __attribute__((visibility("hidden")));
 int spmm_f32_12x16_b4x1_6d89d2d2_x86_64_v3_run(const struct bsrgen_call *, const void *, int64_t, int64_t, int64_t, int64_t) __attribute__((visibility("hidden")));
@@ -74,15 +73,8 @@ static const struct level *choose_level(void)
 
 const char *spmm_f32_12x16_b4x1_6d89d2d2_info(int what)
 {
-    static const char manifest[] =
-        "{\n"
-        " \"name\": \"spmm_f32_12x16_b4x1_6d89d2d2\",\n"
-        " \"problem\": \"spmm float32 12x16 blocks 4x1 density 0.167\",\n"
-        " \"pattern\": \"8a6484c4625fb794d14f2915b1162ac06540a219a902bf162f1c41100f361fd4\"\n"
-        "}\n"
-        "";
     const struct level *level = choose_level();
-    if (what == 0) return manifest;
+    if (what == 0) return spmm_f32_12x16_b4x1_6d89d2d2_manifest;
     if (what == 2) return level ? level->target : "";
     static char missing[16];
     char text[sizeof missing] = "";
@@ -203,7 +195,7 @@ int spmm_f32_12x16_b4x1_6d89d2d2_call(const struct bsrgen_call *call)
     const struct level *level = choose_level();
     if (!level) return BSRGEN_NO_ISA;
     struct region r = region_of(call, level, 0, level->block_rows);
-    run_threads(call, (double)n * 64.0, run_part, &r); /* 64 FLOP a token */
+    run_threads(call, (double)n * spmm_f32_12x16_b4x1_6d89d2d2_flop, run_part, &r);
     return r.status;
 }
 
@@ -246,9 +238,23 @@ int64_t spmm_f32_12x16_b4x1_6d89d2d2_pack(const float *data, void *packed, int l
     }
     switch (level) {
     case 0:
-        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : 128;
+        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : spmm_f32_12x16_b4x1_6d89d2d2_value_bytes[0];
     case 1:
-        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : 128;
+        return packed && pack_0(data, packed) ? BSRGEN_PACK_NO_MEMORY : spmm_f32_12x16_b4x1_6d89d2d2_value_bytes[1];
     }
     return BSRGEN_PACK_NO_LEVEL;
+}
+
+int __tvm_ffi_spmm_f32_12x16_b4x1_6d89d2d2(void *self, const struct ffi_value *args, int32_t count, struct ffi_value *result)
+{
+    static const struct ffi_kernel kernel = {
+        "spmm_f32_12x16_b4x1_6d89d2d2", spmm_f32_12x16_b4x1_6d89d2d2_call, spmm_f32_12x16_b4x1_6d89d2d2_info, {"float32", 2, 32}, {"float32", 2, 32}, .features = 16, .rows = 12,
+        .mask_tokens = 1, .mask_rows = 1, .by_token = 0, .operands = 0,
+    };
+    static const struct ffi_operand operands[] = {
+        {0},
+    };
+    struct bsrgen_operand given[1];
+    (void)self, (void)result;
+    return ffi_call(&kernel, operands, given, args, count);
 }
