@@ -115,20 +115,20 @@ template <int TOKENS> DEVICE void multiply(acc_t (&sums)[ROWS][TOKENS], const w_
         for (int t = 0; t < TOKENS; t++) sums[r][t] = multiply_add(sums[r][t], column[r], tokens[t]);
 }
 
-/* Sums of a warp over a group of piece rows.  Of its lanes LANES have tokens of their own, the others share the sums: the
+/* Sums of a warp over steps of a group of piece rows.  Of its lanes LANES have tokens of their own, the others share the sums: the
  * order of additions is that of the tables, and the same in every call. */
-template <int TOKENS, int LANES> DEVICE void walk(const struct arguments &a, acc_t (&sums)[ROWS][TOKENS], acc_t *panels, int group, int64_t n0)
+template <int TOKENS, int LANES> DEVICE void walk(const struct arguments &a, acc_t (&sums)[ROWS][TOKENS], acc_t *panels, int group, int64_t n0, int first, int last)
 {
     constexpr int WIDTH = TOKENS * LANES, STRIDE = WIDTH + (WIDTH >= 16 ? 4 : 0), PARTS = 32 / LANES;
     const int warp = threadIdx.x / 32, token = threadIdx.x % LANES * TOKENS, part = threadIdx.x % 32 / LANES;
-    const int row = warp / STRIPS, strip = warp % STRIPS, first = group_steps[group], last = group_steps[group + 1];
+    const int row = warp / STRIPS, strip = warp % STRIPS, begin_of_all = group_steps[group], span = group_steps[group + 1] - begin_of_all;
 
     if (first < last) stage<WIDTH, STRIDE>(a, panels, first, n0);
     for (int step = first; step < last; step++) {
         acc_t *panel = panels + (step - first) % 2 * (STEP_FEATURES * STRIDE);
         __syncthreads();
         if (step + 1 < last) stage<WIDTH, STRIDE>(a, panels + (step + 1 - first) % 2 * (STEP_FEATURES * STRIDE), step + 1, n0);
-        const int *pieces = step_pieces + first * GROUP_ROWS + row * (last - first) + step - first, begin = pieces[0], end = pieces[1];
+        const int *pieces = step_pieces + begin_of_all * GROUP_ROWS + row * span + step - begin_of_all, begin = pieces[0], end = pieces[1];
         if constexpr (PARTS == 1) {
             for (int b = begin; b < end; b++) {
                 const w_word *w = a.values + (int64_t)b * (PIECE_COLUMNS * PIECE_ROWS) + strip * ROWS;
@@ -152,17 +152,25 @@ template <int TOKENS, int LANES> DEVICE void walk(const struct arguments &a, acc
             for (int t = 0; t < TOKENS; t++) sums[r][t] += __shfl_xor_sync(0xffffffffu, sums[r][t], distance);
 }
 
+template <int TOKENS, int LANES> DEVICE void store(const struct arguments &a, int group, int64_t n0, const acc_t (&sums)[ROWS][TOKENS]);
+
 /* Y of the piece rows of a thread block and TOKENS * LANES tokens. */
 template <int TOKENS, int LANES> DEVICE void tile(const struct arguments &a)
 {
-    constexpr int WIDTH = TOKENS * LANES, STRIDE = WIDTH + (WIDTH >= 16 ? 4 : 0), PARTS = 32 / LANES;
+    constexpr int WIDTH = TOKENS * LANES, STRIDE = WIDTH + (WIDTH >= 16 ? 4 : 0);
     SHARED(acc_t, panels, 2 * STEP_FEATURES * STRIDE); /* one is read while the other is filled */
-    const int warp = threadIdx.x / 32, token = threadIdx.x % LANES * TOKENS, part = threadIdx.x % 32 / LANES;
-    const int group = (int)(blockIdx.x / a.tiles), row = warp / STRIPS, strip = warp % STRIPS;
+    const int group = (int)(blockIdx.x / a.tiles);
     const int64_t n0 = blockIdx.x % a.tiles * WIDTH;
     acc_t sums[ROWS][TOKENS] = {};
-    walk<TOKENS, LANES>(a, sums, panels, group, n0);
+    walk<TOKENS, LANES>(a, sums, panels, group, n0, group_steps[group], group_steps[group + 1]);
+    store<TOKENS, LANES>(a, group, n0, sums);
+}
 
+template <int TOKENS, int LANES> DEVICE void store(const struct arguments &a, int group, int64_t n0, const acc_t (&sums)[ROWS][TOKENS])
+{
+    constexpr int PARTS = 32 / LANES;
+    const int warp = threadIdx.x / 32, token = threadIdx.x % LANES * TOKENS, part = threadIdx.x % 32 / LANES;
+    const int row = warp / STRIPS, strip = warp % STRIPS;
     const int i = group_rows[group] + row, within = i % ROW_PIECES * PIECE_ROWS + strip * ROWS, m0 = i / ROW_PIECES * R + within;
     /* Each lane finishes its share of the sums; rows of zeros, and piece rows that the last group lacks, are not written. */
 #pragma unroll
@@ -560,13 +568,14 @@ HIDDEN int linear_f32_18x24_b5x3_bf664555_launch(const struct bsrgen_call *call)
     struct arguments a = {};
     a.n = call->n, a.x = (const x_t *)call->x, a.ldx = call->ldx, a.y = (y_t *)call->y, a.ldy = call->ldy;
     a.values = (const w_word *)((const char *)call->values + VALUES_AT), a.tiles = tiles;
+    int64_t blocks = tiles * variants[which].blocks;
     a.bias = (const real *)call->operands[0].data;
     int before = -1;
     cudaError_t error = cudaGetDevice(&before);
     if (!error && call->threads >= 0 && call->threads != before) error = cudaSetDevice(call->threads);
     void *parameters[] = {&a};
     if (!error)
-        error = cudaLaunchKernel(variants[which].kernel, dim3((unsigned)(tiles * variants[which].blocks)), dim3((unsigned)variants[which].threads), parameters, 0, (cudaStream_t)(uintptr_t)call->parallel);
+        error = cudaLaunchKernel(variants[which].kernel, dim3((unsigned)blocks), dim3((unsigned)variants[which].threads), parameters, 0, (cudaStream_t)(uintptr_t)call->parallel);
     if (call->threads >= 0 && call->threads != before && before >= 0) cudaSetDevice(before);
     return failed(error);
 }
