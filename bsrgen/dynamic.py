@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from bsrgen.arguments import check_threads
 from bsrgen.canonical import cast, check, reshaped, symmetric
 from bsrgen.errors import (
     ArgumentTypeError,
@@ -54,7 +55,7 @@ class PreparedWeight:
         """Bytes of the buffer."""
         return self._values.packed.nbytes if self._values.packed is not None else 0
 
-    def update(self, data: Any) -> None:
+    def update(self, data: Any, *, threads: int | None = None) -> None:
         """New values for the same blocks, in the order they were given to `prepare`: [nnzb, R, C], in place.
 
         The pattern is neither checked nor planned again.  No other thread may be in a call with this weight meanwhile.
@@ -70,7 +71,7 @@ class PreparedWeight:
         if k.dtype == np.int8 and raw.dtype.kind not in "iu":
             raise ArgumentTypeError(f"{k.name}: data has dtype {raw.dtype}; quantise it, or prepare the weight anew")
         none = np.zeros(0, np.int32)
-        k._in_c(_Triple(k._cast(raw), none, none), self._values.packed, values_only=True)
+        k._in_c(_Triple(k._cast(raw), none, none), self._values.packed, threads, values_only=True)
 
 
 class DynamicKernel(Kernel):
@@ -88,12 +89,12 @@ class DynamicKernel(Kernel):
 
         weight: what `prepare` gave, or what it takes, which is then prepared for this call alone.
         """
-        ready = weight if type(weight) is PreparedWeight else self.prepare(weight)
+        ready = weight if type(weight) is PreparedWeight else self.prepare(weight, threads=threads)
         if ready.kernel is not self:
             raise ArgumentTypeError(f"{self.name}: the weight was prepared for {ready.kernel.name}, not for this")
         return self._run(ready._values, x, out, threads, operands)
 
-    def prepare(self, weight: Any) -> PreparedWeight:
+    def prepare(self, weight: Any, *, threads: int | None = None) -> PreparedWeight:
         """Check a weight and bring it into the kernel's order, once for many calls.  Nothing of `weight` is kept.
 
         weight: (data, indices, indptr), scipy BSR, torch sparse_bsr or a bsrgen Weight, in the kernel's block shape and
@@ -101,7 +102,8 @@ class DynamicKernel(Kernel):
         What `compile` takes besides (other blocks, other types, dense, a list of weights that share X) is taken too, by
         a slower way through NumPy, which sums duplicates.  int8: integers are taken as they are, with the w_scale bound
         to the kernel, given with the call, or ones; floating numbers are quantised with that, or by each row's largest.
-        Elements of a block outside of the matrix are not looked at; they must be finite.
+        Elements of a block outside of the matrix are not looked at; they must be finite.  threads: at most so many, as of
+        calls; the buffer has the same bytes for any number of them.
 
         Errors, before anything is written: CapacityError (more blocks than planned, and by how many), PatternError
         (shape, block shape, indptr, a column out of range, a block that comes twice), ArgumentError, ArgumentTypeError.
@@ -109,7 +111,7 @@ class DynamicKernel(Kernel):
         if self._foreign:
             raise self._foreign
         triple = self._triple(weight)
-        self._in_c(triple, buffer := aligned(self._in_c(triple, None)))
+        self._in_c(triple, buffer := aligned(self._in_c(triple, None)), threads)
         return PreparedWeight(self, triple, self._bundle(self._bound(triple), "none", None, buffer))
 
     def ready(self, weight: Weight) -> Callable[..., Any]:
@@ -177,7 +179,9 @@ class DynamicKernel(Kernel):
                 raise PatternError(f"{self.name}: data has {len(data)} blocks and there are {indices.size} indices")
         return np.ascontiguousarray(indices), np.ascontiguousarray(indptr, np.int64)
 
-    def _in_c(self, triple: _Triple, buffer: Array | None, *, values_only: bool = False) -> int:
+    def _in_c(
+        self, triple: _Triple, buffer: Array | None, threads: int | None = None, *, values_only: bool = False
+    ) -> int:
         """The library's own preparation, or with no buffer the bytes it needs."""
         ffi = self._tramp.ffi
         weight = ffi.new("struct bsrgen_weight *")
@@ -186,7 +190,8 @@ class DynamicKernel(Kernel):
         weight.indices = ffi.cast("int32_t *", triple.indices.ctypes.data)
         weight.indptr = ffi.cast("int64_t *", triple.indptr.ctypes.data)
         to = ffi.NULL if buffer is None else ffi.from_buffer(buffer)
-        status: int = self._tramp.pack(self._pack, weight, to, int(values_only))
+        weight.threads = self._threads if threads is None else check_threads(threads)
+        status: int = self._tramp.prepare(self._pack, weight, to, int(values_only))
         if status < 0:
             self._refuse(status, triple)
         return status
