@@ -102,8 +102,8 @@ class DynamicKernel(Kernel):
         What `compile` takes besides (other blocks, other types, dense, a list of weights that share X) is taken too, by
         a slower way through NumPy, which sums duplicates.  int8: integers are taken as they are, with the w_scale bound
         to the kernel, given with the call, or ones; floating numbers are quantised with that, or by each row's largest.
-        Elements of a block outside of the matrix are not looked at; they must be finite.  threads: at most so many, as of
-        calls; the buffer has the same bytes for any number of them.
+        Elements of a block outside of the matrix are not looked at; they must be finite.  threads: at most so many, as
+        of calls; tables and values are the same for any number of them.
 
         Errors, before anything is written: CapacityError (more blocks than planned, and by how many), PatternError
         (shape, block shape, indptr, a column out of range, a block that comes twice), ArgumentError, ArgumentTypeError.

@@ -1,6 +1,7 @@
 """mode="pit": results against float64 for random selections, what stays, threads, values, errors, legality."""
 
 import ctypes
+from dataclasses import replace
 
 import hypothesis
 import numpy as np
@@ -9,12 +10,14 @@ from hypothesis import strategies as st
 from support import assert_right, check_calls
 
 import bsrgen
+from bsrgen.backends.c.features import features_plans
 from bsrgen.bench.clock import peer_threads
 from bsrgen.bench.pit import compare
 from bsrgen.operators import OPERATORS
 from bsrgen.pattern import Weight, as_weight, random_weight
 from bsrgen.pit import AXES
 from bsrgen.pit_kernel import PitKernel
+from bsrgen.targets import native
 from bsrgen.verify import verify
 
 SHAPE = (104, 77)  # a strip and a rest, odd K
@@ -134,6 +137,31 @@ def test_a_new_result_is_zero_where_nothing_is_selected():
     np.testing.assert_array_equal(kernel(x, live=np.flatnonzero(live)), y)  # the same by their numbers
     assert kernel(x).all()
     assert not kernel(x, live=[]).any()
+
+
+@pytest.mark.parametrize("options", [{"mask_block": (3, 8)}, {"mask_block": (1, 16)}], ids=str)
+def test_fine_masks_that_want_nearly_all(options):
+    """All of Y is computed then, and what nobody wants is not stored."""
+    kernel, weight = made("outputs", "bfloat16" if options["mask_block"][0] == 3 else "int8", **options)
+    given = {"w_scale": kernel._values.bound["w_scale"]} if kernel.dtype == np.int8 else {}
+    x, operands = kernel.problem.sample(rng := np.random.default_rng(0), 50)
+    operands.pop("w_scale", None)
+    for missing in (0, 1, 9):
+        operands["mask"] = np.ones_like(operands["mask"])
+        operands["mask"].flat[rng.permutation(operands["mask"].size)[:missing]] = False
+        old = kernel.problem.sample_out(rng, 50)
+        y = kernel(x, out=old.copy(), **operands)
+        assert_right(kernel.problem, weight, y, x, operands | given, old)
+
+
+def test_rates_of_tiles_follow_the_target():
+    """Where L2 gives less, tiles that read W from it are dearer; the largest one's word is the unit."""
+    plan = next(features_plans(made("features")[0].problem, target := native()))
+    slower = replace(plan, target=replace(target, l2_bytes_per_cycle=target.l2_bytes_per_cycle / 4))
+    assert plan.rates[-1][0] == slower.rates[-1][0] == 100
+    assert slower.rates[0][0] < plan.rates[0][0]
+    words = [word for word, _ in plan.rates]
+    assert words == sorted(words, reverse=True)
 
 
 def test_block_sparse_weights_keep_their_blocks():
