@@ -45,13 +45,9 @@ class Given:
 
     def _static(self, what: str, transposed: bool) -> None:
         """Refuse, for `what`, all that goes beyond a pattern that is known and lies as it is given."""
-        options = {
-            "transposed": transposed,
-            "axis": self.axis,
-            "mask_block": self.mask_block,
-            "max_blocks": self.max_blocks,
-        }
-        refuse(what, mode="" if self.mode == "static" else self.mode, **options)
+        mode = "" if self.mode == "static" else self.mode
+        own = {"axis": self.axis, "mask_block": self.mask_block, "max_blocks": self.max_blocks, "mode": mode}
+        refuse(what, transposed=transposed, **own)
 
     def weight(self, dtype: DType, paired: bool, axis: Axis | None) -> tuple[Weight, tuple[int, ...], Pit | None]:
         """The weight, the parts of its Y where a list came, and mode="pit"'s.  ArgumentError, PatternError."""
