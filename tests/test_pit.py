@@ -139,6 +139,34 @@ def test_a_new_result_is_zero_where_nothing_is_selected():
     assert not kernel(x, live=[]).any()
 
 
+def test_each_token_goes_to_several_experts():
+    """Results are summed, weighed by token_scale; those of no expert stay."""
+    kernel, weight = made("experts", epilogue=("bias", "token_scale"))
+    rng = np.random.default_rng(0)
+    x, given = kernel.problem.sample(rng, 2 * 9)
+    routing = rng.integers(-1, 3, (2, 9, 2))
+    routing[0, 3] = -1
+    scale = rng.random((2, 9, 2), np.float32)
+    out = np.full((2, 9, 48), 7, np.float32)
+    given |= {"token_scale": scale, "routing": routing}
+    assert kernel(x.reshape(2, 9, -1), out=out, **given) is out
+    total, error = np.zeros((18, 48)), np.zeros((18, 48))
+    for k in range(2):
+        one = given | {"token_scale": scale[..., k].reshape(-1), "routing": routing[..., k].reshape(-1)}
+        y, bound = kernel.problem.reference(weight, x, one)
+        total, error = total + y, error + bound
+    went = (routing >= 0).any(-1).reshape(-1)
+    got = out.reshape(18, 48)
+    assert (got[~went] == 7).all()
+    assert (np.abs(got - total)[went] <= (error + 1e-6 * np.abs(total))[went]).all()
+    np.testing.assert_array_equal(kernel(x.reshape(2, 9, -1), **given)[routing[..., 0] >= 0], out[routing[..., 0] >= 0])
+    with pytest.raises(bsrgen.ArgumentError, match=r"routing has shape \(4, 2\)"):
+        kernel(x, **given | {"routing": routing[0, :4]})
+    adds, _ = made("experts", epilogue=("bias", "token_scale", "residual", "accumulate"))
+    with pytest.raises(bsrgen.UnsupportedError, match="several experts with epilogue 'residual'"):
+        adds(x, routing=routing.reshape(18, 2))
+
+
 @pytest.mark.parametrize("options", [{"mask_block": (3, 8)}, {"mask_block": (1, 16)}], ids=str)
 def test_fine_masks_that_want_nearly_all(options):
     """All of Y is computed then, and what nobody wants is not stored."""
