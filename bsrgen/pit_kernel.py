@@ -83,7 +83,7 @@ class PitKernel(Selecting):
         reach the result: W should be finite.
         """
         self._select(select, operands)
-        if self.selects == "routing" and np.ndim(operands.get("routing")) == np.ndim(x) > 1:
+        if self.selects == "routing" and np.ndim(operands.get("routing", 0)) == np.ndim(x) > 1:
             return self._several(x, out, threads, operands)
         return super().__call__(x, out, threads=threads, **operands)
 
