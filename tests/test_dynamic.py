@@ -192,6 +192,19 @@ def test_what_a_weight_may_be(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(tall(x, padded.tobsr()), tall(x, padded))
 
 
+@pytest.mark.parametrize("width", [3, 7])
+def test_wider_blocks_are_cut(width: int, rng: np.random.Generator) -> None:
+    """Blocks of several columns for a kernel that pairs single ones; K is no multiple of their width."""
+    kernel = kernel_of("gathered")
+    wide = cast(make_weight("powerlaw", SHAPE, (32, width), "float32"), kernel.dtype)
+    ready = kernel.prepare(wide)
+    judged(kernel, wide, 9, rng, ready)
+    x = rng.standard_normal((3, SHAPE[1]), dtype=np.float32).astype(kernel.dtype)
+    assert kernel(x, Weight(wide.pattern, wide.data)).tobytes() == kernel(x, ready).tobytes()
+    with pytest.raises(UnsupportedError, match="prepare it anew"):
+        ready.update(wide.data)
+
+
 def test_int8_takes_scales_and_floating_weights(rng: np.random.Generator) -> None:
     kernel, weight = kernel_of("quads"), random_weight(5, SHAPE, (4, 4), 0.2)
     x = rng.integers(-127, 128, (5, SHAPE[1]), np.int8)
