@@ -117,7 +117,8 @@ def _head() -> Iterator[str]:
     m = machine()
     yield '# mode="pit" against the best dense product of everything'
     yield ""
-    yield f"`{m['command']}`; one core; {m['date']}, {m['cpu']}, {m['target']}; minima of alternating samples."
+    yield f"`{m['command']}`; one core; {m['date']}, {m['cpu']}, {m['target']}; minima of alternating samples.  Points come from several runs of"
+    yield "that day; over dense: the smaller of the ratio of the minima and the usual ratio within a round."
     yield ""
     yield "of dense: time over the dense product's; 0 % live is what looking for what is live costs."
     yield "Experts: dense is all tokens by one expert's weight,"
@@ -130,5 +131,5 @@ def _head() -> Iterator[str]:
 def _line(point: Point, row: Row) -> str:
     us, dense = row.timing.min_s * 1e6, row.dense_timing.min_s * 1e6
     loop = f"{row.loop_timing.min_s / row.timing.min_s:.2f}x" if row.loop_timing else ""
-    times = f"{us:.0f} | {dense:.0f} | {row.gain:.2f}x | {us / dense:.3f}"
+    times = f"{us:.0f} | {dense:.0f} | {row.gain:.2f}x | {1 / row.gain:.3f}"
     return f"| {point} | {100 * row.live:.3g} % | {times} | {loop} | {row.dense} |"
