@@ -117,8 +117,9 @@ def _head() -> Iterator[str]:
     m = machine()
     yield '# mode="pit" against the best dense product of everything'
     yield ""
-    yield f"`{m['command']}`; one core; {m['date']}, {m['cpu']}, {m['target']}; minima of alternating samples.  Points come from several runs of"
-    yield "that day; over dense: the smaller of the ratio of the minima and the usual ratio within a round."
+    yield f"`{m['command']}`; one core; {m['date']}, {m['cpu']}, {m['target']}; minima of alternating samples."
+    yield "Points come from several runs of that day; over dense: the smaller of the ratio of the minima and the usual"
+    yield "ratio within a round."
     yield ""
     yield "of dense: time over the dense product's; 0 % live is what looking for what is live costs."
     yield "Experts: dense is all tokens by one expert's weight,"
