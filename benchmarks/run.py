@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cffi
@@ -51,6 +51,7 @@ class Settings:
     tune: str = "measure"
     rounds: int = 30
     minutes: float = math.inf
+    peers: str = ""  # those whose name this regular expression finds
 
 
 def figure(grid: str, point: Point, settings: Settings, ceilings: Ceilings) -> Figure:
@@ -63,7 +64,8 @@ def figure(grid: str, point: Point, settings: Settings, ceilings: Ceilings) -> F
     in_c = Peer(IN_C, OURS, "bsrgen", lambda _: None, lambda c: c_run(kernel, c), tuple(DTYPES.keys() - {"int8"}))
     row = GRIDS[grid]
     more = backends(settings.tune) if row.mlir else dynamic_peers(settings.tune) if row.dynamic else ()
-    others = [peer for peer in PEERS if peer.kind == "dense" or (peer.kind == "sparse" and not row.dynamic)]
+    wanted = [peer for peer in PEERS if re.search(settings.peers, peer.name)]
+    others = [peer for peer in wanted if peer.kind == "dense" or (peer.kind == "sparse" and not row.dynamic)]
     runs, absent = prepare(case, (own, in_c, *more, *others))
     kinds = {name: (KINDS | {peer.name: peer.kind for peer in more}).get(name, "bsrgen") for name in runs}
     runs, slow = without_slow(runs, kinds)
@@ -212,12 +214,14 @@ def selected(grid: Grid, every: int, threads: int | None, only: str = "") -> dic
 @click.option("--rounds", type=click.IntRange(3), default=30, show_default=True, help="Samples of each contender.")
 @click.option("--thin", type=click.IntRange(1), default=1, show_default=True, help="One point of so many.")
 @click.option("--only", default="", help="Only points whose line this regular expression finds: ' 4x4 .*n=128'.")
+@click.option("--peers", default="", help="Only peers whose name this regular expression finds: 'oneDNN|openvino'.")
 @click.option("--minutes", type=float, default=math.inf, help="Start no point after so many.")
 @click.option("--threads", type=click.IntRange(1), help="Only the points of so many threads.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for <date>-<grid>.json and .md.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for <date>-<grid>.json and .md; points that "
+              "today's file has from this machine are kept and not taken again.")  # fmt: skip
 @click.option("--list", "listed", is_flag=True, help="Show the grids and take none.")
 def main(
-    *, grids: tuple[str, ...], tune: str, rounds: int, thin: int, only: str, minutes: float,
+    *, grids: tuple[str, ...], tune: str, rounds: int, thin: int, only: str, peers: str, minutes: float,
     threads: int | None, out: Path | None, listed: bool,
 ) -> None:  # fmt: skip
     """Time grids (README's where none is named): bsrgen beside every installed peer and the ceilings of the core."""
@@ -227,18 +231,22 @@ def main(
             click.echo(f"{grid.name:10} {sum(1 for _ in grid.thinned(thin)):4} points  {grid.title} ({grid.source})")
         return
     at_their_best(threads or 1)
-    settings, stop_s = Settings(tune, rounds, minutes), time.monotonic() + 60 * minutes
+    settings, stop_s = Settings(tune, rounds, minutes, peers), time.monotonic() + 60 * minutes
     for grid in rows:
         click.echo(f"\n{grid.title}: {grid.source}")
-        parts: list[Run] = []
-        for count, points in selected(grid, thin, threads, only).items():
+        parts = taken(grid, out)
+        done = {f.point for part in parts for f in part.figures}
+        for count, all_points in selected(grid, thin, threads, only).items():
+            points = [point for point in all_points if point not in done]
+            if not points:
+                continue
             if count == (threads or 1):
                 keep = functools.partial(write, grid=grid, folder=out, before=tuple(parts))
                 parts.append(take(grid, points, settings, stop_s, keep))
             else:
                 left = max(0.0, stop_s - time.monotonic()) / 60
                 options = ["--tune", tune, "--rounds", str(rounds), "--thin", str(thin), "--only", only]
-                options += ["--minutes", str(left)]
+                options += ["--minutes", str(left), "--peers", peers]
                 if (part := in_new_process(grid, count, options)) is not None:
                     write(part, grid, out, tuple(parts))
                     parts.append(part)
@@ -246,11 +254,24 @@ def main(
             click.echo("\n" + tables.markdown(merged(parts), grid))
 
 
+def taken(grid: Grid, folder: Path | None) -> list[Run]:
+    """What `folder` has of the grid from today and this machine: a run that was stopped goes on."""
+    now = machine()
+    path = folder / f"{now['date']}-{grid.name}.json" if folder else None
+    if path is None or not path.exists():
+        return []
+    run = load(path)
+    alike = all(run.machine[key] == now[key] for key in ("cpu", "target", "compiler"))
+    return [run] if alike else []
+
+
 def write(run: Run, grid: Grid, folder: Path | None, before: tuple[Run, ...] = ()) -> None:
     """<date>-<grid>.json and .md in `folder`, where one is given; `before` are parts of the same grid."""
     if folder is None:
         return
+    place = {point: number for number, point in enumerate(grid.points())}
     run = merged([*before, run])
+    run = replace(run, figures=tuple(sorted(run.figures, key=lambda f: place.get(f.point, len(place)))))
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{run.machine['date']}-{run.grid}"
     save(run, folder / f"{stem}.json")

@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike
 from bsrgen import __version__, advice, build, package
 from bsrgen._paths import RUNTIME, TEMPLATES
 from bsrgen.arguments import bind, default_threads
-from bsrgen.artifact import Artifact, write_manifest
+from bsrgen.artifact import Artifact, as_checked, write_manifest
 from bsrgen.backends import Backend, backend_of
 from bsrgen.choose import Tuning, as_tuning, choose
 from bsrgen.dtypes import DTYPES, INT8, as_types
@@ -27,15 +27,13 @@ from bsrgen.even import sample_of
 from bsrgen.exam import Exam, affordable, require
 from bsrgen.foreign import count
 from bsrgen.given import Given
-from bsrgen.integrity import MANIFEST
 from bsrgen.kernel import Kernel
 from bsrgen.loading import kernel_of
-from bsrgen.manifest import ABI, CheckRecord, parse_manifest
+from bsrgen.manifest import ABI, CheckRecord
 from bsrgen.operators import as_operator
 from bsrgen.pattern import Weight
 from bsrgen.pattern_compile import compile_pattern
 from bsrgen.pattern_problem import PRODUCTS, as_pattern_problem, refuse_values
-from bsrgen.pit import as_pit
 from bsrgen.problem import Problem, as_problem
 from bsrgen.quantize import quantized
 from bsrgen.store import Store
@@ -148,21 +146,20 @@ def compile(
     tuning = as_tuning(tune, tune_seconds, executor, progress, strict)
     n = None if n is None else count("n", n, 1)
     default_threads(threads)
-    sampled = operator in PRODUCTS
-    along = None if sampled else as_pit(mode, axis, mask_block, as_operator(operator))
-    given = Given(W, blocksize, shape, mode, max_blocks, along, mask_block, bool(transposed))
-    if sampled:
+    given = Given(W, blocksize, shape, mode, max_blocks, axis, mask_block, bool(transposed))
+    if operator in PRODUCTS:
         refuse_values(
-            operator, backend, operands, transposed=transposed, quantize_x=quantize_x, x_dtype=x_dtype, strict=strict,
-            tune=tune if tune == "measure" else "", mode=mode if mode != "static" else "",
+            operator, backend, operands, quantize_x=bool(quantize_x), x_dtype=x_dtype, strict=bool(strict),
+            tune=tune if tune == "measure" else "", executor=executor, progress=progress,
         )  # fmt: skip
-        sample = as_pattern_problem(operator, given.pattern(), dtype, out_dtype, epilogue, n)
+        of_pattern = as_pattern_problem(operator, given.pattern(operator), dtype, out_dtype, epilogue, n)
         build.prepare_calls()
-        return compile_pattern(sample, chosen.targets(target), _own_digest(), threads)
+        return compile_pattern(of_pattern, chosen.targets(target), _own_digest(), threads)
+    along = given.along(as_operator(operator))
     paired = pair_of(as_epilogues(epilogue)) is not None
     targets = chosen.targets(target)
     chosen.tools(targets)  # UnsupportedError where something is not installed
-    weight, parts, pit = given.weight(w, paired)
+    weight, parts, pit = given.weight(w, paired, along)
     problem = as_problem(operator, weight.pattern, w, x, y, epilogue, n, bool(quantize_x), pit)
     bound, how = bind(problem, operands), "none"
     if w is INT8:
@@ -197,18 +194,13 @@ def _artifact(
     build.prepare_calls()
     for folder in filter(None, found):
         with suppress(FileNotFoundError):  # evicted by another process since it was checked: build it again
-            return _parsed(folder)
+            return as_checked(folder)
     make = functools.partial(_make, backend, problem, weight, targets, tuning, compiler, bound)
-    artifact = _parsed(store.publish(keys[-1], make))
+    artifact = as_checked(store.publish(keys[-1], make))
     if len(keys) > 1 and not artifact.manifest.cut_short:
         copy = functools.partial(shutil.copytree, artifact.folder, dirs_exist_ok=True)
-        return _parsed(store.publish(keys[0], copy))
+        return as_checked(store.publish(keys[0], copy))
     return artifact
-
-
-def _parsed(folder: Path) -> Artifact:
-    """The artifact in a folder that the store has just checked."""
-    return Artifact(folder, parse_manifest((folder / MANIFEST).read_bytes(), folder))
 
 
 def _key(

@@ -97,6 +97,11 @@ class Artifact:
         return PatternProblem(PATTERN_OPERATORS[m.operator], self.pattern(), w, m.steps, None, m.head, mask)
 
 
+def as_checked(folder: Path) -> Artifact:
+    """The artifact in a folder that the store has just checked."""
+    return Artifact(folder, parse_manifest((folder / MANIFEST).read_bytes(), folder))
+
+
 def read_artifact(folder: str | Path, expect_sha256: str | None = None) -> Artifact:
     """Check every file of `folder` against its manifest, then parse the manifest.
 

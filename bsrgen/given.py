@@ -6,8 +6,10 @@ from typing import Any
 from bsrgen.dtypes import DType
 from bsrgen.errors import ArgumentError, UnsupportedError
 from bsrgen.even import empty, planned
+from bsrgen.operators import Operator
 from bsrgen.pattern import Pattern, Weight, as_weight
-from bsrgen.pit import Axis, Pit
+from bsrgen.pattern_problem import refuse
+from bsrgen.pit import Axis, Pit, as_pit
 from bsrgen.pit_weight import pit_weight
 from bsrgen.quantize import source_of
 from bsrgen.stack import are_several, parts_of, stacked
@@ -15,34 +17,45 @@ from bsrgen.stack import are_several, parts_of, stacked
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """W, and how it is described: its blocks, its mode, whether the product is with W.T."""
+    """W, and how it is described: its blocks, its mode and what that asks for, whether the product is with W.T."""
 
     W: Any
     blocksize: tuple[int, int] | None
     shape: tuple[int, int] | None
     mode: str
     max_blocks: int | None
-    axis: Axis | None
-    mask_block: tuple[int, int] | None
+    axis: Any
+    mask_block: Any
     transposed: bool
 
-    def pattern(self) -> Pattern:
-        """The pattern alone, of an operator that takes no values.  PatternError, ArgumentError."""
+    def pattern(self, operator: str) -> Pattern:
+        """The pattern alone, of an operator that takes no values.  PatternError, ArgumentError, UnsupportedError."""
+        self._static(f"operator {operator!r}", self.transposed)
         if isinstance(self.W, Pattern):
             return self.W
         return as_weight(self.W, blocksize=self.blocksize, shape=self.shape, dtype=None).pattern
 
-    def weight(self, dtype: DType, paired: bool) -> tuple[Weight, tuple[int, ...], Pit | None]:
-        """The weight, the parts of its Y where a list came, and mode="pit"'s.  ArgumentError, PatternError."""
+    def along(self, operator: Operator) -> Axis | None:
+        """The axis of mode="pit", if it may be taken.  ArgumentError, ArgumentTypeError, UnsupportedError."""
         if self.max_blocks is not None and self.mode != "dynamic":
             raise ArgumentError(f"max_blocks={self.max_blocks!r} with mode={self.mode!r}: it is for mode='dynamic'")
-        if self.transposed and (paired or self.mode != "static"):
-            raise UnsupportedError(
-                f"transposed=True with {'swiglu or geglu' if paired else f'mode={self.mode!r}'}: give W.T itself"
-            )
+        if self.transposed:
+            self._static("transposed=True", False)
+        return as_pit(self.mode, self.axis, self.mask_block, operator)
+
+    def _static(self, what: str, transposed: bool) -> None:
+        """Refuse, for `what`, all that goes beyond a pattern that is known and lies as it is given."""
+        mode = "" if self.mode == "static" else self.mode
+        own = {"axis": self.axis, "mask_block": self.mask_block, "max_blocks": self.max_blocks, "mode": mode}
+        refuse(what, transposed=transposed, **own)
+
+    def weight(self, dtype: DType, paired: bool, axis: Axis | None) -> tuple[Weight, tuple[int, ...], Pit | None]:
+        """The weight, the parts of its Y where a list came, and mode="pit"'s.  ArgumentError, PatternError."""
+        if self.transposed and paired:
+            raise UnsupportedError("transposed=True with swiglu or geglu: give W.T itself")
         W: Any = empty(self.shape, self.blocksize) if self.W is None else self.W
-        if self.axis:
-            weight, pit = pit_weight(W, dtype, self.axis, self.blocksize, self.shape, self.mask_block)
+        if axis:
+            weight, pit = pit_weight(W, dtype, axis, self.blocksize, self.shape, self.mask_block)
             return weight, (), pit
         several = are_several(W)
         each: list[Any] = list(W) if several else [W]

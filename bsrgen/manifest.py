@@ -31,7 +31,7 @@ MASK_FILE = "mask.npz"  # of attention: which elements of cut blocks count
 OPERANDS_FILE = "operands.npz"  # operands bound when the kernel was compiled
 TIME_UP = "the time was up"  # begins a TuningRecord's note
 SCHEMA = 5
-ABI = 1  # BSRGEN_ABI in runtime/bsrgen.h
+ABI = 2  # BSRGEN_ABI in runtime/bsrgen.h
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

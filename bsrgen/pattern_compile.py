@@ -11,14 +11,13 @@ import msgspec
 import numpy as np
 
 from bsrgen import build, package
-from bsrgen.artifact import Artifact, write_manifest
+from bsrgen.artifact import Artifact, as_checked, write_manifest
 from bsrgen.backends.c.pattern_plan import plan_pattern
 from bsrgen.backends.c.pattern_text import emit_pattern
 from bsrgen.cost import dense_flop_per_cycle
 from bsrgen.errors import IncompatibleCPUError
 from bsrgen.exam import error_share, require
-from bsrgen.integrity import MANIFEST
-from bsrgen.manifest import MASK_FILE, CheckRecord, CostRecord, Manifest, parse_manifest
+from bsrgen.manifest import MASK_FILE, CheckRecord, CostRecord, Manifest
 from bsrgen.pattern import Weight
 from bsrgen.pattern_kernel import PatternKernel
 from bsrgen.pattern_problem import PatternProblem
@@ -45,7 +44,7 @@ def compile_pattern(
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
     folder = Store.default().publish(key, functools.partial(_make, problem, targets, compiler))
-    artifact = Artifact(folder, parse_manifest((folder / MANIFEST).read_bytes(), folder))
+    artifact = as_checked(folder)
     return PatternKernel(artifact, threads=threads, may_be_foreign=True)
 
 

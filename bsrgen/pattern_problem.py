@@ -233,8 +233,13 @@ def refuse_values(operator: str, backend: str, operands: Mapping[str, Any], **op
     """Refuse what `compile` has for weights, but not for PRODUCTS.  UnsupportedError, ArgumentTypeError."""
     if backend not in ("auto", "c"):
         raise UnsupportedError(f"operator {operator!r} with backend={backend!r}: only 'c' has it")
-    for name, value in options.items():
-        if value:
-            raise UnsupportedError(f"operator {operator!r} with {name}={value!r}: W is only a pattern")
+    refuse(f"operator {operator!r}", **options)
     if operands:
         raise ArgumentTypeError(f"operator {operator!r}: {', '.join(operands)} come with the call")
+
+
+def refuse(what: str, **options: Any) -> None:
+    """Refuse each of `options` that says something.  UnsupportedError."""
+    for name, value in options.items():
+        if value is not None and value is not False and value != "":
+            raise UnsupportedError(f"{what} with {name}={value!r}: only a static product of a weight has that")

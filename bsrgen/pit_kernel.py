@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen.errors import ArgumentTypeError, PatternMismatchError
+from bsrgen.epilogues import ACCUMULATE
+from bsrgen.errors import ArgumentError, ArgumentTypeError, PatternMismatchError, UnsupportedError
 from bsrgen.kernel import Kernel
 from bsrgen.quantize import source_of
 from bsrgen.stack import are_several, stacked
@@ -70,7 +71,9 @@ class PitKernel(Selecting):
         """Y = epilogue(product(W, x)) where `select` says, which may be given by its name too:
 
         tokens: live, bool like x without its features, or indices of tokens; None: all.
-        experts: routing, integers like x without its features: the expert of each token; negative: none.
+        experts: routing, integers like x without its features: the expert of each token; negative: none.  With one axis
+            more, [..., k], each token goes to k experts and their results are summed in that order, in the type of the
+            sums; token_scale [..., k] weighs them.  Not with residual, accumulate or results of int8.
         outputs: mask, bool [blocks of tokens, blocks of features] of compile's mask_block; None: everywhere.
         features: none; what counts is which elements of x are zero.  tile=: so many tokens share the columns that any
             of them needs, a size of `tiles`; 0 takes for each few tokens what a table of rates likes best.
@@ -80,4 +83,31 @@ class PitKernel(Selecting):
         reach the result: W should be finite.
         """
         self._select(select, operands)
+        if self.selects == "routing" and np.ndim(operands.get("routing", 0)) == np.ndim(x) > 1:
+            return self._several(x, out, threads, operands)
         return super().__call__(x, out, threads=threads, **operands)
+
+    def _several(self, x: Any, out: Array | None, threads: int | None, operands: dict[str, Any]) -> Array:
+        """k experts for each token: as many tokens more, whose results are summed."""
+        m, x = self.artifact.manifest, np.asarray(x)
+        routing: Array = np.asarray(operands["routing"])
+        once = [step.name for step in m.steps if step is ACCUMULATE or any(o.kind == "element" for o in step.operands)]
+        if once or self.out_dtype == np.int8:
+            what = f"epilogue {once[0]!r}" if once else "results of int8"
+            raise UnsupportedError(f"{self.name}: routing to several experts with {what}: send each token to one")
+        if routing.shape[:-1] != x.shape[:-1]:
+            raise ArgumentError(f"{self.name}: routing has shape {routing.shape}, expected {x.shape[:-1]} and experts")
+        for name in ("token_scale", "x_scale"):
+            value: Any = operands.get(name)
+            if np.ndim(value):
+                each = np.shape(value) == routing.shape
+                operands[name] = np.reshape(value, -1) if each else np.repeat(np.reshape(value, -1), routing.shape[-1])
+        operands["routing"] = routing.reshape(-1)
+        tokens = np.repeat(x.reshape(-1, x.shape[-1]), routing.shape[-1], axis=0)
+        every = super().__call__(tokens, threads=threads, **operands).reshape(*routing.shape, -1)
+        y: Array = every.astype(self._call.real.numpy, copy=False).sum(axis=-2).astype(self.out_dtype)
+        if out is None:
+            return y
+        self._call._target(out, (y.size // max(y.shape[-1], 1), y.shape[-1]), y.shape)
+        np.copyto(out, y, where=np.expand_dims((routing >= 0).any(axis=-1), -1))
+        return out

@@ -27,7 +27,9 @@ OVERLAP = 4  # returned by the trampoline alone: y overlaps x
 
 STRUCTS = """
 struct bsrgen_operand { const void *data; int64_t ld; double scalar; };
-struct bsrgen_weight { int64_t blocks; const void *data; const int32_t *indices; const int64_t *indptr; };
+struct bsrgen_weight {
+    int64_t blocks; const void *data; const int32_t *indices; const int64_t *indptr; void *parallel; int32_t threads;
+};
 struct bsrgen_call {
     int64_t n; const void *x; int64_t ldx; void *y; int64_t ldy; const void *values;
     const struct bsrgen_operand *operands; void *parallel; int32_t threads;
@@ -35,10 +37,13 @@ struct bsrgen_call {
 """
 DECLARATIONS = """
 struct bsrgen_operand { const void *data; int64_t ld; double scalar; };
-struct bsrgen_weight { int64_t blocks; const void *data; const int32_t *indices; const int64_t *indptr; };
+struct bsrgen_weight {
+    int64_t blocks; const void *data; const int32_t *indices; const int64_t *indptr; void *parallel; int32_t threads;
+};
 int bsrgen_trampoline(void *function, int64_t n, const void *x, int64_t ldx, size_t x_bytes, void *y, int64_t ldy,
                       size_t y_bytes, const void *values, const struct bsrgen_operand *operands, int threads);
 int64_t bsrgen_pack(void *function, const void *data, void *packed, int level);
+int64_t bsrgen_prepare(void *function, struct bsrgen_weight *weight, void *prepared, int values_only);
 const char *bsrgen_info(void *function, int what);
 void *bsrgen_open(const char *path);
 void *bsrgen_symbol(void *library, const char *name);
@@ -57,6 +62,7 @@ class Trampoline:
     bytes: Any  # the C type char[]: a parsed type costs from_buffer 140 ns less than its name
     call: Callable[..., int]
     pack: Callable[..., int]
+    prepare: Callable[..., int]
     info: Callable[..., Any]
     open: Callable[..., Any]
     symbol: Callable[..., Any]
@@ -112,8 +118,8 @@ def trampoline() -> Trampoline:
         return _abi()
     lib = module.lib
     return Trampoline(
-        "api", module.ffi, module.ffi.typeof("char[]"), lib.bsrgen_trampoline, lib.bsrgen_pack, lib.bsrgen_info,
-        lib.bsrgen_open, lib.bsrgen_symbol, lib.bsrgen_open_error,
+        "api", module.ffi, module.ffi.typeof("char[]"), lib.bsrgen_trampoline, lib.bsrgen_pack, lib.bsrgen_prepare,
+        lib.bsrgen_info, lib.bsrgen_open, lib.bsrgen_symbol, lib.bsrgen_open_error,
     )  # fmt: skip
 
 
@@ -150,6 +156,7 @@ def _abi() -> Trampoline:
         ffi.typeof("char[]"),
         call,
         pack,
+        pack,  # with the artifact's own threads
         info,
         lambda path: libc.dlopen(path, now),
         libc.dlsym,

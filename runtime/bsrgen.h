@@ -3,7 +3,7 @@
 #define BSRGEN_H
 #include <stdint.h>
 
-#define BSRGEN_ABI 1
+#define BSRGEN_ABI 2
 
 enum bsrgen_status {
     BSRGEN_OK = 0,
@@ -37,6 +37,8 @@ struct bsrgen_weight {
     const void *data;       /* [blocks][R][C], row-major */
     const int32_t *indices; /* [blocks]: block column of each */
     const int64_t *indptr;  /* [block rows + 1]: first block of each block row, and the end */
+    void (*parallel)(int parts, void (*task)(void *context, int part, int parts), void *context); /* as in a call */
+    int32_t threads;
 };
 
 /* One call.  Strides are leading dimensions in elements; rows are contiguous.  y must not overlap an input. */

@@ -1,10 +1,14 @@
-/* A pattern that comes with the call: checked, sorted where it must be, cut into panels.  One pass over what is sorted. */
+/* A pattern that comes with the call: checked, sorted where it must be, cut into panels.  Rows of blocks are independent but
+ * for the places that counting gives them. */
 #ifndef BSRGEN_PREPARE_H
 #define BSRGEN_PREPARE_H
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include "bsrgen.h"
+#if defined BSRGEN_BITS && defined __AVX512BW__
+#include <immintrin.h>
+#endif
 
 /* How a prepared weight begins; tables and packed values lie behind it at places that the kernel knows. */
 struct bsrgen_prepared {
@@ -16,24 +20,38 @@ struct bsrgen_prepared {
 /* Blocks of the weight that one segment takes, in sorted order. */
 struct bsrgen_run { uint32_t first, count; };
 
-/* 0 where every index can be used; *rising says whether columns rise in each block row. */
-__attribute__((unused)) static int bsrgen_check(const struct bsrgen_weight *w, int64_t rows, int64_t cols, int64_t most, int *rising)
+/* starts[rows + 1]: the weight's indptr, where it and the number of blocks can be used. */
+__attribute__((unused)) static int64_t bsrgen_take_starts(const struct bsrgen_weight *w, int64_t rows, int64_t most, uint32_t *starts)
 {
-    const int64_t n = w->blocks, *starts = w->indptr;
+    const int64_t n = w->blocks, *from = w->indptr;
     if (n < 0 || n > most) return BSRGEN_TOO_MANY_BLOCKS;
-    if (starts[0] != 0 || starts[rows] != n) return BSRGEN_BAD_INDPTR;
+    if (from[0] != 0 || from[rows] != n) return BSRGEN_BAD_INDPTR;
     for (int64_t i = 0; i < rows; i++)
-        if (starts[i + 1] < starts[i]) return BSRGEN_BAD_INDPTR;
-    int outside = 0;
-    int32_t falls = 0;
-    for (int64_t q = 0; q < n; q++) outside |= (uint32_t)w->indices[q] >= (uint32_t)cols;
-    for (int64_t q = 1; q < n; q++) falls += w->indices[q] <= w->indices[q - 1];
-    for (int64_t i = 0; i < rows; i++) { /* from row to row they may fall */
-        const int64_t q = starts[i];
-        if (q > 0 && starts[i + 1] > q) falls -= w->indices[q] <= w->indices[q - 1];
+        if (from[i + 1] < from[i]) return BSRGEN_BAD_INDPTR;
+    for (int64_t i = 0; i <= rows; i++) starts[i] = (uint32_t)from[i];
+    return 0;
+}
+
+/* The first block row of part p of `parts` that have equally many blocks. */
+__attribute__((unused)) static int64_t bsrgen_row_of(const uint32_t *starts, int64_t rows, int p, int parts)
+{
+    const int64_t want = (int64_t)starts[rows] * p / parts;
+    int64_t low = 0, high = rows;
+    if (p == parts) return rows;
+    while (low < high) {
+        const int64_t mid = (low + high) / 2;
+        if ((int64_t)starts[mid] >= want) high = mid;
+        else low = mid + 1;
     }
-    *rising = falls == 0;
-    return outside ? BSRGEN_BAD_INDEX : 0;
+    return low;
+}
+
+/* Of one block row: *outside, whether a column is none of `cols`; *falls, whether one is not above the one before. */
+__attribute__((unused)) static inline void bsrgen_look(const int32_t *j, int64_t count, int64_t cols, int *outside, int *falls)
+{
+    int out = count > 0 && (uint32_t)j[0] >= (uint32_t)cols, fall = 0;
+    for (int64_t q = 1; q < count; q++) out |= (uint32_t)j[q] >= (uint32_t)cols, fall |= j[q] <= j[q - 1];
+    *outside |= out, *falls |= fall;
 }
 
 /* order[blocks]: the blocks row by row, columns ascending, by two passes of counting; sorted[blocks]: their columns. */
@@ -61,13 +79,14 @@ __attribute__((unused)) static int bsrgen_sort(const struct bsrgen_weight *w, in
     return status;
 }
 
-/* The first of j[from, end), which rise, that is `column` or more; 16 at a time, for they lie close. */
+/* The first of j[from, end), which rise, that is `column` or more: it lies close. */
 __attribute__((unused)) static inline int64_t bsrgen_lower(const int32_t *j, int64_t from, int64_t end, int32_t column)
 {
-    for (; from + 16 <= end; from += 16) {
+    while (from + 16 <= end && j[from + 15] < column) from += 16;
+    if (from + 16 <= end) {
         int less = 0;
         for (int q = 0; q < 16; q++) less += j[from + q] < column;
-        if (less < 16) return from + less;
+        return from + less;
     }
     while (from < end && j[from] < column) from++;
     return from;
@@ -76,7 +95,17 @@ __attribute__((unused)) static inline int64_t bsrgen_lower(const int32_t *j, int
 /* bits[bytes]: whether each of 8 * bytes marks, 0 or 1, is set; they are 0 afterwards. */
 __attribute__((unused)) static inline void bsrgen_take_bits(uint64_t *marks, uint8_t *bits, int64_t bytes)
 {
-    for (int64_t b = 0; b < bytes; b++) {
+    int64_t vectors = 0; /* bytes that are taken eight at a time */
+#if defined BSRGEN_BITS && defined __AVX512BW__
+    vectors = bytes & ~INT64_C(7);
+    for (int64_t b = 0; b < vectors; b += 8) {
+        const __m512i v = _mm512_loadu_si512(marks + b);
+        const uint64_t set = _mm512_test_epi8_mask(v, v);
+        memcpy(bits + b, &set, 8);
+        _mm512_storeu_si512(marks + b, _mm512_setzero_si512());
+    }
+#endif
+    for (int64_t b = vectors; b < bytes; b++) {
         bits[b] = (uint8_t)(marks[b] * UINT64_C(0x0102040810204080) >> 56);
         marks[b] = 0;
     }

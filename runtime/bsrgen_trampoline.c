@@ -22,6 +22,11 @@ static int64_t bsrgen_pack(void *function, const void *data, void *packed, int l
 {
     return ((int64_t (*)(const void *, void *, int))function)(data, packed, level);
 }
+static int64_t bsrgen_prepare(void *function, struct bsrgen_weight *weight, void *prepared, int values_only)
+{
+    weight->parallel = bsrgen_parallel;
+    return ((int64_t (*)(const void *, void *, int))function)(weight, prepared, values_only);
+}
 static const char *bsrgen_info(void *function, int what) { return ((const char *(*)(int))function)(what); }
 static void *bsrgen_open(const char *path) { return dlopen(path, RTLD_NOW | RTLD_LOCAL); }
 static void *bsrgen_symbol(void *library, const char *name) { return dlsym(library, name); }

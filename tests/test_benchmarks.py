@@ -141,6 +141,9 @@ def test_command_writes_json_and_markdown(tmp_path: Path, monkeypatch: pytest.Mo
     CliRunner().invoke(run.main, options, catch_exceptions=False)
     (kept,) = tmp_path.glob("*-wavernn.json")
     assert len(load(kept).figures) == 1
+    before = kept.read_bytes()
+    CliRunner().invoke(run.main, options, catch_exceptions=False)  # there is nothing left to take
+    assert kept.read_bytes() == before
     assert "over dense" in kept.with_suffix(".md").read_text()
 
 

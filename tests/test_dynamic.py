@@ -109,6 +109,27 @@ def test_threads_and_new_values(name: str, rng: np.random.Generator) -> None:
         assert out.tobytes() == y.tobytes()
 
 
+def test_threads_prepare_the_same_bytes(rng: np.random.Generator) -> None:
+    """Sorted and shuffled, empty rows among them, new values: panels, bits, gathered columns and corrections."""
+    shape = (603, 1201)
+    kernel = bsrgen.compile(None, dtype="int8", mode="dynamic", shape=shape, blocksize=(1, 1), max_blocks=250_000, n=40)
+    weight = cast(random_weight(4, shape, (1, 1), 0.3, kind="powerlaw"), np.int8)
+    for triple in ((weight.data, weight.pattern.indices, weight.pattern.indptr), shuffled(weight, rng)):
+        one, *others = (kernel.prepare(triple, threads=threads) for threads in (1, 2, 3, 7))
+        x = rng.integers(-9, 9, (3, shape[1]), np.int8)
+        np.testing.assert_array_equal(kernel(x, one), x.astype(np.int32) @ weight.todense().T.astype(np.int32))
+        for other in others:
+            assert answers_of(kernel, other, weight) == answers_of(kernel, one, weight)
+            other.update(triple[0] // 2, threads=2)
+        others[0].update(triple[0] // 2, threads=1)
+        assert answers_of(kernel, others[0], weight) == answers_of(kernel, others[1], weight)
+
+
+def answers_of(kernel: DynamicKernel, ready: PreparedWeight, weight: Weight) -> bytes:
+    """What calls can read of a prepared weight: its results for every column of X alone."""
+    return bytes(np.asarray(kernel(np.eye(weight.pattern.K, dtype=np.int8), ready)).tobytes())
+
+
 def test_every_kind_of_epilogue(rng: np.random.Generator) -> None:
     steps = ("scale", "bias", "gelu", "residual", "clamp", "accumulate")
     kernel = bsrgen.compile(None, "linear", (4, 4), epilogue=steps, mode="dynamic", shape=SHAPE, max_blocks=400)
@@ -169,6 +190,19 @@ def test_what_a_weight_may_be(rng: np.random.Generator) -> None:
     tall = kernel_of("rows")  # 75 rows in blocks of 32
     padded = random_weight(1, SHAPE, (32, 1), 0.3)
     np.testing.assert_array_equal(tall(x, padded.tobsr()), tall(x, padded))
+
+
+@pytest.mark.parametrize("width", [3, 7])
+def test_wider_blocks_are_cut(width: int, rng: np.random.Generator) -> None:
+    """Blocks of several columns for a kernel that pairs single ones; K is no multiple of their width."""
+    kernel = kernel_of("gathered")
+    wide = cast(make_weight("powerlaw", SHAPE, (32, width), "float32"), kernel.dtype)
+    ready = kernel.prepare(wide)
+    judged(kernel, wide, 9, rng, ready)
+    x = rng.standard_normal((3, SHAPE[1]), dtype=np.float32).astype(kernel.dtype)
+    assert kernel(x, Weight(wide.pattern, wide.data)).tobytes() == kernel(x, ready).tobytes()
+    with pytest.raises(UnsupportedError, match="prepare it anew"):
+        ready.update(wide.data)
 
 
 def test_int8_takes_scales_and_floating_weights(rng: np.random.Generator) -> None:

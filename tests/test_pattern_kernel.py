@@ -130,7 +130,14 @@ def test_what_makes_no_sense_is_refused(rng):
         ({"epilogue": "relu"}, bsrgen.UnsupportedError, "takes scale, accumulate"),
         ({"epilogue": ("accumulate", "scale")}, bsrgen.UnsupportedError, "before"),
         ({"backend": "mlir"}, bsrgen.UnsupportedError, "only 'c'"),
-        ({"transposed": True}, bsrgen.UnsupportedError, "only a pattern"),
+        ({"transposed": True}, bsrgen.UnsupportedError, "transposed=True: only a static product of a weight"),
+        ({"mode": "dynamic"}, bsrgen.UnsupportedError, "mode='dynamic'"),
+        ({"mode": "pit", "axis": "tokens"}, bsrgen.UnsupportedError, "axis='tokens'"),
+        ({"mask_block": (1, 8)}, bsrgen.UnsupportedError, "mask_block"),
+        ({"max_blocks": 0}, bsrgen.UnsupportedError, "max_blocks=0"),
+        ({"tune": "measure", "tune_seconds": 1}, bsrgen.UnsupportedError, "tune='measure'"),
+        ({"tune_seconds": 1}, bsrgen.ArgumentError, "only tune='measure'"),
+        ({"progress": print}, bsrgen.UnsupportedError, "progress"),
         ({"scale": 1.0}, bsrgen.ArgumentTypeError, "with the call"),
     ):
         with pytest.raises(error, match=says):

@@ -1,6 +1,7 @@
 """mode="pit": results against float64 for random selections, what stays, threads, values, errors, legality."""
 
 import ctypes
+from dataclasses import replace
 
 import hypothesis
 import numpy as np
@@ -9,12 +10,14 @@ from hypothesis import strategies as st
 from support import assert_right, check_calls
 
 import bsrgen
+from bsrgen.backends.c.features import features_plans
 from bsrgen.bench.clock import peer_threads
 from bsrgen.bench.pit import compare
 from bsrgen.operators import OPERATORS
 from bsrgen.pattern import Weight, as_weight, random_weight
 from bsrgen.pit import AXES
 from bsrgen.pit_kernel import PitKernel
+from bsrgen.targets import native
 from bsrgen.verify import verify
 
 SHAPE = (104, 77)  # a strip and a rest, odd K
@@ -134,6 +137,59 @@ def test_a_new_result_is_zero_where_nothing_is_selected():
     np.testing.assert_array_equal(kernel(x, live=np.flatnonzero(live)), y)  # the same by their numbers
     assert kernel(x).all()
     assert not kernel(x, live=[]).any()
+
+
+def test_each_token_goes_to_several_experts():
+    """Results are summed, weighed by token_scale; those of no expert stay."""
+    kernel, weight = made("experts", epilogue=("bias", "token_scale"))
+    rng = np.random.default_rng(0)
+    x, given = kernel.problem.sample(rng, 2 * 9)
+    routing = rng.integers(-1, 3, (2, 9, 2))
+    routing[0, 3] = -1
+    scale = rng.random((2, 9, 2), np.float32)
+    out = np.full((2, 9, 48), 7, np.float32)
+    given |= {"token_scale": scale, "routing": routing}
+    assert kernel(x.reshape(2, 9, -1), out=out, **given) is out
+    total, error = np.zeros((18, 48)), np.zeros((18, 48))
+    for k in range(2):
+        one = given | {"token_scale": scale[..., k].reshape(-1), "routing": routing[..., k].reshape(-1)}
+        y, bound = kernel.problem.reference(weight, x, one)
+        total, error = total + y, error + bound
+    went = (routing >= 0).any(-1).reshape(-1)
+    got = out.reshape(18, 48)
+    assert (got[~went] == 7).all()
+    assert (np.abs(got - total)[went] <= (error + 1e-6 * np.abs(total))[went]).all()
+    np.testing.assert_array_equal(kernel(x.reshape(2, 9, -1), **given)[routing[..., 0] >= 0], out[routing[..., 0] >= 0])
+    with pytest.raises(bsrgen.ArgumentError, match=r"routing has shape \(4, 2\)"):
+        kernel(x, **given | {"routing": routing[0, :4]})
+    adds, _ = made("experts", epilogue=("bias", "token_scale", "residual", "accumulate"))
+    with pytest.raises(bsrgen.UnsupportedError, match="several experts with epilogue 'residual'"):
+        adds(x, routing=routing.reshape(18, 2))
+
+
+@pytest.mark.parametrize("options", [{"mask_block": (3, 8)}, {"mask_block": (1, 16)}], ids=str)
+def test_fine_masks_that_want_nearly_all(options):
+    """All of Y is computed then, and what nobody wants is not stored."""
+    kernel, weight = made("outputs", "bfloat16" if options["mask_block"][0] == 3 else "int8", **options)
+    given = {"w_scale": kernel._values.bound["w_scale"]} if kernel.dtype == np.int8 else {}
+    x, operands = kernel.problem.sample(rng := np.random.default_rng(0), 50)
+    operands.pop("w_scale", None)
+    for missing in (0, 1, 9):
+        operands["mask"] = np.ones_like(operands["mask"])
+        operands["mask"].flat[rng.permutation(operands["mask"].size)[:missing]] = False
+        old = kernel.problem.sample_out(rng, 50)
+        y = kernel(x, out=old.copy(), **operands)
+        assert_right(kernel.problem, weight, y, x, operands | given, old)
+
+
+def test_rates_of_tiles_follow_the_target():
+    """Where L2 gives less, tiles that read W from it are dearer; the largest one's word is the unit."""
+    plan = next(features_plans(made("features")[0].problem, target := native()))
+    slower = replace(plan, target=replace(target, l2_bytes_per_cycle=target.l2_bytes_per_cycle / 4))
+    assert plan.rates[-1][0] == slower.rates[-1][0] == 100
+    assert slower.rates[0][0] < plan.rates[0][0]
+    words = [word for word, _ in plan.rates]
+    assert words == sorted(words, reverse=True)
 
 
 def test_block_sparse_weights_keep_their_blocks():

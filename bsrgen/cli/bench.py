@@ -39,8 +39,8 @@ FEW = 8  # tokens up to which reading the weight is the limit
     show_default=True,
     help="dynamic: also a kernel that takes the weight with the call, and preparing one.",
 )
-@click.option("--axis", type=click.Choice(("tokens", "features", "outputs")), default="tokens", show_default=True,
-              help="Of --mode pit: what calls leave out.")  # fmt: skip
+@click.option("--axis", type=click.Choice(("tokens", "features", "experts", "outputs")), default="tokens",
+              show_default=True, help="Of --mode pit: what calls leave out.")  # fmt: skip
 @tune_option
 @verb
 def bench(
@@ -58,7 +58,8 @@ def bench(
     that a pattern comes with the call, and to prepare one.
 
     With --mode pit the weight is taken as dense, activations or outputs are thinned out along --axis, from 100 to 1 %
-    live, on one core; features and outputs in blocks of 1x16 and 32x64.
+    live, on one core; features and outputs in blocks of 1x16 and 32x64.  For experts the rows of the weight are cut
+    into 8 (4, 2) of them, and tokens go to them by Zipf's law; dense is all tokens by one of them.
     """
     from bsrgen.bench.clock import at_their_best, peer_threads
 
@@ -106,6 +107,8 @@ def _pit(
             with working(f"n = {n}") as progress:
                 blocks = {"features": (1, 16), "outputs": (32, 64)}.get(axis, (1, 1))
                 W = weight.todense().astype("float32")
+                if axis == "experts":
+                    W = W.reshape(next(e for e in (8, 4, 2, 1) if len(W) % e == 0), -1, W.shape[1])
                 kernel, rows = compare(W, axis, n, dtype, blocks, rounds=rounds, progress=progress)
             found += [
                 {"n": n, "live": row.live, "seconds": row.timing.min_s, "dense": row.dense,

@@ -243,6 +243,19 @@ def epilogue_cycles(plan: "CPlan", n: int) -> float:
     return flop / plan.lanes / plan.target.fma_per_cycle
 
 
+def whole_share(plan: "CPlan", fitted: Fitted = FITTED) -> float:
+    """The share of a mask of outputs from which computing all of Y is faster than a list of tokens for each group of
+    rows: every list reads and packs X anew, from where it lies.  More than 1 where vectors would cross groups."""
+    p, pit, target, n = plan.pattern, plan.problem.pit, plan.target, plan.problem.n or 1024
+    if pit is None or pit.rows % plan.lanes:
+        return 2.0
+    transposed = fitted.pack_words if plan.product.group > 1 else fitted.pack_transposed
+    stream = target.vector_bytes / target.bytes_per_cycle(n * plan.problem.pattern.K * plan.problem.x_dtype.bytes)
+    vector = max(fitted.pack if plan.uses_weight_tile(n) else transposed, stream)
+    once = counts(plan, n, fitted).cycles
+    return once / (once + (pit.groups(plan.problem.pattern.M) - 1) * n * p.K / plan.lanes * vector)
+
+
 def _code_bytes(plan: "CPlan") -> int:
     """Machine code of the micro-kernels: their multiply-adds, written out for each size of the register tile."""
     if plan.encoding == "code":

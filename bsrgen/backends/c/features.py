@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bsrgen.backends.c.count import FITTED
 from bsrgen.backends.c.plan import CPlan
 from bsrgen.backends.c.products import Product, products
 from bsrgen.backends.c.tiles import WeightTile
@@ -17,13 +18,10 @@ from bsrgen.targets import Target
 
 # Sizes of tiles by vector registers, and vectors of a strip: 6 tokens x 4 vectors are 24 sums, 4 of W and one of X.
 SHAPES = {32: ((1, 2, 3, 6), 4), 16: ((1, 2, 4), 2)}
-# Time of a word of a token in a tile of each size, and of starting one in a panel, in hundredths of the former in the
-# largest tile: the table that chooses between micro-tiles at the covered sparsity.  From forced tiles (tile=) of 1024^3
-# at 1 to 100 % live, blocks of 1x1 and 1x16 (Zen 5, 2026-11-21); small tiles a little dearer, so that dense wins ties.
-FEATURE_RATES = {
-    "fma": {1: (190, 9000), 2: (136, 3500), 3: (113, 1000), 4: (100, 500), 6: (100, 500)},
-    "bf16": {1: (178, 3000), 2: (155, 1000), 3: (117, 1000), 4: (100, 500), 6: (100, 500)},
-}
+# Cycles that no manual gives: of a word around its multiply-adds, of one of a token in a tile that walks parts, of a
+# tile in a panel, of a part.  Fitted to forced tiles (tile=) of 1024^3 at 1 to 100 % live, blocks of 1x1 and 1x16,
+# float32 and bfloat16 (Zen 5, 2026-11-21).
+WORD, PART_WORD, TILE, PART = 1.6, 0.2, 12.0, 18.0
 F_BATCH = 16  # columns that strips are whole numbers of: four words
 SMALL = 2  # tokens of tiles that are limited by what L2 gives of W
 WORDS = 32768  # of a panel, for places of 16 bits
@@ -73,9 +71,28 @@ class FeaturesPlan(CPlan):
 
     @property
     def rates(self) -> tuple[tuple[int, int], ...]:
-        """The table for `tiles`."""
-        table = FEATURE_RATES.get(self.product.name, FEATURE_RATES["fma"])
-        return tuple(table[size] for size in self.tiles)
+        """The table that chooses between tiles at the covered sparsity: time of a word of a token in a tile of each
+        size, and of starting one in a panel, in hundredths of the former in the largest tile."""
+        words = [self._word_cycles(size) for size in self.tiles]
+        starts = [TILE + (PART * -(-self.panel // self.part) if size <= SMALL else 0) for size in self.tiles]
+        return tuple(
+            (round(100 * word / words[-1]), round(100 * start / words[-1]))
+            for word, start in zip(words, starts, strict=True)
+        )
+
+    def _word_cycles(self, size: int) -> float:
+        """Cycles for one word of one token in a tile of so many: the target's rates, as count.py puts them together.  W
+        comes out of L1 where a tile walks parts, else out of L2."""
+        target, vectors = self.target, self.vectors
+        sums = size * vectors
+        chains = sums * (1 if sums >= 8 else 2)  # F_SUMS in features_tile.c.j2
+        fma = max(vectors / self.product.per_cycle(target), vectors * self.product.latency(target) / chains)
+        loads = (vectors / size + 1) / (target.loads_per_cycle * FITTED.load_share)
+        line = vectors * self.weight_lanes * self.w_bytes
+        stream = 0.0 if size <= SMALL else line / size / target.l2_bytes_per_cycle
+        bound = max(fma, loads, stream)
+        own = WORD / size + (PART_WORD if size <= SMALL else 0)
+        return bound + FITTED.overlap * (fma + loads + stream - bound) + own
 
     def knobs(self) -> dict[str, Any]:
         """The decisions alone, as plain data."""

@@ -6,6 +6,7 @@ from math import isfinite
 from typing import Any
 
 from bsrgen.backends.c import dynamic
+from bsrgen.backends.c.count import whole_share
 from bsrgen.backends.c.features import FeaturesPlan, features_view
 from bsrgen.backends.c.levels import level_of, offset_type
 from bsrgen.backends.c.matrix_text import matrix_view
@@ -126,7 +127,8 @@ def _artifact(
         "y_bits": "'s bits" if y.name in ONE else "", "packings": packings,
         "operands": operands, "prototype": prototype, "linear": problem.operator.token_axis == 0,
         "x86": levels[0]["family"] == "x86_64", "M": p.M, "rows": problem.rows, "K": p.K, "R": p.R,
-        "C": p.C, "nnzb": p.nnzb,
+        "C": p.C, "nnzb": p.nnzb, "block_bytes": p.R * p.C * problem.dtype.bytes + 8,
+        "bytes_per_part": dynamic.BYTES_PER_PART,
         "flop_per_token": max(2 * max(plan.pattern.nnz for plan in plans), 1), "flop_per_part": FLOP_PER_PART,
         "language": "c", "dynamic": not p.known, "values_name": values,
         "ffi": _ffi(problem), "pit": pit, "columns": problem.pit.groups(p.M) if problem.pit else 0,
@@ -167,7 +169,16 @@ def _pit(plan: CPlan) -> dict[str, Any] | None:
         {"index": i, "type": plan.problem.operand_dtype(o).c} for i, o in enumerate(operands) if o.kind == "element"
     ]
     return {"axis": pit.axis.name, "tokens": pit.tokens, "rows": pit.rows, "groups": pit.groups(plan.problem.pattern.M),
-            "index": len(operands) - 1, "list": len(operands), "elements": elements}  # fmt: skip
+            "index": len(operands) - 1, "list": len(operands), "elements": elements,
+            "whole": f"{whole_share(plan):.3g}"}  # fmt: skip
+
+
+def _masked(plan: CPlan) -> dict[str, int] | None:
+    """The mask of Y, of a plan that may compute all of it."""
+    pit = plan.problem.pit
+    if pit is None or not plan.listed or pit.axis.operand.kind != "mask":
+        return None
+    return {"index": len(plan.problem.operands) - 1, "tokens": pit.tokens, "rows": pit.rows}
 
 
 def _unit(part: _Part) -> tuple[int, int]:
@@ -243,7 +254,7 @@ def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
         "block_rows": p.block_rows, "panels": plan.panels, "offset_type": offset_type(plan), "linear": linear,
         "math": _needs_math(problem), "epilogue": _steps(problem), "finish_rows": part.weight is not None or linear,
         "gate_by_token": part.weight is not None or linear,
-        "listed": len(problem.operands) if plan.listed else None,
+        "listed": len(problem.operands) if plan.listed else None, "masked": _masked(plan),
         "finish_tokens": not linear and part.weight is None,
     }  # fmt: skip
     if plan.matrix:

@@ -191,14 +191,20 @@ static int usable_cores(void)
     return sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set);
 }
 
-/* `task` on the threads that a call of so many FLOP is worth: each must have some microseconds of work. */
+/* How many threads, of so many that are asked for, are worth so many parts of some microseconds. */
+static int threads_for(int32_t asked, double worth)
+{
+    if (asked == 1 || worth < 2) return 1;
+    int threads = asked > 0 ? asked : usable_cores();
+    if (threads > worth) threads = (int)worth;
+    return threads > BSRGEN_MAX_THREADS ? BSRGEN_MAX_THREADS : threads;
+}
+
+/* `task` on the threads that a call of so many FLOP is worth. */
 static void run_threads(const struct bsrgen_call *call, double flop, void (*task)(void *, int, int), void *context)
 {
-    const double worth = flop / 2000000.0;
-    int threads = call->threads == 1 || worth < 2 ? 1 : call->threads > 0 ? call->threads : usable_cores();
-    if (threads > worth) threads = (int)worth;
-    if (threads > BSRGEN_MAX_THREADS) threads = BSRGEN_MAX_THREADS;
-    if (threads <= 1) task(context, 0, 1);
+    const int threads = threads_for(call->threads, flop / 2000000.0);
+    if (threads == 1) task(context, 0, 1);
     else (call->parallel ? call->parallel : bsrgen_parallel)(threads, task, context);
 }
 

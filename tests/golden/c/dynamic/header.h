@@ -34,6 +34,7 @@ int linear_f32_24x20_b4x2_05f53789_call(const struct bsrgen_call *call);
 /* What calls take for W: any 24x20 of up to 13 blocks of 4x2, whose data is float; what lies outside of the
  * matrix is not looked at, and must be finite.  Written to `prepared`, 64-byte aligned; NULL: only count its bytes, for
  * which weight->blocks is read alone.  values_only: new data, same blocks, for a weight that has been prepared there.
+ * weight->threads: at most so many; 0: all usable cores.  Tables and values do not depend on how many there are.
  * Returns the bytes, or what is wrong: enum bsrgen_pack_status and bsrgen_prepare_status in bsrgen.h. */
 int64_t linear_f32_24x20_b4x2_05f53789_prepare(const struct bsrgen_weight *weight, void *prepared, int values_only);
 

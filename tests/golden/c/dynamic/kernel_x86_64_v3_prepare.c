@@ -17,91 +17,109 @@ typedef uint16_t offset;
 enum { BLOCK_ROWS = 6, BLOCK_COLS = 10, R = 4, C = 2, GROUP = 1, STEP = 2 };
 enum { PANELS = 3, K_PANEL = 8, BLOCK_VALUES = 8, TOGETHER = 1 }; /* TOGETHER: offsets of a unit */
 #define MOST INT64_C(13) /* blocks */
-#define MAGIC UINT64_C(16574174355673565827)
+#define MAGIC UINT64_C(10283359563039721246)
 #define HEAD_AT INT64_C(0)
-#define WORK_AT INT64_C(64)
-#define POINTERS_AT INT64_C(128)
-#define RUNS_AT INT64_C(192)
-#define ROWS_AT INT64_C(320)
-#define PANELS_AT INT64_C(384)
-#define OFFSETS_AT INT64_C(448)
-#define BITS_AT INT64_C(512)
-#define ORDER_AT INT64_C(512)
-#define CORRECTIONS_AT INT64_C(576)
-#define VALUES_AT INT64_C(576)
+#define STARTS_AT INT64_C(64)
+#define WORK_AT INT64_C(128)
+#define POINTERS_AT INT64_C(192)
+#define RUNS_AT INT64_C(256)
+#define ROWS_AT INT64_C(384)
+#define PANELS_AT INT64_C(448)
+#define OFFSETS_AT INT64_C(512)
+#define BITS_AT INT64_C(576)
+#define ORDER_AT INT64_C(576)
+#define CORRECTIONS_AT INT64_C(640)
+#define VALUES_AT INT64_C(640)
 #define TABLE(type, name) ((type *)((char *)prepared + name##_AT))
 
+/* What the threads of one preparation share: columns sorted in each block row, where the panels of each row end. */
+struct work {
+    const struct bsrgen_weight *weight;
+    const int32_t *columns;
+    void *prepared;
+    uint32_t *cuts;
+    int outside, falls, values_only, status;
+};
+
+enum { CUTS = BLOCK_ROWS + 16 }; /* from panel to panel: a power of two would put all into one set of the cache */
+
 /* Segments, the runs of blocks that block rows have in panels: panel after panel, those without blocks left out. */
-static int64_t runs_of(const int32_t *indices, const int64_t *starts, void *prepared)
+static int64_t runs_of(const struct work *t)
 {
+    void *prepared = t->prepared;
+    const uint32_t *starts = TABLE(uint32_t, STARTS);
     struct bsrgen_run *runs = TABLE(struct bsrgen_run, RUNS);
-    uint32_t *rows = TABLE(uint32_t, ROWS), *panels = TABLE(uint32_t, PANELS);
-    int64_t *at = malloc(sizeof *at * (BLOCK_ROWS + 1)), s = 0;
-    if (!at) return BSRGEN_PACK_NO_MEMORY;
-    memcpy(at, starts, sizeof *at * BLOCK_ROWS);
+    uint32_t *rows = TABLE(uint32_t, ROWS), *panels = TABLE(uint32_t, PANELS), *pointers = TABLE(uint32_t, POINTERS);
+    uint32_t s = 0, unit = 0;
     for (int64_t p = 0; p < PANELS; p++) {
-        panels[p] = (uint32_t)s;
+        const uint32_t *from = p ? t->cuts + (p - 1) * CUTS : starts, *to = p + 1 < PANELS ? t->cuts + p * CUTS : starts + 1;
+        panels[p] = s;
         for (int64_t i = 0; i < BLOCK_ROWS; i++) {
-            const int64_t first = at[i];
-            at[i] = p + 1 < PANELS ? bsrgen_lower(indices, first, starts[i + 1], (int32_t)(p + 1) * (K_PANEL / C)) : starts[i + 1];
-            if (at[i] == first) continue;
+            const uint32_t count = to[i] - from[i];
+            if (!count) continue;
             rows[s] = (uint32_t)i;
-            runs[s++] = (struct bsrgen_run){(uint32_t)first, (uint32_t)(at[i] - first)};
+            runs[s] = (struct bsrgen_run){from[i], count};
+            pointers[s++] = unit;
+            unit += (count + TOGETHER - 1) / TOGETHER;
         }
     }
-    panels[PANELS] = (uint32_t)s;
-    free(at);
+    panels[PANELS] = s, pointers[s] = unit;
     return s;
 }
 
-/* The offsets of all segments. */
-static void offsets_of(const int32_t *indices, int64_t blocks, int64_t segments, void *prepared)
-{
-    const struct bsrgen_run *runs = TABLE(struct bsrgen_run, RUNS);
-    uint32_t *pointers = TABLE(uint32_t, POINTERS), unit = 0;
-    const uint32_t *panels = TABLE(uint32_t, PANELS);
-    int64_t p = 0;
-    for (int64_t s = 0; s < segments; s++) {
-        while (s >= panels[p + 1]) p++;
-        const int32_t start = (int32_t)(p * K_PANEL);
-        const int32_t *j = indices + runs[s].first;
-        const int64_t count = runs[s].count, units = (count + TOGETHER - 1) / TOGETHER;
-        offset *at = TABLE(offset, OFFSETS) + (int64_t)unit * TOGETHER;
-        int64_t done = 0; /* whole vectors, past the end of the run where W has more: the next run comes later */
-        for (; done < count && runs[s].first + done + 16 <= blocks; done += 16)
-            for (int q = 0; q < 16; q++) at[done + q] = (offset)(j[done + q] * C - start);
-        for (; done < count; done++) at[done] = (offset)(j[done] * C - start);
-        pointers[s] = unit;
-        unit += (uint32_t)units;
-    }
-    pointers[segments] = unit;
-}
-
 /* Running cost of the block rows, for the partition over threads: nonzeros plus what a stored row costs. */
-static void work_of(const int64_t *starts, void *prepared)
+static void work_of(void *prepared)
 {
+    const uint32_t *starts = TABLE(uint32_t, STARTS);
     uint64_t *work = TABLE(uint64_t, WORK);
     work[0] = 0;
-    for (int64_t i = 0; i < BLOCK_ROWS; i++) work[i + 1] = work[i] + (uint64_t)((starts[i + 1] - starts[i]) * C + 16);
+    for (int64_t i = 0; i < BLOCK_ROWS; i++) work[i + 1] = work[i] + (uint64_t)(starts[i + 1] - starts[i]) * C + 16;
 }
 
-static int64_t tables_of(const struct bsrgen_weight *w, void *prepared)
+/* A part of the rows: are their columns in order, and where do panels end? */
+static void look(void *context, int part, int parts)
 {
-    int rising;
-    int64_t segments = bsrgen_check(w, BLOCK_ROWS, BLOCK_COLS, MOST, &rising);
-    int32_t *sorted = NULL;
-    if (segments == 0 && !rising) {
-        sorted = malloc(sizeof *sorted * (size_t)w->blocks);
-        segments = sorted ? bsrgen_sort(w, BLOCK_ROWS, BLOCK_COLS, TABLE(uint32_t, ORDER), sorted) : BSRGEN_PACK_NO_MEMORY;
+    struct work *t = context;
+    void *prepared = t->prepared;
+    const uint32_t *starts = TABLE(uint32_t, STARTS);
+    const int64_t i0 = bsrgen_row_of(starts, BLOCK_ROWS, part, parts), i1 = bsrgen_row_of(starts, BLOCK_ROWS, part + 1, parts);
+    int outside = 0, falls = 0;
+    for (int64_t i = i0; i < i1; i++) {
+        bsrgen_look(t->columns + starts[i], starts[i + 1] - starts[i], BLOCK_COLS, &outside, &falls);
+        int64_t at = starts[i];
+        for (int64_t p = 0; p + 1 < PANELS; p++) {
+            at = bsrgen_lower(t->columns, at, starts[i + 1], (int32_t)(p + 1) * (K_PANEL / C));
+            t->cuts[p * CUTS + i] = (uint32_t)at;
+        }
     }
-    if (segments == 0) segments = runs_of(sorted ? sorted : w->indices, w->indptr, prepared);
-    if (segments >= 0) {
-        offsets_of(sorted ? sorted : w->indices, w->blocks, segments, prepared);
-        work_of(w->indptr, prepared);
-        *(struct bsrgen_prepared *)prepared = (struct bsrgen_prepared){MAGIC, w->blocks, segments, rising};
+    if (outside) __atomic_store_n(&t->outside, 1, __ATOMIC_RELAXED);
+    if (falls) __atomic_store_n(&t->falls, 1, __ATOMIC_RELAXED);
+}
+
+/* Check, sort where it must be, count.  *sorted is freed by the caller. */
+static int64_t tables_of(struct work *t, int32_t **sorted)
+{
+    const struct bsrgen_weight *w = t->weight;
+    void *prepared = t->prepared;
+    int64_t status = bsrgen_take_starts(w, BLOCK_ROWS, MOST, TABLE(uint32_t, STARTS)), segments = 0;
+    if (status) return status;
+    t->cuts = malloc(sizeof *t->cuts * CUTS * (PANELS - 1));
+    if (!t->cuts) return BSRGEN_PACK_NO_MEMORY;
+    w->parallel(w->threads, look, t);
+    if (t->outside) status = BSRGEN_BAD_INDEX;
+    else if (t->falls) {
+        *sorted = malloc(sizeof **sorted * (size_t)w->blocks);
+        status = *sorted ? bsrgen_sort(w, BLOCK_ROWS, BLOCK_COLS, TABLE(uint32_t, ORDER), *sorted) : BSRGEN_PACK_NO_MEMORY;
+        t->columns = *sorted;
+        if (!status) w->parallel(w->threads, look, t);
     }
-    free(sorted);
-    return segments;
+    if (!status) {
+        segments = runs_of(t);
+        work_of(prepared);
+        *(struct bsrgen_prepared *)prepared = (struct bsrgen_prepared){MAGIC, w->blocks, segments, !t->falls};
+    }
+    free(t->cuts);
+    return status;
 }
 
 /* Block q of a run that begins at `first`. */
@@ -133,19 +151,76 @@ INLINE part *pack_run(const int row, const int rows, const int slots, const elem
     return to;
 }
 
-static void values_of(const element *data, void *prepared)
+/* All rows of the blocks of one run. */
+static inline void values_of(const element *data, const uint32_t *order, int64_t first, int64_t count, part *to)
 {
-    const struct bsrgen_prepared *head = prepared;
-    const struct bsrgen_run *runs = TABLE(struct bsrgen_run, RUNS);
-    const uint32_t *order = head->sorted ? NULL : TABLE(uint32_t, ORDER);
-    part *to = TABLE(part, VALUES);
-    for (int64_t s = 0; s < head->segments; s++) {
-        const int64_t first = runs[s].first, count = runs[s].count;
-        to = pack_run(0, 4, 4, data, order, first, count, to);
-    }
+    to = pack_run(0, 4, 4, data, order, first, count, to);
 }
 
-/* The bytes of a prepared weight, made in `prepared` where that is not NULL. */
+/* The offsets of one segment, up to `limit`: whole vectors may run over those of later rows, which are written later. */
+static inline void offsets_of(const int32_t *j, int64_t count, int64_t readable, int32_t start, offset *at, const offset *limit)
+{
+    int64_t done = 0;
+    for (; done < count && done + 16 <= readable && limit - at >= done + 16; done += 16) {
+        typedef int32_t columns __attribute__((vector_size(64), aligned(4), may_alias));
+        typedef offset places __attribute__((vector_size(16 * sizeof(offset)), aligned(2), may_alias));
+        *(places *)(at + done) = __builtin_convertvector(*(const columns *)(j + done) * C - start, places);
+    }
+    for (; done < count; done++) at[done] = (offset)(j[done] * C - start);
+}
+
+/* The first segment of panel p that begins at block row i or below. */
+static int64_t segment_at(const void *prepared, int64_t p, int64_t i)
+{
+    const uint32_t *rows = TABLE(const uint32_t, ROWS), *panels = TABLE(const uint32_t, PANELS);
+    int64_t low = panels[p], high = panels[p + 1];
+    while (low < high) {
+        const int64_t mid = (low + high) / 2;
+        if (rows[mid] >= i) high = mid;
+        else low = mid + 1;
+    }
+    return low;
+}
+
+/* A part of the rows of blocks: some rows at a time, and of these panel after panel, so that what is written lies together. */
+static void fill_rows(void *context, int part_number, int parts)
+{
+    enum { TOGETHER_ROWS = 16 };
+    struct work *t = context;
+    void *prepared = t->prepared;
+    const struct bsrgen_prepared *head = prepared;
+    const struct bsrgen_run *runs = TABLE(struct bsrgen_run, RUNS);
+    const uint32_t *starts = TABLE(uint32_t, STARTS), *pointers = TABLE(uint32_t, POINTERS);
+    const uint32_t *order = head->sorted ? NULL : TABLE(uint32_t, ORDER);
+    const int64_t i0 = bsrgen_row_of(starts, BLOCK_ROWS, part_number, parts), i1 = bsrgen_row_of(starts, BLOCK_ROWS, part_number + 1, parts);
+    struct piece { uint32_t next, end; } *pieces = malloc(sizeof *pieces * PANELS); /* of each panel: segments of these rows */
+    if (!pieces) {
+        __atomic_store_n(&t->status, BSRGEN_PACK_NO_MEMORY, __ATOMIC_RELAXED);
+        return;
+    }
+    for (int64_t p = 0; p < PANELS; p++) pieces[p] = (struct piece){(uint32_t)segment_at(prepared, p, i0), (uint32_t)segment_at(prepared, p, i1)};
+    for (int64_t i = i0; i < i1; i += TOGETHER_ROWS) {
+        const int64_t stop = i + TOGETHER_ROWS < i1 ? i + TOGETHER_ROWS : i1;
+        for (int64_t p = 0; p < PANELS; p++) {
+            const int64_t end = pieces[p].end;
+            int64_t s = pieces[p].next;
+            for (; s < end; s++) {
+                const int64_t row = TABLE(uint32_t, ROWS)[s];
+                if (row >= stop) break;
+                const int64_t first = runs[s].first, count = runs[s].count;
+                if (!t->values_only) {
+                    offset *offsets = TABLE(offset, OFFSETS);
+                    offsets_of(t->columns + first, count, head->blocks - first, (int32_t)(p * K_PANEL), offsets + (int64_t)pointers[s] * TOGETHER, offsets + (int64_t)pointers[end] * TOGETHER);
+                }
+                values_of(t->weight->data, order, first, count, TABLE(part, VALUES) + (int64_t)pointers[s] * BLOCK_VALUES * GROUP);
+            }
+            pieces[p].next = (uint32_t)s;
+        }
+    }
+    free(pieces);
+}
+
+/* The bytes of a prepared weight, made in `prepared` where that is not NULL, by weight->parallel on weight->threads. */
 __attribute__((visibility("hidden"))) int64_t linear_f32_24x20_b4x2_05f53789_x86_64_v3_prepare(const struct bsrgen_weight *w, void *prepared, int values_only);
 int64_t linear_f32_24x20_b4x2_05f53789_x86_64_v3_prepare(const struct bsrgen_weight *w, void *prepared, int values_only)
 {
@@ -154,13 +229,12 @@ int64_t linear_f32_24x20_b4x2_05f53789_x86_64_v3_prepare(const struct bsrgen_wei
     const int64_t units = (w->blocks + (TOGETHER - 1) * few) / TOGETHER;
     const int64_t bytes = VALUES_AT + units * BLOCK_VALUES * GROUP * (int64_t)sizeof(part);
     if (!prepared) return bytes;
-    if (values_only) {
-        const struct bsrgen_prepared *head = prepared;
-        if (head->magic != MAGIC || head->blocks != w->blocks) return BSRGEN_BAD_INDPTR;
-    } else {
-        const int64_t status = tables_of(w, prepared);
-        if (status < 0) return status;
-    }
-    values_of(w->data, prepared);
-    return bytes;
+    const struct bsrgen_prepared *head = prepared;
+    struct work t = {.weight = w, .columns = w->indices, .prepared = prepared, .values_only = values_only};
+    int32_t *sorted = NULL;
+    if (!values_only) t.status = (int)tables_of(&t, &sorted);
+    else if (head->magic != MAGIC || head->blocks != w->blocks) t.status = BSRGEN_BAD_INDPTR;
+    if (!t.status) w->parallel(w->threads, fill_rows, &t);
+    free(sorted);
+    return t.status ? t.status : bytes;
 }

@@ -43,7 +43,7 @@ struct level {
 
 /* ISA levels, best first. */
 static const struct level levels[] = {
-    {"x86-64-v3", { linear_f32_24x20_b4x2_05f53789_x86_64_v3_units, linear_f32_24x20_b4x2_05f53789_x86_64_v3_run, 0 }, { linear_f32_24x20_b4x2_05f53789_x86_64_v3_few_units, linear_f32_24x20_b4x2_05f53789_x86_64_v3_few_run, 1 }, 4, linear_f32_24x20_b4x2_05f53789_x86_64_v3_prepare, UINT64_C(16574174355673565827), 64, 576, 6},
+    {"x86-64-v3", { linear_f32_24x20_b4x2_05f53789_x86_64_v3_units, linear_f32_24x20_b4x2_05f53789_x86_64_v3_run, 0 }, { linear_f32_24x20_b4x2_05f53789_x86_64_v3_few_units, linear_f32_24x20_b4x2_05f53789_x86_64_v3_few_run, 1 }, 4, linear_f32_24x20_b4x2_05f53789_x86_64_v3_prepare, UINT64_C(10283359563039721246), 128, 640, 6},
 };
 
 /* The best level that this CPU has in full, NULL when it has none. */
@@ -174,14 +174,20 @@ static int usable_cores(void)
     return sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set);
 }
 
-/* `task` on the threads that a call of so many FLOP is worth: each must have some microseconds of work. */
+/* How many threads, of so many that are asked for, are worth so many parts of some microseconds. */
+static int threads_for(int32_t asked, double worth)
+{
+    if (asked == 1 || worth < 2) return 1;
+    int threads = asked > 0 ? asked : usable_cores();
+    if (threads > worth) threads = (int)worth;
+    return threads > BSRGEN_MAX_THREADS ? BSRGEN_MAX_THREADS : threads;
+}
+
+/* `task` on the threads that a call of so many FLOP is worth. */
 static void run_threads(const struct bsrgen_call *call, double flop, void (*task)(void *, int, int), void *context)
 {
-    const double worth = flop / 2000000.0;
-    int threads = call->threads == 1 || worth < 2 ? 1 : call->threads > 0 ? call->threads : usable_cores();
-    if (threads > worth) threads = (int)worth;
-    if (threads > BSRGEN_MAX_THREADS) threads = BSRGEN_MAX_THREADS;
-    if (threads <= 1) task(context, 0, 1);
+    const int threads = threads_for(call->threads, flop / 2000000.0);
+    if (threads == 1) task(context, 0, 1);
     else (call->parallel ? call->parallel : bsrgen_parallel)(threads, task, context);
 }
 
@@ -210,8 +216,16 @@ int linear_f32_24x20_b4x2_05f53789(int64_t n, const float *x, int64_t ldx, float
     return linear_f32_24x20_b4x2_05f53789_call(&call);
 }
 
+static void run_here(int parts, void (*task)(void *, int, int), void *context) { task(context, 0, parts); }
+
 int64_t linear_f32_24x20_b4x2_05f53789_prepare(const struct bsrgen_weight *weight, void *prepared, int values_only)
 {
     const struct level *level = choose_level();
-    return level ? level->prepare(weight, prepared, values_only) : BSRGEN_PACK_NO_LEVEL;
+    if (!level) return BSRGEN_PACK_NO_LEVEL;
+    if (!prepared) return level->prepare(weight, NULL, values_only);
+    struct bsrgen_weight w = *weight;
+    w.threads = threads_for(w.threads, (double)w.blocks * 40.0 / 131072.0); /* 40 bytes a block */
+    if (w.threads == 1) w.parallel = run_here;
+    else if (!w.parallel) w.parallel = bsrgen_parallel;
+    return level->prepare(&w, prepared, values_only);
 }
