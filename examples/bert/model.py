@@ -84,9 +84,11 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(shape.hidden, shape.eps)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
 
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.norm(self.words(ids) + self.places.weight[: ids.shape[1]] + self.kinds.weight[0])
+
     def states(self, ids: Tensor, live: Tensor) -> list[Tensor]:
-        x = self.norm(self.words(ids) + self.places.weight[: ids.shape[1]] + self.kinds.weight[0])
-        states = [x]
+        states = [self.embed(ids)]
         for layer in self.layers:
             states.append(layer(states[-1], live))
         return states
