@@ -1,4 +1,4 @@
-"""python -m benchmarks GRID... | VERB ...: gpu, sampled, pit, encoder, decoder, accuracy, fit, report.  --help after each."""
+"""python -m benchmarks GRID... | VERB ...; the verbs are below.  --help after each."""
 
 import sys
 

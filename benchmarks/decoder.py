@@ -135,7 +135,9 @@ def main(layers: int, density: float, threads: int, seconds: float, out: Path | 
         cpus = () if threads > 1 else None
         times = measure(contenders(density, layers, threads), rounds=None, seconds=seconds, cpus=cpus)
     here = machine()
-    text = f"{layers} SwiGLU layers {HIDDEN} x {INNER}, one token, random weights, {threads} of the cores of {here['cpu']}"
+    text = (
+        f"{layers} SwiGLU layers {HIDDEN} x {INNER}, one token, random weights, {threads} of the cores of {here['cpu']}"
+    )
     text += f", {here['date']}, torch {here['packages']['torch']}: `{here['command']}`\n\n{table(times, layers)}"
     click.echo(text)
     if out is not None:

@@ -33,7 +33,7 @@ def converted(model: Encoder, block: Block, name: str) -> Embed:
 
 
 def peers(dense: Encoder, example: tuple[Tensor, Tensor]) -> dict[str, Embed]:
-    """The dense model by torch in float32 and bfloat16, compiled where g++ is, and by onnxruntime where it is installed."""
+    """The dense model by torch in float32 and bfloat16, compiled where g++ is, and by onnxruntime where that is."""
     found: dict[str, Embed] = {"torch f32": dense, "torch bf16": copy.deepcopy(dense).bfloat16()}
     if shutil.which("g++"):
         found["torch.compile f32"] = torch.compile(copy.deepcopy(dense), dynamic=False)

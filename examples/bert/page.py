@@ -15,7 +15,7 @@ import torch
 import bsrgen
 from bsrgen.machine import cpu_model
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:76em;margin:2em auto;padding:0 1em;color:#222;background:#fff}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:76em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.2em .7em;text-align:right;
 border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}img{max-width:100%}code{font-size:.9em}"""
 NAMES = {"minilm": "all-MiniLM-L6-v2", "random": "BERT-base's shape, random weights"}

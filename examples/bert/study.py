@@ -3,9 +3,9 @@
     python examples/bert/study.py small /tmp/study       # minutes
     python examples/bert/study.py full /tmp/study        # hours; a run that is stopped goes on with the next point
 
-Two models: MiniLM, pruned layer after layer against the dense one (obs.py), or as FOLDER/minilm-RxC-PERCENT/run.pt has it
-from recover.py; and one of BERT-base's shape with random weights, for latency alone.  Each point is a JSON file; its
-contenders are timed in alternation, in one run.  Quality is judged on passages that no weight was fitted to: the mean
+Two models: MiniLM, pruned layer after layer against the dense one (obs.py), or as recover.py has left it in
+FOLDER/minilm-RxC-PERCENT/run.pt; and one of BERT-base's shape with random weights, for latency alone.  Each point is a
+JSON file; its contenders are timed in alternation, in one run.  Quality is judged on passages that no weight was fitted to: the mean
 cosine to the dense model's embeddings, and how far a search among the passages finds the same.
 """
 
@@ -15,6 +15,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,7 @@ def quality(embed: Callable[..., torch.Tensor], dense: torch.Tensor, text: Text)
     with torch.inference_mode():
         found = torch.cat([embed(*batch) for batch in text.near]).float()
     order = torch.randperm(len(dense), generator=torch.Generator().manual_seed(0))
-    ranks = [
-        (rows[order[:QUERIES]] @ rows[order[QUERIES:]].T).topk(TOP).indices for rows in (found, dense)
-    ]
+    ranks = [(rows[order[:QUERIES]] @ rows[order[QUERIES:]].T).topk(TOP).indices for rows in (found, dense)]
     same = (ranks[0][:, :, None] == ranks[1][:, None, :]).any(-1).float().mean()
     first = (ranks[0][:, 0] == ranks[1][:, 0]).float().mean()
     return {"cosine": float((found * dense).sum(-1).mean()), "top 1": float(first), "top 10": float(same)}
@@ -107,8 +106,7 @@ def times(models: dict[str, Callable[..., Any]], vocabulary: int, seconds: float
     """Milliseconds, best and median, and gains over torch's eager float32, by batch and contender."""
     found: dict[str, Any] = {}
     for batch in BATCHES:
-        arguments = sentences(batch, vocabulary)
-        calls = {name: (lambda model=model: model(*arguments)) for name, model in models.items()}
+        calls = {name: partial(model, *sentences(batch, vocabulary)) for name, model in models.items()}
         with torch.inference_mode():
             taken = measure(
                 calls, rounds=None, seconds=seconds, cpus=None if threads == 1 else (),
@@ -169,7 +167,9 @@ def main() -> None:
                 dense = minilm() if point.model == "minilm" else Encoder(replace(BERT_BASE, layers=size.layers)).eval()
                 text = texts(folder, size.training, size.held) if point.model == "minilm" else None
                 built = {point.model: (dense, peers(dense, sentences(1, 1000)))}
-            kept.write_text(json.dumps(take(point, *built[point.model], text, folder, size, arguments.threads), indent=1))
+            kept.write_text(
+                json.dumps(take(point, *built[point.model], text, folder, size, arguments.threads), indent=1)
+            )
             print(kept)
     print(write(folder, [folder / f"{point}.json" for point in points(size)], arguments.size, arguments.threads))
 

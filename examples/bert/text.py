@@ -23,7 +23,8 @@ Batch = tuple[Tensor, Tensor]  # ids and live [batch, tokens]
 def installed() -> tuple[str, ...]:
     """Names of the packages beside numpy, ascending."""
     spec = importlib.util.find_spec("numpy")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     return tuple(sorted(p.parent.name for p in Path(spec.origin).parents[1].glob("*/__init__.py")))
 
 
