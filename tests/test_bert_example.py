@@ -1,4 +1,4 @@
-"""examples/bert: pruning by second order, what the study judges, its page.  Tiny models; nothing is trained or timed."""
+"""examples/bert: pruning by second order, the study's figures and page.  Tiny models, nothing trained or timed."""
 
 import importlib
 import json

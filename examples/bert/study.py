@@ -5,8 +5,8 @@
 
 Two models: MiniLM, pruned layer after layer against the dense one (obs.py), or as recover.py has left it in
 FOLDER/minilm-RxC-PERCENT/run.pt; and one of BERT-base's shape with random weights, for latency alone.  Each point is a
-JSON file; its contenders are timed in alternation, in one run.  Quality is judged on passages that no weight was fitted to: the mean
-cosine to the dense model's embeddings, and how far a search among the passages finds the same.
+JSON file; its contenders are timed in alternation, in one run.  Quality is judged on passages that no weight was fitted
+to: the mean cosine to the dense model's embeddings, and how far a search among the passages finds the same.
 """
 
 import argparse
