@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from model import Encoder, embedding, files, minilm
-from obs import Block, linears, prune
+from obs import STEP, Block, linears, prune
 from text import Batch, batches, installed, passages
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -117,11 +117,20 @@ class Run:
             setattr(self, name, value)
 
 
-def pruned(teacher: Encoder, text: Text, density: float, block: Block) -> Run:
-    """The student before it is trained."""
+def start(teacher: Encoder, text: Text, density: float, block: Block, folder: Path, step: float = STEP) -> Run:
+    """The run that the folder holds, or a new one: the student pruned and not yet trained."""
     student = copy.deepcopy(teacher)
-    some = [text.training[i] for i in torch.randperm(len(text.training))[:CALIBRATION].tolist()]
-    return Run(student, prune(student, teacher, some, density, block))
+    if (folder / "run.pt").exists():
+        run = Run(student, {})
+        run.load(folder / "run.pt")
+        return run
+    some = text.training[:: max(len(text.training) // CALIBRATION, 1)]
+    cpu = time.process_time()
+    run = Run(student, prune(student, teacher, some, density, block, step))
+    run.cpu_s = time.process_time() - cpu
+    folder.mkdir(parents=True, exist_ok=True)
+    run.save(folder / "run.pt")
+    return run
 
 
 def order(count: int, seed: int = 0) -> Iterator[int]:
@@ -138,8 +147,12 @@ def elements(mask: Tensor, like: Tensor) -> Tensor:
     return mask.to(like)
 
 
-def recover(run: Run, teacher: Encoder, text: Text, folder: Path, seconds: float) -> None:
-    """Train until the run has taken that long; rates rise for WARM steps and fall to zero at the end."""
+def recover(run: Run, teacher: Encoder, text: Text, folder: Path, known: Path, seconds: float) -> None:
+    """Train until the run has taken that long; rates rise for WARM steps and fall to zero at the end.
+
+    folder: of the run's checkpoint and log; known: of the teacher's states.
+    """
+    known.mkdir(parents=True, exist_ok=True)
     weights = [linears(run.student.layers)[name].weight for name in run.masks]
     masks = [elements(mask, weight) for mask, weight in zip(run.masks.values(), weights, strict=True)]
     held = {name: getattr(text, name)[::4] for name in ("near", "far")}  # judging all takes as long as 20 steps
@@ -157,7 +170,7 @@ def recover(run: Run, teacher: Encoder, text: Text, folder: Path, seconds: float
         if left <= 0:
             return
         i = next(indices)
-        value = loss(run.student, text.training[i], aims(teacher, text.training[i], folder / "aims" / f"{i}.pt"))
+        value = loss(run.student, text.training[i], aims(teacher, text.training[i], known / f"{i}.pt"))
         value.backward()
         for optimizer, peak in ((run.adam, RATE), (run.words, WORDS_RATE)):
             optimizer.param_groups[0]["lr"] = peak * min((run.steps + 1) / WARM, left, 1.0)
@@ -188,15 +201,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    (arguments.folder / "aims").mkdir(parents=True, exist_ok=True)
-    teacher = minilm()
-    text = texts(arguments.folder)
-    if (arguments.folder / "run.pt").exists():
-        run = Run(copy.deepcopy(teacher), {})
-        run.load(arguments.folder / "run.pt")
-    else:
-        run = pruned(teacher, text, arguments.density, arguments.block)
-    recover(run, teacher, text, arguments.folder, 60 * arguments.minutes)
+    folder, teacher = arguments.folder, minilm()
+    folder.mkdir(parents=True, exist_ok=True)
+    text = texts(folder)
+    run = start(teacher, text, arguments.density, tuple(arguments.block), folder)
+    recover(run, teacher, text, folder, folder / "aims", 60 * arguments.minutes)
 
 
 if __name__ == "__main__":

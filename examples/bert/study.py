@@ -3,10 +3,11 @@
     python examples/bert/study.py small /tmp/study       # minutes
     python examples/bert/study.py full /tmp/study        # hours; a run that is stopped goes on with the next point
 
-Two models: MiniLM, pruned layer after layer against the dense one (obs.py), or as recover.py has left it in
-FOLDER/minilm-RxC-PERCENT/run.pt; and one of BERT-base's shape with random weights, for latency alone.  Each point is a
-JSON file; its contenders are timed in alternation, in one run.  Quality is judged on passages that no weight was fitted
-to: the mean cosine to the dense model's embeddings, and how far a search among the passages finds the same.
+Two models: MiniLM, pruned layer after layer against the dense one (obs.py) and distilled for some minutes, or as long
+as recover.py has done it in FOLDER/minilm-RxC-PERCENT; and one of BERT-base's shape with random weights, for latency
+alone.  Each point is a JSON file; its contenders are timed in alternation, in one run.  Quality is judged on passages
+that no weight was fitted to: the mean cosine to the dense model's embeddings, and how far a search among the passages
+finds the same.
 """
 
 import argparse
@@ -22,9 +23,9 @@ from typing import Any
 import torch
 from contenders import TYPES, converted, peers
 from model import Encoder, Shape, minilm
-from obs import Block, linears, prune
+from obs import Block, linears
 from page import write
-from recover import CALIBRATION, Text, elements, texts
+from recover import Text, elements, recover, start, texts
 
 import bsrgen.integrations.torch as bt
 from bsrgen.bench.clock import at_their_best, measure, peer_threads
@@ -50,40 +51,39 @@ class Point:
 
 @dataclass(frozen=True)
 class Size:
-    """How much of the study: points, layers of the random model, passages, seconds of timing for each batch."""
+    """How much of the study: points, layers of the random model, passages, minutes of training, seconds of timing."""
 
     minilm: tuple[tuple[Block, float], ...]
     random: tuple[tuple[Block, float], ...]
     layers: int
     training: int
     held: int
+    minutes: float
     seconds: float
 
 
 EVERY = tuple(itertools.product(BLOCKS, SPARSITIES))
 SIZES = {
-    "small": Size((((32, 1), 0.8), ((16, 16), 0.8)), (((32, 1), 0.8),), 2, 2_000, 512, 10.0),
-    "full": Size(EVERY, EVERY, 12, 25_000, 1024, 60.0),
+    "small": Size((((32, 1), 0.8), ((16, 16), 0.8)), (((32, 1), 0.8),), 2, 2_000, 512, 1.0, 10.0),
+    "full": Size(EVERY, EVERY, 12, 25_000, 1024, 10.0, 60.0),
 }
 
 
-def student(point: Point, dense: Encoder, text: Text | None, kept: Path) -> tuple[Encoder, dict[str, float]]:
+def student(
+    point: Point, dense: Encoder, text: Text | None, folder: Path, minutes: float
+) -> tuple[Encoder, dict[str, float]]:
     """The pruned model, its zeros stored, and how long it was trained."""
-    model = copy.deepcopy(dense)
     if text is None:
+        model = copy.deepcopy(dense)
         bt.prune_(model.layers, point.block, 1 - point.sparsity)
         return model, {}
-    if not kept.exists():
-        some = text.training[:: max(len(text.training) // CALIBRATION, 1)]
-        masks = prune(model, dense, some, 1 - point.sparsity, point.block, step=1.0)
-        kept.parent.mkdir(exist_ok=True)
-        torch.save({"student": model.state_dict(), "masks": masks, "steps": 0, "cpu_s": 0.0}, kept)
-    state = torch.load(kept)
-    model.load_state_dict(state["student"])
-    for name, layer in linears(model.layers).items():
-        absent = elements(state["masks"][name], layer.weight) == 0
-        assert not layer.weight[absent].any(), f"{kept}: {name} has weights where its mask has none"
-    return model, {"steps": state["steps"], "cpu_minutes": round(state["cpu_s"] / 60, 1)}
+    run = start(dense, text, 1 - point.sparsity, point.block, folder / str(point), step=1.0)
+    if run.wall_s < 60 * minutes:
+        recover(run, dense, text, folder / str(point), folder / "aims", 60 * minutes)
+    for name, layer in linears(run.student.layers).items():
+        absent = elements(run.masks[name], layer.weight) == 0
+        assert not layer.weight[absent].any(), f"{point}: {name} has weights where its mask has none"
+    return run.student.eval(), {"steps": run.steps, "cpu_minutes": round(run.cpu_s / 60, 1)}
 
 
 def quality(embed: Callable[..., torch.Tensor], dense: torch.Tensor, text: Text) -> dict[str, float]:
@@ -129,7 +129,7 @@ def take(
     point: Point, dense: Encoder, rivals: dict[str, Any], text: Text | None, folder: Path, size: Size, threads: int
 ) -> dict[str, Any]:
     """All that is known of a point."""
-    model, trained = student(point, dense, text, folder / str(point) / "run.pt")
+    model, trained = student(point, dense, text, folder, size.minutes)
     ours = {f"bsrgen {name}": converted(model, point.block, name) for name in TYPES}
     judged = {}
     if text is not None:
@@ -151,9 +151,12 @@ def main() -> None:
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--minutes", type=float, help="of training MiniLM at each point")
     arguments = parser.parse_args()
     at_their_best(arguments.threads)
     size, folder = SIZES[arguments.size], arguments.folder
+    if arguments.minutes is not None:
+        size = replace(size, minutes=arguments.minutes)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     with peer_threads(arguments.threads):
