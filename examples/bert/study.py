@@ -16,12 +16,12 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import TYPES, converted, peers
+from contenders import TYPES, Embed, converted, peers
 from model import Encoder, Shape, minilm
 from obs import Block, linears
 from page import write
@@ -35,6 +35,8 @@ SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 BERT_BASE = Shape(12, 768, 12, 3072, 30522, 512, 1e-12)
 TOKENS, BATCHES = 128, (1, 16)
 QUERIES, TOP = 128, 10
+
+Rivals = Callable[[], dict[str, Embed]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def student(
     return run.student.eval(), {"steps": run.steps, "cpu_minutes": round(run.cpu_s / 60, 1)}
 
 
-def quality(embed: Callable[..., torch.Tensor], dense: torch.Tensor, text: Text) -> dict[str, float]:
+def quality(embed: Embed, dense: torch.Tensor, text: Text) -> dict[str, float]:
     """Of embeddings beside the dense ones [passages, hidden]: each query looks among the other passages."""
     with torch.inference_mode():
         found = torch.cat([embed(*batch) for batch in text.near]).float()
@@ -102,7 +104,7 @@ def sentences(batch: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.ones_like(ids, dtype=torch.bool)
 
 
-def times(models: dict[str, Callable[..., Any]], vocabulary: int, seconds: float, threads: int) -> dict[str, Any]:
+def times(models: dict[str, Embed], vocabulary: int, seconds: float, threads: int) -> dict[str, Any]:
     """Milliseconds, best and median, and gains over torch's eager float32, by batch and contender."""
     found: dict[str, Any] = {}
     for batch in BATCHES:
@@ -126,7 +128,7 @@ def points(size: Size) -> Iterator[Point]:
 
 
 def take(
-    point: Point, dense: Encoder, rivals: dict[str, Any], text: Text | None, folder: Path, size: Size, threads: int
+    point: Point, dense: Encoder, rivals: Rivals, text: Text | None, folder: Path, size: Size, threads: int
 ) -> dict[str, Any]:
     """All that is known of a point."""
     model, trained = student(point, dense, text, folder, size.minutes)
@@ -142,7 +144,7 @@ def take(
             for name, embed in ours.items():
                 off = 1 - float((embed(*arguments).float() * model(*arguments)).sum())
                 assert off < 0.02, (point, name, off)
-    taken = times(rivals | ours, dense.words.num_embeddings, size.seconds, threads)
+    taken = times(rivals() | ours, dense.words.num_embeddings, size.seconds, threads)
     return asdict(point) | {"trained": trained, "quality": judged, "times": taken, "layers": len(dense.layers)}
 
 
@@ -160,19 +162,18 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     with peer_threads(arguments.threads):
-        built: dict[str, Any] = {}
-        text = None
+        now = ""
         for point in points(size):
             kept = folder / f"{point}.json"
             if kept.exists():
                 continue
-            if point.model not in built:
-                dense = minilm() if point.model == "minilm" else Encoder(replace(BERT_BASE, layers=size.layers)).eval()
-                text = texts(folder, size.training, size.held) if point.model == "minilm" else None
-                built = {point.model: (dense, peers(dense, sentences(1, 1000)))}
-            kept.write_text(
-                json.dumps(take(point, *built[point.model], text, folder, size, arguments.threads), indent=1)
-            )
+            if point.model != now:
+                now, real = point.model, point.model == "minilm"
+                dense = minilm() if real else Encoder(replace(BERT_BASE, layers=size.layers)).eval()
+                text = texts(folder, size.training, size.held) if real else None
+                rivals = cache(partial(peers, dense, sentences(1, 1000)))
+            taken = take(point, dense, rivals, text, folder, size, arguments.threads)
+            kept.write_text(json.dumps(taken, indent=1))
             print(kept)
     print(write(folder, [folder / f"{point}.json" for point in points(size)], arguments.size, arguments.threads))
 
