@@ -3,8 +3,8 @@
     python examples/bert/recover.py /tmp/minilm --density 0.2 --minutes 80
 
 Stops and goes on: the folder holds the last checkpoint, the teacher's states and the log (JSON lines).  The loss is the
-relative distance of the states after layers 2, 4, 6 and of the embeddings.  Products are dense ones in bfloat16 under a
-mask: fast on a core with AVX512_BF16, and nothing waits for a compiler.
+relative distance of the states after layers 2, 4, 6 and of the embeddings.  Products are dense, in bfloat16: fast on a
+core with AVX512_BF16, and nothing waits for a compiler; what is stored alone is trained.
 """
 
 import argparse
@@ -17,18 +17,19 @@ from pathlib import Path
 
 import torch
 from model import Encoder, embedding, files, minilm
-from obs import STEP, Block, linears, prune
+from obs import STEP, Block, prune
 from text import Batch, batches, installed, passages
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
 UNSEEN = "networkx"  # a package whose text is for judging alone
 STATES = (2, 4, 6)  # that the student is held to
 TOKENS = 128  # at most, of a passage
-BATCH = 1536  # tokens
+BATCH = 512  # tokens
 EVERY_S = 120.0  # between checkpoints
-CALIBRATION = 14  # batches that pruning sees
-RATE, WORDS_RATE, WARM = 5e-4, 2e-4, 60  # Adam's rates at their peak, and steps until there
+CALIBRATION = 42  # batches that pruning sees
+RATE, WORDS_RATE, WARM = 4e-4, 2e-4, 100  # Adam's rates at their peak, and steps until there
 EMBEDDING = 4.0  # weight of 1 - cosine
 
 
@@ -85,12 +86,29 @@ def cosine(model: Encoder, held: list[Batch], goals: list[Tensor]) -> float:
         return float(torch.cat([(model(*b).float() * g).sum(-1) for b, g in zip(held, goals, strict=True)]).mean())
 
 
+class Stored(nn.Module):
+    """An nn.Linear whose stored elements alone are a parameter; its product is dense, in bfloat16."""
+
+    def __init__(self, layer: nn.Linear, mask: Tensor) -> None:
+        super().__init__()
+        self.shape, self.bias = layer.weight.shape, layer.bias
+        self.register_buffer("places", elements(mask, layer.weight).flatten().nonzero().squeeze(1), persistent=False)
+        self.values = nn.Parameter(layer.weight.detach().flatten()[self.places])
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        flat = torch.zeros(self.shape.numel(), dtype=dtype)
+        return flat.scatter(0, self.places, self.values.to(dtype)).view(self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight(torch.bfloat16), self.bias)
+
+
 @dataclass
 class Run:
-    """All that a checkpoint holds."""
+    """All that a checkpoint holds; the student's linear layers are Stored."""
 
     student: Encoder
-    masks: dict[str, Tensor]  # of blocks
+    masks: dict[str, Tensor]  # of blocks, by layer
     adam: torch.optim.Optimizer = field(init=False)
     words: torch.optim.Optimizer = field(init=False)
     steps: int = 0
@@ -98,32 +116,46 @@ class Run:
     cpu_s: float = 0.0
 
     def __post_init__(self) -> None:
+        for name, mask in self.masks.items():
+            above, _, own = name.rpartition(".")
+            parent = self.student.layers.get_submodule(above)
+            setattr(parent, own, Stored(getattr(parent, own), mask))
         self.student.words.sparse = True
         rest = [p for name, p in self.student.named_parameters() if name != "words.weight"]
         self.adam = torch.optim.Adam(rest, RATE, betas=(0.9, 0.98), fused=True)
         self.words = torch.optim.SparseAdam([self.student.words.weight], WORDS_RATE)
 
+    def dense(self) -> dict[str, Tensor]:
+        """The state of the student with its zeros stored."""
+        state = self.student.state_dict()
+        for name in self.masks:
+            del state[f"layers.{name}.values"]
+            state[f"layers.{name}.weight"] = self.student.layers.get_submodule(name).weight(torch.float32).detach()
+        return state
+
     def save(self, path: Path) -> None:
-        state = {"student": self.student.state_dict(), "adam": self.adam.state_dict(), "words": self.words.state_dict()}
+        state = {"student": self.dense(), "adam": self.adam.state_dict(), "words": self.words.state_dict()}
         state |= {name: getattr(self, name) for name in ("masks", "steps", "wall_s", "cpu_s")}
         torch.save(state, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
 
-    def load(self, path: Path) -> None:
+    @classmethod
+    def load(cls, path: Path, student: Encoder) -> "Run":
+        """The run of a checkpoint, in `student`."""
         state = torch.load(path)
-        for name in ("student", "adam", "words"):
-            getattr(self, name).load_state_dict(state.pop(name))
-        for name, value in state.items():
-            setattr(self, name, value)
+        student.load_state_dict(state["student"])
+        run = cls(student, state["masks"])
+        run.adam.load_state_dict(state["adam"])
+        run.words.load_state_dict(state["words"])
+        run.steps, run.wall_s, run.cpu_s = (state[name] for name in ("steps", "wall_s", "cpu_s"))
+        return run
 
 
 def start(teacher: Encoder, text: Text, density: float, block: Block, folder: Path, step: float = STEP) -> Run:
     """The run that the folder holds, or a new one: the student pruned and not yet trained."""
     student = copy.deepcopy(teacher)
     if (folder / "run.pt").exists():
-        run = Run(student, {})
-        run.load(folder / "run.pt")
-        return run
+        return Run.load(folder / "run.pt", student)
     some = text.training[:: max(len(text.training) // CALIBRATION, 1)]
     cpu = time.process_time()
     run = Run(student, prune(student, teacher, some, density, block, step))
@@ -153,8 +185,6 @@ def recover(run: Run, teacher: Encoder, text: Text, folder: Path, known: Path, s
     folder: of the run's checkpoint and log; known: of the teacher's states.
     """
     known.mkdir(parents=True, exist_ok=True)
-    weights = [linears(run.student.layers)[name].weight for name in run.masks]
-    masks = [elements(mask, weight) for mask, weight in zip(run.masks.values(), weights, strict=True)]
     held = {name: getattr(text, name)[::4] for name in ("near", "far")}  # judging all takes as long as 20 steps
     with torch.inference_mode():
         goals = {name: [teacher(*batch) for batch in some] for name, some in held.items()}
@@ -176,8 +206,6 @@ def recover(run: Run, teacher: Encoder, text: Text, folder: Path, known: Path, s
             optimizer.param_groups[0]["lr"] = peak * min((run.steps + 1) / WARM, left, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_mul_(weights, masks)
         run.steps += 1
         average += (value.item() - average) / min(run.steps, 50)
 
