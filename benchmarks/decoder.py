@@ -21,6 +21,7 @@ TYPES = {  # of the weights; x and y are float32
 PEERS = ("torch f32", "torch bf16", "torch int8")
 
 Stack = Callable[[], Any]  # one token through all layers
+Layers = list[tuple[Weight, Weight, Weight]]
 
 
 def weights(block: tuple[int, int], density: float, layers: int) -> Iterator[tuple[Weight, Weight, Weight]]:
@@ -35,25 +36,25 @@ def token() -> Any:
     return np.random.default_rng(SEED).standard_normal((1, HIDDEN), dtype=np.float32)
 
 
-def reference(block: tuple[int, int], density: float, layers: int) -> Any:
+def reference(layers: Layers) -> Any:
     """The stack in float32 by torch, weight for weight: float32 [1, HIDDEN]."""
     import torch
 
     x = torch.from_numpy(token())
-    for matrices in weights(block, density, layers):
+    for matrices in layers:
         gate, up, down = (torch.from_numpy(w.todense()) for w in matrices)
         x = x + (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
     return x.numpy()
 
 
-def sparse(block: tuple[int, int], density: float, layers: int, how: dict[str, Any], threads: int) -> Stack:
+def sparse(layers: Layers, how: dict[str, Any], threads: int) -> Stack:
     """By two kernels a layer: gate and up with their product, down with the residual."""
     kernels = [
         (
             bsrgen.compile([gate, up], epilogue="swiglu", n=1, threads=threads, **how),
             bsrgen.compile(down, epilogue="residual", n=1, threads=threads, **how),
         )
-        for gate, up, down in weights(block, density, layers)
+        for gate, up, down in layers
     ]
 
     def run() -> Any:
@@ -100,15 +101,16 @@ def dense(layers: int) -> dict[str, Stack]:
 
 def contenders(density: float, layers: int, threads: int) -> dict[str, Stack]:
     """Stacks by name; the sparse ones are checked against their float32 twins."""
-    found = dense(layers)
+    ours = {}
     for block in BLOCKS:
-        want = reference(block, density, layers)
+        matrices = list(weights(block, density, layers))
+        want = reference(matrices)
         for name, how in TYPES.items():
-            stack = sparse(block, density, layers, how, threads)
+            stack = sparse(matrices, how, threads)
             off = np.linalg.norm(stack() - want) / np.linalg.norm(want)
             assert off < 0.02, (block, name, off)
-            found[f"bsrgen {name}, {block[0]}x{block[1]}, {density:.0%} stored"] = stack
-    return found
+            ours[f"bsrgen {name}, {block[0]}x{block[1]}, {density:.0%} stored"] = stack
+    return dense(layers) | ours
 
 
 def table(times: dict[str, Timing], layers: int) -> str:
