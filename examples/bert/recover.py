@@ -25,7 +25,7 @@ from torch.nn.functional import linear
 
 UNSEEN = "networkx"  # a package whose text is for judging alone
 STATES = (2, 4, 6)  # that the student is held to
-TOKENS = 128  # at most, of a passage
+HELD, TOKENS = 512, 128  # passages that no weight is fitted to, and tokens at most of each
 BATCH = 512  # tokens
 EVERY_S = 120.0  # between checkpoints
 CALIBRATION = 42  # batches that pruning sees
@@ -42,17 +42,17 @@ class Text:
     far: list[Batch]
 
 
-def texts(folder: Path, training: int = 25_000, held: int = 512) -> Text:
+def texts(folder: Path, training: int = 25_000) -> Text:
     """From the packages that are installed, kept in the folder."""
     kept = folder / "text.pt"
     if not kept.exists():
         far = passages((UNSEEN,), library=False)
         near = [t for t in passages(tuple(set(installed()) - {UNSEEN, "bsrgen"})) if t not in set(far)]
-        torch.save((near[: training + held], far[:held]), kept)
+        torch.save((near, far[:HELD]), kept)
     near, far = torch.load(kept)
     tokenizer = Tokenizer.from_file(str(files() / "tokenizer.json"))
-    learn = batches(tokenizer, near[held : held + training], None, TOKENS, BATCH)
-    return Text(learn, batches(tokenizer, near[:held], 32, TOKENS), batches(tokenizer, far, 32, TOKENS))
+    learn = batches(tokenizer, near[HELD : HELD + training], None, TOKENS, BATCH)
+    return Text(learn, batches(tokenizer, near[:HELD], 32, TOKENS), batches(tokenizer, far, 32, TOKENS))
 
 
 def half() -> torch.autocast:
@@ -200,7 +200,9 @@ def recover(run: Run, teacher: Encoder, text: Text, folder: Path, known: Path, s
         if left <= 0:
             return
         i = next(indices)
-        value = loss(run.student, text.training[i], aims(teacher, text.training[i], known / f"{i}.pt"))
+        value = loss(
+            run.student, text.training[i], aims(teacher, text.training[i], known / f"{len(text.training)}-{i}.pt")
+        )
         value.backward()
         for optimizer, peak in ((run.adam, RATE), (run.words, WORDS_RATE)):
             optimizer.param_groups[0]["lr"] = peak * min((run.steps + 1) / WARM, left, 1.0)

@@ -1,7 +1,7 @@
 """Block shape, sparsity, quality and latency of whole encoders beside each other, as one page.
 
-    python examples/bert/study.py small /tmp/study       # minutes
-    python examples/bert/study.py full /tmp/study        # hours; a run that is stopped goes on with the next point
+    python examples/bert/study.py small /tmp/small       # minutes
+    python examples/bert/study.py full /tmp/full         # hours; a run that is stopped goes on with the next point
 
 Two models: MiniLM, pruned layer after layer against the dense one (obs.py) and distilled for some minutes, or as long
 as recover.py has done it in FOLDER/minilm-RxC-PERCENT; and one of BERT-base's shape with random weights, for latency
@@ -59,15 +59,14 @@ class Size:
     random: tuple[tuple[Block, float], ...]
     layers: int
     training: int
-    held: int
     minutes: float
     seconds: float
 
 
 EVERY = tuple(itertools.product(BLOCKS, SPARSITIES))
 SIZES = {
-    "small": Size((((32, 1), 0.8), ((16, 16), 0.8)), (((32, 1), 0.8),), 2, 2_000, 512, 1.0, 10.0),
-    "full": Size(EVERY, EVERY, 12, 25_000, 1024, 10.0, 60.0),
+    "small": Size((((32, 1), 0.8), ((16, 16), 0.8)), (((32, 1), 0.8),), 2, 2_000, 1.0, 10.0),
+    "full": Size(EVERY, EVERY, 12, 25_000, 10.0, 60.0),
 }
 
 
@@ -169,7 +168,7 @@ def main() -> None:
             if point.model != now:
                 now, real = point.model, point.model == "minilm"
                 dense = minilm() if real else Encoder(replace(BERT_BASE, layers=size.layers)).eval()
-                text = texts(folder, size.training, size.held) if real else None
+                text = texts(folder, size.training) if real else None
                 rivals = cache(partial(peers, dense, sentences(1, 1000)))
             taken = take(point, dense, rivals, text, folder, size, arguments.threads)
             kept.write_text(json.dumps(taken, indent=1))
