@@ -19,6 +19,7 @@ TYPES = {  # of the weights; x and y are float32
     "int8": {"dtype": "int8", "x_dtype": "float32", "quantize_x": True},
 }
 PEERS = ("torch f32", "torch bf16", "torch int8")
+OFF = 0.05  # of the norm, from float32: int8 weights and tokens are a hundredth off in each of three products a layer
 
 Stack = Callable[[], Any]  # one token through all layers
 Layers = list[tuple[Weight, Weight, Weight]]
@@ -108,7 +109,7 @@ def contenders(density: float, layers: int, threads: int) -> dict[str, Stack]:
         for name, how in TYPES.items():
             stack = sparse(matrices, how, threads)
             off = np.linalg.norm(stack() - want) / np.linalg.norm(want)
-            assert off < 0.02, (block, name, off)
+            assert off < OFF, (block, name, off)
             ours[f"bsrgen {name}, {block[0]}x{block[1]}, {density:.0%} stored"] = stack
     return dense(layers) | ours
 
