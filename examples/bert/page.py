@@ -91,8 +91,9 @@ def plots(points: list[dict[str, Any]]) -> Iterator[bytes]:
                 cosines = [p["quality"]["bsrgen f32"]["cosine"] for p in mine]
                 axes[0, 1].plot(gains, cosines, "o-", label=f"{block[0]}x{block[1]}")
         axes[0, 0].set(title=f"{NAMES[model]}: a sentence, f32", xlabel="sparsity", ylabel="gain over torch f32")
+        axes[0, 0].set_ylim(bottom=0)
         if here[0]["quality"]:
-            axes[0, 1].set(title="quality", xlabel="gain over torch f32", ylabel="cosine to dense")
+            axes[0, 1].set(title="quality", xlabel="gain over torch f32", ylabel="cosine to dense", ylim=(0, 1))
         axes[0, 0].legend()
         picture = io.BytesIO()
         figure.savefig(picture, dpi=110, bbox_inches="tight")
@@ -104,7 +105,7 @@ def write(folder: Path, files: list[Path], size: str, threads: int) -> Path:
     """folder/report.html and folder/report.md of those points."""
     points = [json.loads(path.read_text()) for path in files]
     tables = [*quality(points), *latency(points)]
-    head = f"`python examples/bert/study.py {size}`, {threads} threads; {date.today()}, {cpu_model()}, "
+    head = f"`python examples/bert/study.py {size}`, threads: {threads}; {date.today()}, {cpu_model()}, "
     head += f"torch {torch.__version__}, bsrgen {bsrgen.__version__}"
     (folder / "report.md").write_text(f"# Encoders: block shape, quality, latency\n\n{head}\n\n{markdown(tables)}")
     pictures = "".join(f'<img src="data:image/png;base64,{base64.b64encode(p).decode()}">' for p in plots(points))
