@@ -1,13 +1,13 @@
-"""python -m benchmarks GRID... | VERB ...: gpu, sampled, pit, encoder, accuracy, fit, report.  --help after each."""
+"""python -m benchmarks GRID... | VERB ...; the verbs are below.  --help after each."""
 
 import sys
 
-from benchmarks import accuracy, encoder, fit, pit, report, run, sampled
+from benchmarks import accuracy, decoder, encoder, fit, pit, report, run, sampled
 from benchmarks.gpu import take
 
 VERBS = {
-    "gpu": take.main, "sampled": sampled.main, "pit": pit.main, "encoder": encoder.main, "accuracy": accuracy.main,
-    "fit": fit.main, "report": report.main,
+    "gpu": take.main, "sampled": sampled.main, "pit": pit.main, "encoder": encoder.main, "decoder": decoder.main,
+    "accuracy": accuracy.main, "fit": fit.main, "report": report.main,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -81,17 +81,21 @@ def table(times: dict[str, Timing]) -> str:
 @click.option("--sequence", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=20.0, show_default=True, help="Of timing.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for DATE-encoder.md.")
-def main(sequence: int, batch: int, seconds: float, out: Path | None) -> None:
+def main(sequence: int, batch: int, seconds: float, threads: int, out: Path | None) -> None:
     """Time an encoder layer of BERT-base's shape: torch float32 and bfloat16, and bsrgen's after pruning."""
-    at_their_best()
-    with peer_threads(1):
-        times = measure(contenders(sequence, batch), rounds=None, seconds=seconds)
+    at_their_best(threads)
+    with peer_threads(threads):
+        cpus, settle_s = (None, 0.0) if threads == 1 else ((), 5e-3)
+        times = measure(contenders(sequence, batch), rounds=None, seconds=seconds, cpus=cpus, settle_s=settle_s)
     here = machine()
-    where = f"one core of {here['cpu']}, {here['date']}, torch {here['packages']['torch']}"
+    cores = "one core" if threads == 1 else f"{threads} cores"
+    where = f"{cores} of {here['cpu']}, {here['date']}, torch {here['packages']['torch']}"
     text = f"Encoder layer {WIDTH}, {INNER}, {HEADS} heads, {batch} x {sequence} tokens, {where}\n\n"
     text += table(times)
     click.echo(text)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"{here['date']}-encoder.md").write_text(text + "\n")
+        stem = "encoder" if threads == 1 else f"encoder-{threads}"
+        (out / f"{here['date']}-{stem}.md").write_text(text + "\n")

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from support import REPOSITORY
 
-from benchmarks import accuracy, matrices, report, run, tables
+from benchmarks import accuracy, decoder, matrices, report, run, tables
 from benchmarks.figures import Contender, Figure, Limit, Run, break_even, load, save
 from benchmarks.grids import DEFAULT, GRIDS
 from benchmarks.machine import machine
@@ -22,7 +22,7 @@ from benchmarks.plots import plots
 from benchmarks.points import DRAWN, Point
 from bsrgen.bench.case import random_case
 from bsrgen.bench.ceilings import Ceilings
-from bsrgen.bench.clock import peer_threads
+from bsrgen.bench.clock import Timing, peer_threads
 from bsrgen.bench.peer import Run as Prepared
 from bsrgen.dtypes import as_dtype
 
@@ -325,3 +325,17 @@ def test_loss_of_todays_model_is_that_of_its_pick() -> None:
     figures = accuracy.summary([loss, accuracy.Loss(1.5, (math.e,))])
     assert figures["share_within_15_percent"] == 0.5
     assert figures["worst_pick_over_best"] == 1.5
+
+
+@needs_cc
+def test_a_decoder_stack_is_its_float32_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="no torch")
+    monkeypatch.setattr(decoder, "HIDDEN", 64)
+    monkeypatch.setattr(decoder, "INNER", 96)
+    layers = list(decoder.weights((32, 1), 0.2, 1)) * 2  # one pair of kernels for both layers
+    want, got = decoder.reference(layers), decoder.sparse(layers, decoder.TYPES["int8"], 1)()
+    assert got.shape == want.shape == (1, 64)
+    assert np.linalg.norm(got - want) < decoder.OFF * np.linalg.norm(want)
+    time = Timing((1e-3, 2e-3), 1)
+    text = decoder.table(dict.fromkeys((*decoder.PEERS, "bsrgen"), time), 2)
+    assert "| bsrgen | 1.00 | 1.50 | 667 | 1.00x | 1.00x | 1.00x |" in text

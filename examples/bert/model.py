@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, normalize, scaled_dot_product_attention
@@ -41,8 +42,20 @@ class Attention(nn.Module):
         q, k, v = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
-        y = scaled_dot_product_attention(q, k, v, attn_mask=live[:, None, None, :])
-        return self.out(y.transpose(1, 2).flatten(-2))
+        return self.out(attend(q, k, v, live).transpose(1, 2).flatten(-2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, live: Tensor) -> Tensor:
+    """Attention over live tokens: q, k, v [batch, heads, tokens, size].
+
+    Training takes plain products: the gradient of torch's fused operator in bfloat16 took 0.6 of 1.0 s of a
+    profiled step with 1,920 tokens (Zen 5, torch 2.13).
+    """
+    mask = live[:, None, None, :]
+    if not torch.is_grad_enabled():
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q @ k.transpose(-1, -2)).mul(q.shape[-1] ** -0.5).masked_fill(~mask, -1e9)
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 class Layer(nn.Module):
@@ -71,9 +84,11 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(shape.hidden, shape.eps)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
 
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.norm(self.words(ids) + self.places.weight[: ids.shape[1]] + self.kinds.weight[0])
+
     def states(self, ids: Tensor, live: Tensor) -> list[Tensor]:
-        x = self.norm(self.words(ids) + self.places.weight[: ids.shape[1]] + self.kinds.weight[0])
-        states = [x]
+        states = [self.embed(ids)]
         for layer in self.layers:
             states.append(layer(states[-1], live))
         return states

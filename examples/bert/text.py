@@ -14,19 +14,28 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 PACKAGES = ("numpy", "scipy", "torch")
+APART = {"site-packages", "test", "tests", "testing", "idlelib"}  # folders of files with little prose
 LEAST, MOST = 40, 600  # characters of a passage
 
 Batch = tuple[Tensor, Tensor]  # ids and live [batch, tokens]
 
 
-def passages(packages: tuple[str, ...] = PACKAGES) -> list[str]:
+def installed() -> tuple[str, ...]:
+    """Names of the packages beside numpy, ascending."""
+    spec = importlib.util.find_spec("numpy")
+    assert spec is not None
+    assert spec.origin is not None
+    return tuple(sorted(p.parent.name for p in Path(spec.origin).parents[1].glob("*/__init__.py")))
+
+
+def passages(packages: tuple[str, ...] = PACKAGES, library: bool = True) -> list[str]:
     """Distinct paragraphs of prose, in an order that is random but always the same for the same files."""
-    library = Path(sysconfig.get_path("stdlib"))
-    files = [p for p in library.rglob("*.py") if not {"site-packages", "test", "idlelib"} & set(p.parts)]
+    roots = [Path(sysconfig.get_path("stdlib"))] if library else []
     for name in packages:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.origin is not None:
-            files += Path(spec.origin).parent.rglob("*.py")
+            roots.append(Path(spec.origin).parent)
+    files = {p for root in roots for p in root.rglob("*.py") if not APART & set(p.relative_to(root).parts)}
     found = {text for path in sorted(files) for doc in _docstrings(path) for text in _prose(doc)}
     ordered = sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
     random.Random(0).shuffle(ordered)
@@ -51,12 +60,17 @@ def _prose(docstring: str) -> Iterator[str]:
             yield text
 
 
-def batches(tokenizer: Tokenizer, texts: list[str], size: int, tokens: int) -> list[Batch]:
-    """Batches of `size` texts of like length, cut at `tokens` tokens."""
+def batches(tokenizer: Tokenizer, texts: list[str], size: int | None, tokens: int, most: int = 0) -> list[Batch]:
+    """Batches of `size` texts of like length, cut at `tokens` tokens; of size None: of about `most` tokens."""
     tokenizer.no_padding()
     tokenizer.enable_truncation(tokens)
     encoded = sorted((one.ids for one in tokenizer.encode_batch(texts)), key=len)
-    return [_batch(encoded[i : i + size]) for i in range(0, len(encoded), size)]
+    found, i = [], 0
+    while i < len(encoded):
+        count = size or max(most // len(encoded[i]), 1)
+        found.append(_batch(encoded[i : i + count]))
+        i += count
+    return found
 
 
 def _batch(encoded: list[list[int]]) -> Batch:

@@ -23,14 +23,7 @@ FLOP_PER_PART = 2_000_000  # least share of a thread, 10 us or more: a cold pool
 
 PERMISSION = "amx-permission"  # what may be missing beside features: the system's to use the matrix unit
 _AMX = ("bsrgen_amx.h", "bsrgen_panel.h")
-RUNTIME_FILES = (
-    "bsrgen.h",
-    "bsrgen_simd.h",
-    "bsrgen_types.h",
-    "bsrgen_product.h",
-    "bsrgen_scratch.h",
-    "bsrgen_parallel.h",
-)
+RUNTIME_FILES = tuple(f"bsrgen{part}.h" for part in ("", "_simd", "_types", "_product", "_scratch", "_parallel"))
 ONE = {"bfloat16": "0x3f80", "float16": "0x3c00"}  # 1.0 as its bits
 _KIND_TEXT = {
     "row": "[M], one for each output feature",
