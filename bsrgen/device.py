@@ -111,7 +111,8 @@ class DeviceKernel(Kernel):
                 records.append((self._workspace(given.device, handle, n), 0, 0.0))
             packed = prepared.memory if prepared else resident.packed
             self._enter(x2, y2, n, packed, records, where, handle, given.device)
-        return target.owner if out is None else out
+        result = target.owner if out is None else out
+        return self._parted(result) if hasattr(result, "__getitem__") else result
 
     def _enter(
         self, x: DeviceArray, y: DeviceArray, n: int, packed: int, records: list[CDefinition],

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import os
 import platform
 from collections.abc import Callable
@@ -220,9 +221,13 @@ class Kernel:
         )  # fmt: skip
         if status != _OK:
             self.refuse(status)
-        y = call.finish()
-        parts = self.artifact.manifest.parts
-        return y if not parts else tuple(np.split(y, np.cumsum(parts[:-1]), axis=y.ndim - 1 - self._token_axis))
+        return self._parted(call.finish())
+
+    def _parted(self, y: Any) -> Any:
+        """The result, or of several weights a view of it for each."""
+        ends = np.cumsum((0, *self.artifact.manifest.parts)).tolist()
+        places = [slice(start, end) for start, end in itertools.pairwise(ends)]
+        return tuple(y[..., place] if self._token_axis == 0 else y[place] for place in places) if places else y
 
     def refuse(self, status: int) -> NoReturn:
         """The error for a call that came back with `status`."""

@@ -245,8 +245,18 @@ class _StandIn(types.ModuleType):
 
 def _of_buffer(cls: type, array: Array) -> Any:
     made = cls()
-    made.buffer, made.array = driver.Buffer(array), array
+    made.buffer, made.array, made.root = driver.Buffer(array), array, array
     return made
+
+
+def _offset(made: Any) -> int:
+    """Bytes from where its buffer begins."""
+    return int(made.array.ctypes.data - made.root.ctypes.data)
+
+
+def _fetched(made: Any, dtype: "np.dtype[Any]") -> Array:
+    bytes_ = made.buffer.fetch().reshape(-1).view(np.uint8)[_offset(made) :]
+    return np.ndarray(made.array.shape, dtype, bytes_.tobytes(), 0, made.array.strides)
 
 
 def _torch_stand_in() -> Any:
@@ -255,6 +265,7 @@ def _torch_stand_in() -> Any:
     class Tensor:
         buffer: driver.Buffer
         array: Array
+        root: Array
         is_cuda, requires_grad = True, False
         device = types.SimpleNamespace(index=0, type="cuda")
         dtype = property(lambda self: f"torch.{self.array.dtype.name}")
@@ -264,7 +275,12 @@ def _torch_stand_in() -> Any:
             return tuple(s // self.array.itemsize for s in self.array.strides)
 
         def data_ptr(self) -> int:
-            return int(self.buffer.__cuda_array_interface__["data"][0])
+            return int(self.buffer.__cuda_array_interface__["data"][0]) + _offset(self)
+
+        def __getitem__(self, index: Any) -> Any:
+            view = Tensor()
+            view.buffer, view.array, view.root = self.buffer, self.array[index], self.root
+            return view
 
         def __dlpack_device__(self) -> tuple[int, int]:
             return 2, 0
@@ -293,7 +309,7 @@ def _torch_stand_in() -> Any:
         current_stream=lambda device: types.SimpleNamespace(cuda_stream=torch.handle), stream=torch.fill,
         ExternalStream=lambda handle, device: handle, default_stream=lambda device: 0,
     )  # fmt: skip
-    torch.caller = Caller("torch", made, lambda a, dtype: a.buffer.fetch().view(dtype), torch.stream)
+    torch.caller = Caller("torch", made, _fetched, torch.stream)
     return torch
 
 

@@ -18,7 +18,6 @@ from bsrgen.given import Given
 from bsrgen.gpus import GPUS
 from bsrgen.operators import OPERATORS
 from bsrgen.pattern import Weight, as_weight
-from bsrgen.pit import as_pit
 from bsrgen.pit_device import PitDeviceKernel
 from bsrgen.problem import Problem, as_problem
 
@@ -37,9 +36,8 @@ def case(axis, dtype="float32", shape=(104, 77), mask_block=None, epilogue=(), b
         W = [as_weight(w * (rng.random((w.shape[0] // blocksize[0], 1)) < 0.7).repeat(blocksize[0], 0),
                        blocksize=blocksize, dtype=dtype) for w in (W if axis == "experts" else [W])]  # fmt: skip
         W = W if axis == "experts" else W[0]
-    along = as_pit("pit", axis, mask_block, OPERATORS["linear"])
-    given = Given(W, None, None, "pit", None, along, mask_block, False)
-    weight, _, pit = given.weight(DTYPES[dtype], False)
+    given = Given(W, None, None, "pit", None, axis, mask_block, False)
+    weight, _, pit = given.weight(DTYPES[dtype], False, given.along(OPERATORS["linear"]))
     return as_problem("linear", weight.pattern, dtype, None, out_dtype, epilogue, pit=pit), weight
 
 

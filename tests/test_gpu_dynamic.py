@@ -36,7 +36,7 @@ class Ready:
     """A kernel with a weight, called as kernels are."""
 
     def __init__(self, kernel: DynamicDeviceKernel, weight: PreparedDeviceWeight) -> None:
-        self.kernel, self.weight = kernel, weight
+        self.kernel, self.weight, self.plan = kernel, weight, kernel.plan
 
     def __call__(self, x: Any, out: Any, **given: Any) -> Any:
         return self.kernel(x, self.weight, out, **given)

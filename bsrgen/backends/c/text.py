@@ -150,7 +150,7 @@ def _ffi_type(row: DType) -> str:
 
 
 def _c_number(value: float | None) -> str:
-    return "0" if value is None else repr(value) if isfinite(value) else f"{'-' if value < 0 else ''}INFINITY"
+    return "0" if value is None else repr(value) if isfinite(value) else f"{'-' if value < 0 else ''}HUGE_VAL"
 
 
 def _pit(plan: CPlan) -> dict[str, Any] | None:

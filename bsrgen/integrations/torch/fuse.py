@@ -72,7 +72,7 @@ def fuse_(model: nn.Module, *, executor: Executor | None = None) -> tuple[Fusion
     for name, module, plan in planned:
         for own, made in plan.made.items():
             vars(module)[own] = made  # no submodule: nn.Sequential would run it
-        module.__class__ = _class_of(type(module), plan)
+        module.__class__ = _class_of(module, plan)
         done += [Fusion(name, layers, what) for layers, what in plan.what]
     for fusion in done:
         _log.info("fused %s", fusion)
@@ -231,13 +231,10 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
 # ── the module's new class ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _class_of(base: type[nn.Module], plan: _Plan) -> Any:
-    """A subclass of a module's class whose forward is the graph where the module only infers."""
-    code = plan.graph.python_code("self")
-    names = dict(code.globals)
-    exec(compile(code.src, f"<fused {base.__name__}>", "exec"), names)
-    graph_forward: Callable[..., Any] = names["forward"]
-    signature = plan.signature
+def _class_of(module: nn.Module, plan: _Plan) -> Any:
+    """A subclass of the module's class whose forward is the graph where the module only infers."""
+    base, signature = type(module), plan.signature
+    graph_forward: Callable[..., Any] = type(fx.GraphModule(module, plan.graph)).forward
     needed = sum(p.default is p.empty for p in signature.parameters.values()) - 1
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -172,7 +172,8 @@ static inline void offsets_of(const int32_t *j, int64_t count, int64_t readable,
 /* The first segment of panel p that begins at block row i or below. */
 static int64_t segment_at(const void *prepared, int64_t p, int64_t i)
 {
-    const uint32_t *rows = TABLE(const uint32_t, ROWS), *panels = TABLE(const uint32_t, PANELS);
+    const char *at = prepared;
+    const uint32_t *rows = (const uint32_t *)(at + ROWS_AT), *panels = (const uint32_t *)(at + PANELS_AT);
     int64_t low = panels[p], high = panels[p + 1];
     while (low < high) {
         const int64_t mid = (low + high) / 2;

@@ -254,8 +254,8 @@ int __tvm_ffi_linear_f64_16x18_b4x4_77bea486(void *self, const struct ffi_value 
     static const struct ffi_operand operands[] = {
         {"bias", 'r', {"float64", 2, 64}, 0, 0},
         {"residual", 'e', {"float64", 2, 64}, 0, 0},
-        {"lo", 's', {"float64", 2, 64}, -INFINITY, 1},
-        {"hi", 's', {"float64", 2, 64}, INFINITY, 1},
+        {"lo", 's', {"float64", 2, 64}, -HUGE_VAL, 1},
+        {"hi", 's', {"float64", 2, 64}, HUGE_VAL, 1},
         {0},
     };
     struct bsrgen_operand given[5];
