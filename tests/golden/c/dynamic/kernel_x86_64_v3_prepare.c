@@ -77,12 +77,12 @@ static void work_of(void *prepared)
 }
 
 /* A part of the rows: are their columns in order, and where do panels end? */
-static void look(void *context, int part, int parts)
+static void look(void *context, int part_number, int parts)
 {
     struct work *t = context;
     void *prepared = t->prepared;
     const uint32_t *starts = TABLE(uint32_t, STARTS);
-    const int64_t i0 = bsrgen_row_of(starts, BLOCK_ROWS, part, parts), i1 = bsrgen_row_of(starts, BLOCK_ROWS, part + 1, parts);
+    const int64_t i0 = bsrgen_row_of(starts, BLOCK_ROWS, part_number, parts), i1 = bsrgen_row_of(starts, BLOCK_ROWS, part_number + 1, parts);
     int outside = 0, falls = 0;
     for (int64_t i = i0; i < i1; i++) {
         bsrgen_look(t->columns + starts[i], starts[i + 1] - starts[i], BLOCK_COLS, &outside, &falls);
@@ -170,10 +170,9 @@ static inline void offsets_of(const int32_t *j, int64_t count, int64_t readable,
 }
 
 /* The first segment of panel p that begins at block row i or below. */
-static int64_t segment_at(const void *prepared, int64_t p, int64_t i)
+static int64_t segment_at(void *prepared, int64_t p, int64_t i)
 {
-    const char *at = prepared;
-    const uint32_t *rows = (const uint32_t *)(at + ROWS_AT), *panels = (const uint32_t *)(at + PANELS_AT);
+    const uint32_t *rows = TABLE(uint32_t, ROWS), *panels = TABLE(uint32_t, PANELS);
     int64_t low = panels[p], high = panels[p + 1];
     while (low < high) {
         const int64_t mid = (low + high) / 2;
