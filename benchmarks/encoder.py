@@ -51,10 +51,13 @@ def contenders(sequence: int, batch: int) -> dict[str, Any]:
         for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
             model = copy.deepcopy(pruned).to(dtype)
             bt.convert_(model, bt.BsrConfig(block, n=sequence * batch))
-            with torch.no_grad():
-                off = (model(x.to(dtype)).float() - pruned(x)).abs().max().item()
-            assert off < (1e-4 if dtype == torch.float32 else 0.1), (block, name, off)
-            models[f"bsrgen {name}, {block[0]}x{block[1]}, {density:.0%} stored"] = model, dtype
+            fused = copy.deepcopy(model)
+            bt.fuse_(fused)
+            for how, ours in (("", model), (", fused", fused)):
+                with torch.no_grad():
+                    off = (ours(x.to(dtype)).float() - pruned(x)).abs().max().item()
+                assert off < (1e-4 if dtype == torch.float32 else 0.1), (block, name, how, off)
+                models[f"bsrgen {name}, {block[0]}x{block[1]}, {density:.0%} stored{how}"] = ours, dtype
     return {name: _call(model, x.to(dtype)) for name, (model, dtype) in models.items()}
 
 
