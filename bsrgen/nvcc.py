@@ -79,13 +79,14 @@ def identity() -> str:
     return find_nvcc().identity
 
 
-def _in_wheels() -> str | None:
+def _in_wheels(tool: str = "nvcc") -> str | None:
+    """A program of NVIDIA's wheels on PyPI."""
     try:
         spec = importlib.util.find_spec("nvidia.cu13")
     except ModuleNotFoundError:
         return None
     folders = (spec.submodule_search_locations or []) if spec else []
-    return next((path for folder in folders if (path := shutil.which("nvcc", path=f"{folder}/bin"))), None)
+    return next((path for folder in folders if (path := shutil.which(tool, path=f"{folder}/bin"))), None)
 
 
 @functools.cache

@@ -228,7 +228,7 @@ def disassembled(library):
 
 def disassembler() -> str | None:
     """The folder with cuobjdump and nvdisasm: the toolkit's, that of their wheels of PyPI, or one on PATH."""
-    wheel = nvcc._in_wheels()
+    wheel = nvcc._in_wheels("cuobjdump")
     folders = [Path(nvcc.find_nvcc().runtime).parents[1] / "bin", *([Path(wheel).parent] if wheel else [])]
     both = ("cuobjdump", "nvdisasm")
     if onpath := shutil.which("cuobjdump"):

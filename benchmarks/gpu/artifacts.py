@@ -3,8 +3,10 @@
 The weights in them are zeros, so that a packed artifact takes some 300 KB; the values come with `update`.
 """
 
+import atexit
 import hashlib
 import os
+import shutil
 import tarfile
 import tempfile
 from dataclasses import dataclass
@@ -39,7 +41,9 @@ class Makes:
 
     def make(self, point: Point) -> Path:
         """A folder with the artifact of a point: from the folder of those made ahead, else compiled, and put there."""
-        target = Path(tempfile.mkdtemp(prefix="bsrgen-gpu-")) / "kernel"
+        made = tempfile.mkdtemp(prefix="bsrgen-gpu-")
+        atexit.register(shutil.rmtree, made, ignore_errors=True)  # kernels read in it as long as they live
+        target = Path(made) / "kernel"
         place = self.place(point)
         if place is not None and place.is_file():
             with tarfile.open(place) as packed:
