@@ -242,4 +242,4 @@ def refuse(what: str, **options: Any) -> None:
     """Refuse each of `options` that says something.  UnsupportedError."""
     for name, value in options.items():
         if value is not None and value is not False and value != "":
-            raise UnsupportedError(f"{what} with {name}={value!r}: only a static product of a weight has that")
+            raise UnsupportedError(f"{what} with {name}={value!r}: the two do not go together; leave one out")
