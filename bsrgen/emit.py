@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bsrgen._paths import RUNTIME, TEMPLATES
+from bsrgen.epilogues import CHOICES, QUANTIZED_X
+from bsrgen.pattern_problem import PatternProblem
 from bsrgen.plan import Plan
 from bsrgen.problem import Problem
 
@@ -83,7 +85,7 @@ def _environment() -> "jinja2.Environment":
     )
 
 
-def banner(problem: Problem, plans: Sequence[Plan]) -> str:
+def banner(problem: Problem | PatternProblem, plans: Sequence[Plan]) -> str:
     """The comment on top of each generated file: problem, plan, picture of the pattern."""
     from bsrgen import __version__
 
@@ -97,17 +99,35 @@ def banner(problem: Problem, plans: Sequence[Plan]) -> str:
         *(f" *   plan      {line}" for plan in plans for line in textwrap.wrap(str(plan), 100)),
         f" *   cost      {counts.flop // BANNER_N} flop a token, {counts.value_bytes} bytes of values, "
         f"{counts.table_bytes} of tables",
-        f" *   rebuild   bsrgen compile FILE --operator {problem.operator.name} --dtype {problem.dtype.name}"
-        + (f" --epilogue {','.join(step.name for step in problem.epilogue)}" if problem.epilogue else "")
-        + (f" --backend {plans[0].backend}" if plans[0].backend != "c" else "")
-        + ("" if p.known else f" --mode dynamic --max-blocks {p.nnzb}")
-        + (f" --mode pit --axis {problem.pit.axis.name}" if problem.pit else "")
-        + (f" --mask-block {problem.pit.tokens}x{problem.pit.rows}" if problem.pit and problem.pit.masked else "")
-        + f" --target {','.join(plan.target.name for plan in plans)}",
+        *(f" *   request   {line}" for line in textwrap.wrap(_request(problem, plans), 100)),
         *(f" *   {line}".rstrip() for line in p.picture(64, 24).splitlines()),
         " */",
     ]
     return "\n".join(lines)
+
+
+def _request(problem: Problem | PatternProblem, plans: Sequence[Plan]) -> str:
+    """The call that asks for this text, W as it is multiplied."""
+    p, dtype, operator = problem.pattern, problem.dtype.name, problem.operator.name
+    options: dict[str, Any] = {"blocksize": p.blocksize, "dtype": dtype}
+    if isinstance(problem, PatternProblem) and (problem.head or problem.mask):
+        head, name = (f"{problem.head}, ", "compile") if problem.head else ("", "compile_softmax")
+        call = f"bsrgen.attention.{name}({p.shape}, {head}rule"
+    else:
+        call = f"bsrgen.compile(W, {operator!r}"
+        options["epilogue"] = tuple(step.name for step in problem.epilogue if step.name in CHOICES)
+    if isinstance(problem, Problem):
+        types = {"x_dtype": problem.x_dtype.name, "out_dtype": problem.out_dtype.name}
+        options |= {name: other for name, other in types.items() if other != dtype}
+        options["quantize_x"] = QUANTIZED_X in problem.epilogue
+        if not p.known:
+            options |= {"mode": "dynamic", "max_blocks": p.nnzb}
+        if pit := problem.pit:
+            options |= {"mode": "pit", "axis": pit.axis.name}
+            options["mask_block"] = (pit.tokens, pit.rows) if pit.masked else ()
+        options["backend"] = plans[0].backend if plans[0].backend != "c" else ""
+    options["target"] = tuple(plan.target.name for plan in plans)
+    return ", ".join([call, *(f"{name}={value!r}" for name, value in options.items() if value)]) + ")"
 
 
 def epilogue_formula(problem: Problem) -> str:

@@ -663,3 +663,22 @@ def test_loading_and_calling_float32_is_light(tmp_path):
 def test_names_that_are_not_there():
     with pytest.raises(AttributeError, match="no attribute 'kompile'"):
         bsrgen.kompile  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epilogue": ("bias", "gelu"), "dtype": "int8", "x_dtype": "float32", "quantize_x": True},
+        {"operator": "spmm", "dtype": "bfloat16", "out_dtype": "float32", "target": ("x86-64-v3", "x86-64")},
+        {"mode": "dynamic", "max_blocks": 9},
+        {"operator": "sddmm", "epilogue": "scale"},
+    ],
+    ids=str,
+)
+def test_the_text_says_what_was_asked_for(options):
+    """The request on top of each file gives the same kernel."""
+    W = random_weight(0, (24, 20), (4, 2), 0.1)
+    kernel = bsrgen.compile(W, **options)
+    lines = re.findall(r"^ \*   request   (.*)$", kernel.source.partition("*/")[0], re.M)
+    again = eval(" ".join(lines), {"bsrgen": bsrgen, "W": W})
+    assert (again.name, again.artifact.manifest.types) == (kernel.name, kernel.artifact.manifest.types)

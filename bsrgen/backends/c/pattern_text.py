@@ -25,7 +25,7 @@ def emit_pattern(plans: tuple[PatternPlan, ...]) -> Source:
     """Sources and tables of one artifact: one kernel text for each ISA level, best first.  Pure."""
     s = plans[0].problem
     files, blobs = _tables(s, plans[0])
-    head, operands = banner(s, plans), _operands(s)  # type: ignore[arg-type]
+    head, operands = banner(s, plans), _operands(s)
     levels: list[dict[str, Any]] = [
         {"name": f"{s.name}_{plan.target.name.replace('-', '_')}", "target": plan.target.name,
          "family": plan.target.family, "requires": plan.target.requires, "tables": s.name, "work": f"{s.name}_work",

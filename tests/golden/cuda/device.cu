@@ -4,7 +4,8 @@
  *   plan      CUDA: 5 rows x 4 tokens a thread, 2 warps, 128 tokens x 12 features of X in shared memory; up to 4
  *   plan      tokens: 32 lanes along k
  *   cost      180 flop a token, 360 bytes of values, 80 of tables
- *   rebuild   bsrgen compile FILE --operator linear --dtype float32 --epilogue bias,relu --backend cuda --target sm_80
+ *   request   bsrgen.compile(W, 'linear', blocksize=(5, 3), dtype='float32', epilogue=('bias', 'relu'),
+ *   request   backend='cuda', target=('sm_80',))
  *   #...#...
  *   ........
  *   ..#...#.

@@ -4,7 +4,7 @@
  *   plan      x86-64-v3: as 3x2 blocks, lanes along tokens, 3 rows x 1 vectors, panels of 4 features; pattern as
  *   plan      table
  *   cost      132 flop a token, 264 bytes of values, 86 of tables
- *   rebuild   bsrgen compile FILE --operator spmm --dtype float32 --target x86-64-v3
+ *   request   bsrgen.compile(W, 'spmm', blocksize=(1, 1), dtype='float32', target=('x86-64-v3',))
  *   #...#..
  *   .......
  *   ..#...#

@@ -4,7 +4,8 @@
  *   plan      x86-64-v3: lanes along tokens, 4 rows x 2 vectors, panels of 8 features; n < 4: lanes along 4 rows x
  *   plan      2 k, 3 tokens x 1 vectors; pattern as table
  *   cost      208 flop a token, 416 bytes of values, 142 of tables
- *   rebuild   bsrgen compile FILE --operator linear --dtype float32 --mode dynamic --max-blocks 13 --target x86-64-v3
+ *   request   bsrgen.compile(W, 'linear', blocksize=(4, 2), dtype='float32', mode='dynamic', max_blocks=13,
+ *   request   target=('x86-64-v3',))
  *   any 13 of 6 x 10 blocks
  */
 #define _GNU_SOURCE

@@ -4,7 +4,8 @@
  *   plan      x86-64-v4-amx: amx_bf16 products, matrix tiles, direct, 2 of tokens x 1 of rows; pattern as table
  *   plan      x86-64-v3: lanes along rows, 3 tokens x 2 vectors; pattern as table
  *   cost      1024 flop a token, 1024 bytes of values, 18 of tables
- *   rebuild   bsrgen compile FILE --operator linear --dtype bfloat16 --epilogue bias --target x86-64-v4-amx,x86-64-v3
+ *   request   bsrgen.compile(W, 'linear', blocksize=(16, 32), dtype='bfloat16', epilogue=('bias',),
+ *   request   target=('x86-64-v4-amx', 'x86-64-v3'))
  *   #.
  *   ..
  *   ..

@@ -3,7 +3,7 @@
  *   pattern   02679916  64x40, blocks 32x1, 10 stored (12.5 %)
  *   plan      x86-64-v4-amx: amx_bf16 products, matrix tiles, gathered, 2 of tokens x 2 of rows; pattern as table
  *   cost      2048 flop a token, 2048 bytes of values, 76 of tables
- *   rebuild   bsrgen compile FILE --operator linear --dtype bfloat16 --target x86-64-v4-amx
+ *   request   bsrgen.compile(W, 'linear', blocksize=(32, 1), dtype='bfloat16', target=('x86-64-v4-amx',))
  *   #...#...#...#...#...#...#...#...#...#...
  *   ........................................
  */

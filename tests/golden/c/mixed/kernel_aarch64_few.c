@@ -4,7 +4,8 @@
  *   plan      aarch64: lanes along tokens, 2 rows x 2 vectors, panels of 20 features; n < 4: lanes along rows, 3
  *   plan      tokens x 2 vectors; pattern as table
  *   cost      128 flop a token, 512 bytes of values, 28 of tables
- *   rebuild   bsrgen compile FILE --operator linear --dtype float64 --epilogue bias,gelu,residual,clamp --target aarch64
+ *   request   bsrgen.compile(W, 'linear', blocksize=(4, 4), dtype='float64', epilogue=('bias', 'gelu', 'residual',
+ *   request   'clamp'), target=('aarch64',))
  *   #...#
  *   .....
  *   ..#..

@@ -4,7 +4,7 @@
  *   plan      x86-64-v3: lanes along tokens, 2 rows x 2 vectors, panels of 12 features, X unpacked; pattern as
  *   plan      code
  *   cost      24 flop a token, 48 bytes of values, 20 of tables
- *   rebuild   bsrgen compile FILE --operator spmm --dtype float32 --target x86-64-v3
+ *   request   bsrgen.compile(W, 'spmm', blocksize=(2, 3), dtype='float32', target=('x86-64-v3',))
  *   #...
  *   ....
  *   ..#.

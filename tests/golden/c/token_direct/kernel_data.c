@@ -3,7 +3,8 @@
  *   pattern   0a95c3dc  10x12, blocks 3x5, 2 stored (16.7 %)
  *   plan      x86-64: lanes along tokens, 3 rows x 2 vectors, panels of 15 features, X unpacked; pattern as table
  *   cost      60 flop a token, 240 bytes of values, 24 of tables
- *   rebuild   bsrgen compile FILE --operator spmm --dtype float64 --epilogue clamp,accumulate --target x86-64
+ *   request   bsrgen.compile(W, 'spmm', blocksize=(3, 5), dtype='float64', epilogue=('clamp', 'accumulate'),
+ *   request   target=('x86-64',))
  *   #..
  *   ...
  *   ..#

@@ -3,7 +3,7 @@
  *   pattern   b6d78794  12x24, blocks 2x2, 15 stored (20.8 %)
  *   plan      x86-64-v3: lanes along tokens, 2 rows x 2 vectors, panels of 8 features; pattern as table
  *   cost      120 flop a token, 240 bytes of values, 170 of tables
- *   rebuild   bsrgen compile FILE --operator linear --dtype float32 --target x86-64-v3
+ *   request   bsrgen.compile(W, 'linear', blocksize=(2, 2), dtype='float32', target=('x86-64-v3',))
  *   #...#...#...
  *   ............
  *   ..#...#...#.

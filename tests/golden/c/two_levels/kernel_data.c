@@ -4,7 +4,7 @@
  *   plan      x86-64-v3: lanes along tokens, 4 rows x 2 vectors, panels of 16 features; pattern as table
  *   plan      x86-64: lanes along rows, 4 tokens x 1 vectors; pattern as table
  *   cost      64 flop a token, 128 bytes of values, 32 of tables
- *   rebuild   bsrgen compile FILE --operator spmm --dtype float32 --target x86-64-v3,x86-64
+ *   request   bsrgen.compile(W, 'spmm', blocksize=(4, 1), dtype='float32', target=('x86-64-v3', 'x86-64'))
  *   #...#...#...#...
  *   ................
  *   ..#...#...#...#.

@@ -3,7 +3,7 @@
  *   pattern   cabff510  5x64, blocks 1x16, 4 stored (20 %)
  *   plan      x86-64-v3: lanes along k, 4 tokens x 1 vectors; pattern as table
  *   cost      128 flop a token, 256 bytes of values, 32 of tables
- *   rebuild   bsrgen compile FILE --operator linear --dtype float32 --target x86-64-v3
+ *   request   bsrgen.compile(W, 'linear', blocksize=(1, 16), dtype='float32', target=('x86-64-v3',))
  *   #...
  *   ....
  *   ..#.

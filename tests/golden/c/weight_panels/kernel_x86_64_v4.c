@@ -4,7 +4,7 @@
  *   plan      x86-64-v4: lanes along rows, 2 tokens x 1 vectors, panels of 4 features, chunks of 2 tiles; pattern
  *   plan      as table
  *   cost      128 flop a token, 256 bytes of values, 40 of tables
- *   rebuild   bsrgen compile FILE --operator linear --dtype float32 --target x86-64-v4
+ *   request   bsrgen.compile(W, 'linear', blocksize=(16, 2), dtype='float32', target=('x86-64-v4',))
  *   #...#.
  *   ......
  */

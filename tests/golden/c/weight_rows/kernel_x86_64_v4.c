@@ -3,7 +3,8 @@
  *   pattern   bc4468a3  64x6, blocks 32x1, 2 stored (16.7 %)
  *   plan      x86-64-v4: lanes along rows, 3 tokens x 2 vectors; pattern as table
  *   cost      128 flop a token, 256 bytes of values, 16 of tables
- *   rebuild   bsrgen compile FILE --operator linear --dtype float32 --epilogue bias,relu --target x86-64-v4
+ *   request   bsrgen.compile(W, 'linear', blocksize=(32, 1), dtype='float32', epilogue=('bias', 'relu'),
+ *   request   target=('x86-64-v4',))
  *   #...#.
  *   ......
  */

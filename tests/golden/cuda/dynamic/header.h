@@ -4,7 +4,8 @@
  *   plan      CUDA: 5 rows x 4 tokens a thread, 2 warps, 128 tokens x 12 features of X in shared memory; up to 4
  *   plan      tokens: 32 lanes along k
  *   cost      900 flop a token, 1800 bytes of values, 196 of tables
- *   rebuild   bsrgen compile FILE --operator linear --dtype float32 --epilogue bias,relu --backend cuda --mode dynamic --max-blocks 30 --target sm_80
+ *   request   bsrgen.compile(W, 'linear', blocksize=(5, 3), dtype='float32', epilogue=('bias', 'relu'),
+ *   request   mode='dynamic', max_blocks=30, backend='cuda', target=('sm_80',))
  *   any 30 of 4 x 8 blocks
  */
 #ifndef LINEAR_F32_18X24_B5X3_BF664555_H
