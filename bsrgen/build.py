@@ -133,7 +133,8 @@ def _object(unit: Unit, target: str, source: Source, compiler: Compiler, folder:
         flags = (*COMPILE_FLAGS, *unit.flags, "-I.")
         with suppress(BuildError, OSError):  # then the file is compiled here, and says what is wrong with it
             make = functools.partial(_nameless, text, [compiler.path, *flags])
-            kept = Store.default().publish(text.key(compiler.identity, *flags), make)
+            program = f"{os.path.realpath(compiler.path)} {os.stat(compiler.path).st_mtime_ns}"  # wrappers add flags
+            kept = Store.default().publish(text.key(compiler.identity, program, *flags), make)
             data, said = text.named((kept / "unit.o").read_bytes()), (kept / "unit.log").read_text()
             if data is not None:
                 (folder / target).write_bytes(data)

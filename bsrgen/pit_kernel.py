@@ -104,7 +104,7 @@ class PitKernel(Selecting):
                 operands[name] = np.reshape(value, -1) if each else np.repeat(np.reshape(value, -1), routing.shape[-1])
         operands["routing"] = routing.reshape(-1)
         tokens = np.repeat(x.reshape(-1, x.shape[-1]), routing.shape[-1], axis=0)
-        every = super().__call__(tokens, threads=threads, **operands).reshape(*routing.shape, -1)
+        every = super().__call__(tokens, threads=threads, **operands).reshape(*routing.shape, m.rows)
         y: Array = every.astype(self._call.real.numpy, copy=False).sum(axis=-2).astype(self.out_dtype)
         if out is None:
             return y

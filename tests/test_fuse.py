@@ -164,6 +164,8 @@ class Read(nn.Module):
     def __init__(self, kind):
         super().__init__()
         self.kind, self.one, self.two = kind, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.seen = []
 
     def forward(self, x):
         y = self.one(x)
@@ -173,10 +175,21 @@ class Read(nn.Module):
             return F.relu(y)
         if self.kind == "in place":
             return F.relu_(y)
+        if self.kind == "x in place":
+            x = x + 0
+            y = self.one(x)
+            x.add_(1)
+            return y, self.two(x)
+        if self.kind == "dropout":
+            return x + F.dropout(y, 0.5)
+        if self.kind == "state":
+            self.mean = self.mean * 0.9 + F.relu(y).mean(0) * 0.1
+            self.seen.append(y)
+            return F.relu(y)
         return y if y.sum() > 0 else x
 
 
-@pytest.mark.parametrize("kind", ["read twice", "hook", "in place", "branch"])
+@pytest.mark.parametrize("kind", ["read twice", "hook", "in place", "x in place", "dropout", "state", "branch"])
 def test_what_is_not_fused(kind):
     model = nn.Sequential(Read(kind)).eval()
     bt.convert_(model, bt.BsrConfig(BLOCK, min_speedup=0))
@@ -184,6 +197,44 @@ def test_what_is_not_fused(kind):
         model[0].one.register_forward_hook(lambda *a: None)
     assert bt.fuse_(model) == ()
     assert type(model[0]) is Read
+    assert type(model[0].mean) is torch.Tensor  # tracing leaves no proxies
+    assert model[0].seen == []
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.drop = nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return x + self.drop(self.one(x))
+
+
+def test_what_changes_after_fusing_is_seen():
+    """Dropout that is on, layers in the place of others, hooks: the old forward runs."""
+    model = nn.Sequential(Dropping()).eval()
+    bt.convert_(model, bt.BsrConfig(BLOCK, min_speedup=0, n=8))
+    plain, x = copy.deepcopy(model), torch.randn(3, WIDTH)
+    assert len(bt.fuse_(model)) == 1
+    with torch.no_grad():
+        close(model(x), plain(x))
+        model[0].drop.train()
+        assert not torch.equal(model(x), model(x))
+        model[0].drop.eval()
+        calls = []
+        hook = model[0].one.register_forward_hook(lambda *a: calls.append(1))
+        model(x)
+        hook.remove()
+        assert calls == [1]
+        model[0].one = nn.Linear(WIDTH, WIDTH)
+        close(model(x), x + model[0].one(x))
+    with torch.inference_mode():
+        made = nn.Sequential(Dropping()).eval()
+        bt.convert_(made, bt.BsrConfig(BLOCK, min_speedup=0, n=8))
+        bt.fuse_(made)
+        made(x)
+        made[0].one.values.mul_(3)
+        close(made(x), x + F.linear(x, made[0].one.weight, made[0].one.bias))
 
 
 def test_a_residual_that_spreads_runs_layer_by_layer():

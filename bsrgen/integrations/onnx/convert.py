@@ -134,8 +134,11 @@ def rewritten(graph: Graph, layers: Sequence[_Layer], artifacts: Sequence[Artifa
     model.graph.node.extend(kept)
     read = {value for node in kept for value in _read_by(node)} | {value.name for value in model.graph.output}
     weights = [tensor for tensor in model.graph.initializer if tensor.name in read]
-    del model.graph.initializer[:]
+    had = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name in read or value.name not in had]
+    del model.graph.initializer[:], model.graph.input[:]
     model.graph.initializer.extend(weights)
+    model.graph.input.extend(inputs)  # before IR 4 initialisers are inputs too
     model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     return model
 
@@ -159,11 +162,13 @@ def _nodes(graph: Graph, layer: _Layer, artifact: Artifact, place: Path) -> tupl
         return [node], constants
     import numpy as np
 
-    constants.append(numpy_helper.from_array(np.array(m.parts, np.int64), f"{name}/parts"))
-    split = helper.make_node(
-        "Split", [f"{name}/y", f"{name}/parts"], [t.y for t in layer.tails], name=f"{name}/split", axis=-1
-    )
-    return [node, split], constants
+    sizes, inputs, ends = {}, [f"{name}/y"], [t.y for t in layer.tails]
+    if next(row.version for row in graph.model.opset_import if row.domain in ("", "ai.onnx")) < 13:
+        sizes["split"] = list(m.parts)
+    else:
+        inputs.append(f"{name}/parts")
+        constants.append(numpy_helper.from_array(np.array(m.parts, np.int64), inputs[-1]))
+    return [node, helper.make_node("Split", inputs, ends, name=f"{name}/split", axis=-1, **sizes)], constants
 
 
 def _read_by(node: Any) -> Iterable[str]:

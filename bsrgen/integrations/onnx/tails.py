@@ -144,4 +144,5 @@ def _with_constant(graph: Graph, node: int, value: str, op: str, number: float) 
     if op == "Div" and found.input[0] != value:
         return False
     array = graph.array(others[0])
-    return array.size == 1 and bool(np.isclose(float(array.reshape(())), number, rtol=2e-3))  # as half types round it
+    one = array.ndim <= 1 and array.size == 1  # else it may add axes
+    return one and bool(np.isclose(float(array.reshape(())), number, rtol=2e-3))  # as half types round it

@@ -21,11 +21,12 @@ from bsrgen.integrations.torch.nodes import (
     added,
     alike,
     calls,
-    hooked,
+    idle,
     is_linear,
     layer_of,
     reader,
 )
+from bsrgen.integrations.torch.tracing import traced
 from bsrgen.machine import parallel_cores
 from bsrgen.tune import PLANNED_N
 
@@ -90,14 +91,7 @@ class _Plan:
     signature: inspect.Signature
     made: dict[str, BsrFused]
     what: list[tuple[tuple[str, ...], tuple[str, ...]]]
-
-
-class _Tracer(fx.Tracer):  # type: ignore[misc]
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        """All are, but small ones that only compute, as activations of other packages."""
-        plain = not any(True for _ in module.parameters()) and not any(True for _ in module.buffers())
-        own = type(module).__module__.startswith("torch.nn") or hooked(module)
-        return own or not plain or any(True for _ in module.children())
+    dropouts: tuple[str, ...]  # names of modules that do nothing while they infer
 
 
 def _plan(module: nn.Module) -> _Plan | None:
@@ -111,15 +105,10 @@ def _plan(module: nn.Module) -> _Plan | None:
         k not in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY) for k in kinds
     ):
         return None
-    defaults = {p.name: p.default for p in signature.parameters.values() if p.default is not p.empty}
-    try:
-        graph = _Tracer().trace(module, concrete_args=defaults or None)
-    except Exception as e:  # whatever user code makes of proxies
-        _log.info("%s is not fused: torch.fx cannot read it: %s", type(module).__name__, e)
+    if (graph := traced(module, signature)) is None:
         return None
-    if not _without(graph, set(defaults)):
-        return None
-    plan = _Plan(graph, signature, {}, [])
+    dropouts = tuple(str(n.target) for n in graph.nodes if n.op == "call_module" and idle(module, n))
+    plan = _Plan(graph, signature, {}, [], dropouts)
     for step in (_pairs, _tails, _shared):
         for nodes, layers, what, activation in step(module, graph):
             _replace(module, plan, nodes, layers, what, activation)
@@ -127,20 +116,6 @@ def _plan(module: nn.Module) -> _Plan | None:
         return None
     graph.lint()
     return plan
-
-
-def _without(graph: fx.Graph, defaults: set[str]) -> bool:
-    """Take the arguments out of the graph that have their defaults in it; False where it reads them all the same."""
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and any(
-            node.target == name or node.target.startswith(f"{name}_") for name in defaults
-        ):
-            for user in list(node.users):
-                if user.users or "assert" not in str(user.target):
-                    return False
-                graph.erase_node(user)
-            graph.erase_node(node)
-    return True
 
 
 Found = Iterator[tuple[list[fx.Node], list[fx.Node], tuple[str, ...], str | None]]
@@ -214,9 +189,13 @@ def _replace(
     for node, part in zip(layers, parts, strict=True):
         node.replace_all_uses_with(part)
         graph.erase_node(node)
-        for user in part.users:
-            if user.op == "call_method" and user.target == "view":
+        if all(user.op == "call_method" and user.target in ("view", "reshape") for user in part.users):
+            for user in part.users:
                 user.target = "reshape"  # the results are columns of one array
+        else:
+            with graph.inserting_after(part):
+                whole = graph.call_method("contiguous", (part,))
+            part.replace_all_uses_with(whole, lambda user, whole=whole: user is not whole)
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
@@ -236,9 +215,18 @@ def _class_of(module: nn.Module, plan: _Plan) -> Any:
     base, signature = type(module), plan.signature
     graph_forward: Callable[..., Any] = type(fx.GraphModule(module, plan.graph)).forward
     needed = sum(p.default is p.empty for p in signature.parameters.values()) - 1
+    parts = tuple((name, layers) for name, (layers, _) in zip(plan.made, plan.what, strict=True))
+
+    def as_fused(self: Any) -> bool:
+        """Whether the layers are those that were fused, nobody watches them, and dropout is off."""
+        for name, layers in parts:
+            for own, layer in zip(layers, vars(self)[name]._layers, strict=True):
+                if _child(self, own) is not layer or layer._forward_hooks or layer._forward_pre_hooks:
+                    return False
+        return not any(_child(self, name).training for name in plan.dropouts)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.training and not torch.is_grad_enabled():
+        if not self.training and not torch.is_grad_enabled() and as_fused(self):
             if len(args) == needed and not kwargs:
                 return graph_forward(self, *args)
             given = signature.bind(self, *args, **kwargs).arguments
@@ -263,6 +251,13 @@ def _class_of(module: nn.Module, plan: _Plan) -> Any:
     members = {"forward": forward, "__deepcopy__": deepcopy, "__reduce_ex__": reduce, "_bsrgen_base": base}
     made: Any = type
     return made(f"Fused{base.__name__}", (base,), members | {"__module__": __name__})
+
+
+def _child(module: Any, name: str) -> Any:
+    """A module by its name, at a tenth of get_submodule's price."""
+    for key in name.split("."):
+        module = module._modules[key]
+    return module
 
 
 def _plain(base: Any) -> Any:

@@ -84,9 +84,9 @@ class _Packed:
         return y
 
 
-def _state(tensors: Any) -> list[tuple[int, int]]:
-    """What changes when a tensor does; versions of tensors made in inference mode are not counted."""
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+def _state(tensors: Any) -> list[tuple[int, Any]]:
+    """What changes when a tensor does; those made in inference mode, which count no versions, change each time."""
+    return [(t.data_ptr(), object() if t.is_inference() else t._version) for t in tensors]
 
 
 def packed(text: str, values: Any, crow: Any, col: Any, bias: Any) -> _Packed:

@@ -17,6 +17,9 @@ _ACTIVATIONS: dict[Any, str] = {
 _ADDS = (operator.add, torch.add, "add")
 MULTIPLIES = (operator.mul, torch.mul, "mul")
 _DROPOUTS = (nn.Dropout, F.dropout)
+_WRITES = {operator.setitem, *(getattr(operator, f"i{name}") for name in (
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"
+) if hasattr(operator, f"i{name}"))}  # fmt: skip
 
 
 def layer_of(module: nn.Module, node: fx.Node) -> Any:
@@ -65,11 +68,39 @@ def activation_of(module: nn.Module, node: Any) -> str | None:
     return f"{name}_tanh" if approximate == "tanh" else name
 
 
+def idle(module: nn.Module, node: Any) -> bool:
+    """Whether a node is dropout that does nothing: a module while the model infers, a function that says so."""
+    if not calls(module, node, _DROPOUTS):
+        return False
+    if node.op == "call_module":
+        return not hooked(layer_of(module, node))
+    options = dict(zip(("p", "training", "inplace"), node.args[1:], strict=False)) | dict(node.kwargs)
+    return options.get("training", True) is False and not options.get("inplace")
+
+
+def mutates(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node may change what another one reads; `h += r` may not, where h is what a layer has just made."""
+    if "out" in node.kwargs or node.kwargs.get("inplace"):
+        return True
+    if node.op == "call_module":
+        return bool(getattr(layer_of(module, node), "inplace", False))
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if node.op not in ("call_method", "call_function"):
+        return False
+    if node.target is operator.iadd:
+        made = node.args[0]
+        while idle(module, made):
+            made = made.args[0]
+        return not is_linear(module, made) or len(made.users) > 1
+    said = any(argument is True for argument in node.args[1:])  # inplace of F.relu, training of F.dropout
+    return said or node.target in _WRITES or name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__")
+
+
 def reader(module: nn.Module, node: fx.Node) -> fx.Node | None:
     """Who alone reads a node, past dropout."""
     while len(node.users) == 1:
         (user,) = node.users
-        if not calls(module, user, _DROPOUTS):
+        if not idle(module, user):
             return user
         node = user
     return None
@@ -86,7 +117,7 @@ def added(module: nn.Module, node: fx.Node, end: fx.Node) -> fx.Node | None:
 
 def leads(module: nn.Module, node: fx.Node, start: fx.Node) -> bool:
     """Whether `node` is `start` or dropout of it."""
-    while node is not start and calls(module, node, _DROPOUTS):
+    while node is not start and idle(module, node):
         node = node.args[0]
     return node is start
 
