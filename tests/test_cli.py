@@ -119,8 +119,8 @@ def test_compile_pit(tmp_path: Path) -> None:
     assert made["pit"] == {"axis": "experts", "tokens": 1, "rows": 16}
     options = (tmp_path / "three.npz", "--key", "b", *pit, "outputs", "--mask-block", "4x8", "-o", tmp_path / "out")
     assert run_json("compile", *options)["manifest"]["pit"] == {"axis": "outputs", "tokens": 4, "rows": 8}
-    rebuild = next((tmp_path / "out").glob("linear_pit*.h")).read_text()
-    assert "--mode pit --axis outputs --mask-block 4x8" in rebuild
+    banner = next((tmp_path / "out").glob("linear_pit*.h")).read_text().replace("\n *   request   ", " ")
+    assert "mode='pit', axis='outputs', mask_block=(4, 8)" in banner
     for wrong, word in ((("--axis", "tokens"), "'static'"), (pit[:2], "axis=None")):
         assert word in refused("compile", tmp_path / "three.npz", "--key", "b", "--blocksize", "8x8", *wrong, code=2)
 

@@ -298,7 +298,7 @@ def test_race_and_command_line(tmp_path, rng):
     assert said.exit_code == 0, said.output
     text = next((tmp_path / "k").glob("*_tile.mlir")).read_text()
     assert "// " in text.splitlines()[0]
-    assert "--backend mlir" in text
+    assert "backend='mlir'" in text
     assert bsrgen.load(tmp_path / "k")(np.ones((2, 32), np.float32)).shape == (2, 32)
 
 

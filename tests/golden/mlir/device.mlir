@@ -4,7 +4,8 @@
 //   plan      MLIR for GPUs: 2 rows x 2 tokens a thread, 4 warps, 64 tokens x 8 features of X in shared memory; up
 //   plan      to 4 tokens: 32 lanes along k
 //   cost      96 flop a token, 192 bytes of values, 120 of tables
-//   rebuild   bsrgen compile FILE --operator linear --dtype float32 --epilogue bias,relu --backend mlir --target sm_80
+//   request   bsrgen.compile(W, 'linear', blocksize=(5, 2), dtype='float32', epilogue=('bias', 'relu'),
+//   request   backend='mlir', target=('sm_80',))
 //   ...#.#
 //   ##....
 // The pieces of one step and one row of pieces: their columns in the panel, and of a piece, column after column, its rows side by side.

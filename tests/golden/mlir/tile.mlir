@@ -3,7 +3,8 @@
 //   pattern   7fe7559a  10x48, blocks 5x2, 16 stored (33.3 %)
 //   plan      x86-64-v3: MLIR, lanes along tokens, 3 rows x 2 vectors, panels of 16 features; pattern as constants
 //   cost      320 flop a token, 640 bytes of values, 100 of tables
-//   rebuild   bsrgen compile FILE --operator linear --dtype float32 --backend mlir --target x86-64-v3
+//   request   bsrgen.compile(W, 'linear', blocksize=(5, 2), dtype='float32', backend='mlir',
+//   request   target=('x86-64-v3',))
 //   #..#..#..#..#..#..#..#..
 //   ..#..#..#..#..#..#..#..#
 // A block row of W: the stored blocks of one panel of X in order; of a block, column after column, its rows side by side.
