@@ -85,15 +85,17 @@ class Kernel:
             _ = self.pattern  # `update` needs it, whatever becomes of the folder
         self._rows, self._features = m.rows, m.shape[1]
         self._x_bytes, self._y_bytes = self._features * self._x_dtype.itemsize, self._rows * self._out_dtype.itemsize
-        self._plain = False
+        self._bind_here(may_be_foreign)
+        self._plain = self._foreign is None and not m.parts
+
+    def _bind_here(self, may_be_foreign: bool) -> None:
+        """Bind; where this machine cannot, say so now, or in calls."""
         try:
             self._bind()
         except IncompatibleCPUError as e:
             if not may_be_foreign:
                 raise
             self._foreign = e
-        else:
-            self._plain = not m.parts
 
     def _with(self, bound: dict[str, Any], weight_scale: str, data: Array | None) -> _Values:
         return self._bundle(bound, weight_scale, data, None if data is None else self.packed(data, self._level))
@@ -225,9 +227,11 @@ class Kernel:
 
     def _parted(self, y: Any) -> Any:
         """The result, or of several weights a view of it for each."""
-        ends = np.cumsum((0, *self.artifact.manifest.parts)).tolist()
-        places = [slice(start, end) for start, end in itertools.pairwise(ends)]
-        return tuple(y[..., place] if self._token_axis == 0 else y[place] for place in places) if places else y
+        parts = self.artifact.manifest.parts
+        if not parts:
+            return y
+        places = [slice(*ends) for ends in itertools.pairwise(itertools.accumulate(parts, initial=0))]
+        return tuple(y[..., place] if self._token_axis == 0 else y[place] for place in places)
 
     def refuse(self, status: int) -> NoReturn:
         """The error for a call that came back with `status`."""

@@ -50,12 +50,7 @@ class PatternKernel(Kernel):
         (M, K), (R, C) = m.shape, m.blocksize
         self._sizes = {"M": M, "K": K, "D": m.head, "B": m.nnzb, "R": R, "C": C}
         self._result = (m.nnzb, *m.blocksize)
-        try:
-            self._bind()
-        except IncompatibleCPUError as e:
-            if not may_be_foreign:
-                raise
-            self._foreign = e
+        self._bind_here(may_be_foreign)
 
     def _find(self, library: Any) -> None:
         self._function = self._tramp.function(library, f"{self.name}_call")

@@ -17,9 +17,10 @@ _ACTIVATIONS: dict[Any, str] = {
 _ADDS = (operator.add, torch.add, "add")
 MULTIPLIES = (operator.mul, torch.mul, "mul")
 _DROPOUTS = (nn.Dropout, F.dropout)
-_WRITES = {operator.setitem, *(getattr(operator, f"i{name}") for name in (
-    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"
-) if hasattr(operator, f"i{name}"))}  # fmt: skip
+_WRITES = {
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
+}  # fmt: skip
 
 
 def layer_of(module: nn.Module, node: fx.Node) -> Any:
