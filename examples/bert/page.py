@@ -4,6 +4,8 @@ import base64
 import importlib.util
 import io
 import json
+import shlex
+import sys
 from collections.abc import Iterator
 from datetime import date
 from html import escape
@@ -101,11 +103,12 @@ def plots(points: list[dict[str, Any]]) -> Iterator[bytes]:
         yield picture.getvalue()
 
 
-def write(folder: Path, files: list[Path], size: str, threads: int) -> Path:
+def write(folder: Path, files: list[Path], threads: int) -> Path:
     """folder/report.html and folder/report.md of those points."""
     points = [json.loads(path.read_text()) for path in files]
     tables = [*quality(points), *latency(points)]
-    head = f"`python examples/bert/study.py {size}`, threads: {threads}; {date.today()}, {cpu_model()}, "
+    asked = shlex.join("FOLDER" if word == str(folder) else word for word in sys.argv[1:])
+    head = f"`python examples/bert/study.py {asked}`, threads: {threads}; {date.today()}, {cpu_model()}, "
     head += f"torch {torch.__version__}, bsrgen {bsrgen.__version__}"
     (folder / "report.md").write_text(f"# Encoders: block shape, quality, latency\n\n{head}\n\n{markdown(tables)}")
     pictures = "".join(f'<img src="data:image/png;base64,{base64.b64encode(p).decode()}">' for p in plots(points))

@@ -42,7 +42,7 @@ class Text:
     far: list[Batch]
 
 
-def texts(folder: Path, training: int = 25_000) -> Text:
+def texts(folder: Path, training: int = 60_000) -> Text:
     """From the packages that are installed, kept in the folder."""
     kept = folder / "text.pt"
     if not kept.exists():

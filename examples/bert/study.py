@@ -2,6 +2,7 @@
 
     python examples/bert/study.py small /tmp/small       # minutes
     python examples/bert/study.py full /tmp/full         # hours; a run that is stopped goes on with the next point
+    python examples/bert/study.py full /tmp/full --only '80$' --minutes 0 --seconds 12    # those of 80 %, untrained
 
 Two models: MiniLM, pruned layer after layer against the dense one (obs.py) and distilled for some minutes, or as long
 as recover.py has done it in FOLDER/minilm-RxC-PERCENT; and one of BERT-base's shape with random weights, for latency
@@ -14,6 +15,7 @@ import argparse
 import copy
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -152,16 +154,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, help="of training MiniLM at each point")
+    parser.add_argument("--seconds", type=float, help="of timing a model at each point and batch")
+    parser.add_argument("--only", default="", help="regular expression: of the points, as their files are named")
     arguments = parser.parse_args()
     at_their_best(arguments.threads)
-    size, folder = SIZES[arguments.size], arguments.folder
-    if arguments.minutes is not None:
-        size = replace(size, minutes=arguments.minutes)
+    folder, given = arguments.folder, {name: getattr(arguments, name) for name in ("minutes", "seconds")}
+    size = replace(SIZES[arguments.size], **{name: value for name, value in given.items() if value is not None})
+    chosen = [point for point in points(size) if re.search(arguments.only, str(point))]
+    if not chosen:
+        parser.error(f"no point is called {arguments.only!r}: such as {next(points(size))}")
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     with peer_threads(arguments.threads):
         now = ""
-        for point in points(size):
+        for point in chosen:
             kept = folder / f"{point}.json"
             if kept.exists():
                 continue
@@ -173,7 +179,7 @@ def main() -> None:
             taken = take(point, dense, rivals, text, folder, size, arguments.threads)
             kept.write_text(json.dumps(taken, indent=1))
             print(kept)
-    print(write(folder, [folder / f"{point}.json" for point in points(size)], arguments.size, arguments.threads))
+    print(write(folder, [folder / f"{point}.json" for point in chosen], arguments.threads))
 
 
 if __name__ == "__main__":
