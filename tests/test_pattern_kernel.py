@@ -39,7 +39,10 @@ def check(kernel: PatternKernel, rng, tokens, scale=None):
         ("linear_grad", "uniform", (70, 50), (3, 5), "float64"),
         ("sddmm", "powerlaw", (50, 60), (1, 1), "float32"),  # rows of A in registers
         ("linear_grad", "banded", (64, 66), (16, 16), "float32"),  # tiles of whole blocks
-        ("linear_grad", "uniform", (64, 100), (32, 1), "bfloat16"),  # columns of several blocks in a tile
+        ("linear_grad", "uniform", (70, 100), (32, 1), "bfloat16"),  # lanes along rows, pairs of tokens
+        ("linear_grad", "uniform", (70, 100), (32, 1), "float32"),  # the same, x read where it lies
+        ("linear_grad", "powerlaw", (70, 50), (16, 3), "bfloat16"),  # columns of several blocks in a tile
+        ("linear_grad", "uniform", (70, 50), (16, 16), "bfloat16"),  # lanes along columns, pairs of tokens
         ("sddmm", "uniform", (64, 64), (4, 4), "bfloat16"),  # pairs
         ("sddmm", "one", (33, 64), (1, 32), "float16"),
         ("sddmm", "empty", (20, 12), (4, 4), "float32"),
@@ -87,9 +90,12 @@ def test_any_mask_of_blocks(stored):
     assert_within(kernel(*arrays), *kernel.problem.reference(arrays))
 
 
-def test_epilogues(rng, tmp_path):
-    weight = random_weight(1, (37, 44), (4, 4), 0.4)
-    kernel = bsrgen.compile(weight, "sddmm", epilogue=("scale", "accumulate"))
+@pytest.mark.parametrize(
+    ("operator", "blocksize"), [("sddmm", (4, 4)), ("linear_grad", (16, 16)), ("linear_grad", (32, 1))]
+)
+def test_epilogues(operator, blocksize, rng, tmp_path):
+    weight = random_weight(1, (37, 44), blocksize, 0.4)
+    kernel = bsrgen.compile(weight, operator, epilogue=("scale", "accumulate"))
     rows = rng.uniform(0.5, 2, 37).astype(np.float32)
     for n in (20, 600):
         a, b = kernel.problem.sample(rng, n)
@@ -109,7 +115,7 @@ def test_epilogues(rng, tmp_path):
     loaded = bsrgen.load(kernel.save(tmp_path / "k"))
     np.testing.assert_array_equal(loaded(a, b, scale=rows, beta=0, out=old), plain)
     assert all(finding.ok for finding in verify(tmp_path / "k")[1])
-    assert "sddmm" in str(loaded)
+    assert operator in str(loaded)
     assert "tile" in loaded.source
 
 

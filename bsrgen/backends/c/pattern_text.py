@@ -36,7 +36,7 @@ def emit_pattern(plans: tuple[PatternPlan, ...]) -> Source:
     units = [Unit(f"{s.name}.c", baseline(plans[0].target).flags)]
     for plan, level in zip(plans, levels, strict=True):
         view = _shared(plan, level["name"]) | (_rows(plan) if s.operator.headed else _product(plan))
-        template = "outer" if plan.outer else _TEMPLATE[s.operator.name]
+        template = "outer" if plan.outer else "rows" if plan.upright else _TEMPLATE[s.operator.name]
         text = render(f"pattern/{template}.c.j2", k=view, banner=head)
         files[f"{level['name']}.c"] = text.encode()
         units.append(Unit(f"{level['name']}.c", plan.target.flags))
@@ -143,7 +143,7 @@ def _product(plan: PatternPlan) -> dict[str, Any]:
     place = "PLACE(r0, t0 + l / T_ROWS)" if plan.along == "columns" else "PLACE(r0 + l / T_COLS, t0)"
     return {
         "chunk": plan.chunk, "vectors": plan.vectors, "cols": plan.cols or 1,
-        "row_group": plan.row_group, "along": plan.along, "run": plan.run,
+        "as_it_lies": plan.as_it_lies, "row_group": plan.row_group, "along": plan.along, "run": plan.run,
         "linear": s.operator is LINEAR_GRAD, "folds": folds(plan.lanes, plan.lanes), "place": place,
         "scale": "scale" in names, "accumulate": 1 + ("scale" in names) if "accumulate" in names else -1,
     }  # fmt: skip
