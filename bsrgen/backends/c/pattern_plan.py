@@ -24,9 +24,9 @@ EXP = 20.0  # the same for each vector of weights
 
 @dataclass(frozen=True)
 class PatternPlan(Plan):
-    """Lanes along columns, rows broadcast, where blocks are whole vectors of columns; for `linear_grad` along rows, columns
-    broadcast, where they are whole vectors of those.  Else, and for pairs of bfloat16 of `sddmm`, lanes along N; a register
-    tile of rows x columns, as many as lanes, is folded into one vector in the end.
+    """Lanes along columns, rows broadcast, where blocks are whole vectors of columns; for `linear_grad` along rows,
+    columns broadcast, where they are whole vectors of those.  Else, and for pairs of bfloat16 of `sddmm`, lanes along N;
+    a register tile of rows x columns, as many as lanes, is folded into one vector in the end.
     Attention: lanes along keys, then along the elements of a head.
     """
 
@@ -52,8 +52,8 @@ class PatternPlan(Plan):
 
     @property
     def product(self) -> Product:
-        """How units are multiplied: pairs of bfloat16 where they lie side by side in both arrays, or where whole vectors
-        of them lie one below the other."""
+        """How units are multiplied: pairs of bfloat16 where they lie side by side in both arrays, or one below the
+        other in whole vectors."""
         paired = self.problem.operator is SDDMM or bool(self.outer or self.upright)
         return self._pairs if paired else FMA
 
