@@ -25,8 +25,8 @@ EXP = 20.0  # the same for each vector of weights
 @dataclass(frozen=True)
 class PatternPlan(Plan):
     """Lanes along columns, rows broadcast, where blocks are whole vectors of columns; for `linear_grad` along rows,
-    columns broadcast, where they are whole vectors of those.  Else, and for pairs of bfloat16 of `sddmm`, lanes along N;
-    a register tile of rows x columns, as many as lanes, is folded into one vector in the end.
+    columns broadcast, where they are whole vectors of those.  Else, and for pairs of bfloat16 of `sddmm`, along N; a
+    register tile of rows x columns, as many as lanes, is folded into one vector in the end.
     Attention: lanes along keys, then along the elements of a head.
     """
 
