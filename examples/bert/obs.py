@@ -103,29 +103,23 @@ def solve(layer: nn.Linear, fit: Fit, mask: Tensor) -> None:
 
 def prune(
     student: Encoder, teacher: Encoder, batches: list[Batch], density: float, block: Block, step: float = STEP
-) -> dict[str, Tensor]:
-    """Prune the student, a copy of the teacher, in place; the masks [block_rows, block_cols] of its layers by name."""
-    masks: dict[str, Tensor] = {}
+) -> None:
+    """Prune the student, a copy of the teacher, in place."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         pairs = [(x, x) for x in (student.embed(ids) for ids, _ in batches)]
         lives = [live for _, live in batches]
-        for i, (layer, aim) in enumerate(zip(student.layers, teacher.layers, strict=True)):
-            fit = _fitter(f"{i}.", masks, density, block, step, lives)
+        fit = _fitter(density, block, step, lives)
+        for layer, aim in zip(student.layers, teacher.layers, strict=True):
             pairs = _layer(layer, aim, pairs, lives, fit)
-    return masks
 
 
-Fitter = Callable[[str, nn.Linear, list[Tensor], list[Tensor]], None]
+Fitter = Callable[[nn.Linear, list[Tensor], list[Tensor]], None]
 
 
-def _fitter(
-    prefix: str, masks: dict[str, Tensor], density: float, block: Block, step: float, lives: list[Tensor]
-) -> Fitter:
-    def run(name: str, layer: nn.Linear, x: list[Tensor], y: list[Tensor]) -> None:
+def _fitter(density: float, block: Block, step: float, lives: list[Tensor]) -> Fitter:
+    def run(layer: nn.Linear, x: list[Tensor], y: list[Tensor]) -> None:
         fit = moments([(a[live], b[live]) for a, b, live in zip(x, y, lives, strict=True)], layer)
-        found = costs(fit, block, step)
-        masks[prefix + name] = largest(found, density)
-        solve(layer, fit, masks[prefix + name])
+        solve(layer, fit, largest(costs(fit, block, step), density))
 
     return run
 
@@ -137,18 +131,16 @@ def _layer(
     fitted to what is missing there, the errors of layers before included."""
     ours, theirs = [x for x, _ in pairs], [t for _, t in pairs]
     for name in ("query", "key", "value"):
-        fit(
-            f"attention.{name}", getattr(layer.attention, name), ours, [getattr(aim.attention, name)(t) for t in theirs]
-        )
+        fit(getattr(layer.attention, name), ours, [getattr(aim.attention, name)(t) for t in theirs])
     mixed = [_mixed(layer, x, live) for x, live in zip(ours, lives, strict=True)]
     theirs = [t + aim.attention(t, live) for t, live in zip(theirs, lives, strict=True)]
-    fit("attention.out", layer.attention.out, mixed, [t - x for t, x in zip(theirs, ours, strict=True)])
+    fit(layer.attention.out, mixed, [t - x for t, x in zip(theirs, ours, strict=True)])
     ours = [layer.attention_norm(x + layer.attention.out(y)) for x, y in zip(ours, mixed, strict=True)]
     theirs = [aim.attention_norm(t) for t in theirs]
-    fit("up", layer.up, ours, [aim.up(t) for t in theirs])
+    fit(layer.up, ours, [aim.up(t) for t in theirs])
     theirs = [t + aim.down(gelu(aim.up(t))) for t in theirs]
     inner = [gelu(layer.up(x)) for x in ours]
-    fit("down", layer.down, inner, [t - x for t, x in zip(theirs, ours, strict=True)])
+    fit(layer.down, inner, [t - x for t, x in zip(theirs, ours, strict=True)])
     ours = [layer.norm(x + layer.down(y)) for x, y in zip(ours, inner, strict=True)]
     return [(x, aim.norm(t)) for x, t in zip(ours, theirs, strict=True)]
 
