@@ -59,12 +59,15 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"schema {self.schema}: this bsrgen reads {SCHEMA}")
 
 
+_DECODER = msgspec.json.Decoder(Calibration)  # made with the module: threads that make the first one together crash
+
+
 def read() -> tuple[Calibration | None, str]:
     """The record of this user's store, and why there is none that counts: "" where nobody has calibrated."""
     try:
         path = store_root() / FILE
         with path.open("rb") as file:
-            record = msgspec.json.decode(file.read(MAX_BYTES), type=Calibration)
+            record = _DECODER.decode(file.read(MAX_BYTES))
     except FileNotFoundError:
         return None, ""
     except BsrgenError as e:  # nowhere to keep a store

@@ -255,9 +255,12 @@ class Manifest(_Record, frozen=True):
         return f"lib{self.name}.so"
 
 
+_DECODER = msgspec.json.Decoder(Manifest)  # made with the module: threads that make the first one together crash
+
+
 def parse_manifest(data: bytes, folder: Path) -> Manifest:
     """Strict JSON -> Manifest.  ArtifactError says which field is wrong."""
     try:
-        return msgspec.json.decode(data, type=Manifest)
+        return _DECODER.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ArtifactError(f"{folder / MANIFEST}: not a manifest of this bsrgen: {e}; build the artifact again") from e

@@ -76,6 +76,9 @@ class Model(Mapping[str, Kernel]):
         return f"<bsrgen.Model of {len(self)} kernels in {self.folder}>"
 
 
+_DECODER = msgspec.json.Decoder(ModelRecord)  # made with the module: threads that make the first one together crash
+
+
 def read_record(folder: Path, expect_sha256: str | None = None) -> ModelRecord:
     """model.json of a folder.  ArtifactError, ArtifactCorruptError."""
     try:
@@ -87,7 +90,7 @@ def read_record(folder: Path, expect_sha256: str | None = None) -> ModelRecord:
     if expect_sha256 is not None and digest != expect_sha256.lower():
         raise ArtifactCorruptError(f"{folder / MODEL}: has sha256 {digest}, expected {expect_sha256}")
     try:
-        return msgspec.json.decode(data, type=ModelRecord)
+        return _DECODER.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ArtifactError(f"{folder / MODEL}: not a model of this bsrgen: {e}; compile it again") from e
 

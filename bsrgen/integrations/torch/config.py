@@ -92,11 +92,14 @@ def written(spec: Spec) -> str:
     return msgspec.json.encode(spec).decode()
 
 
+_DECODER = msgspec.json.Decoder(Spec)  # made with the module: threads that make the first one together crash
+
+
 @functools.lru_cache(maxsize=4096)
 def parsed(text: str) -> Spec:
     """The spec that is written there.  ArgumentError for what no bsrgen of this version has written."""
     try:
-        spec = msgspec.json.decode(text, type=Spec)
+        spec = _DECODER.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ArgumentError(f"spec {text!r:.80} is not one of this bsrgen: {e}; convert the model again") from e
     if not {spec.dtype, spec.x_dtype} <= DTYPES.keys():

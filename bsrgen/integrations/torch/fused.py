@@ -37,11 +37,14 @@ class FusedSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epilogue: tuple[str, ...]
 
 
+_DECODER = msgspec.json.Decoder(FusedSpec)  # made with the module: threads that make the first one together crash
+
+
 @functools.lru_cache(maxsize=4096)
 def parsed_fused(text: str) -> tuple[tuple[Spec, ...], tuple[str, ...]]:
     """The specs of the layers and the epilogue.  ArgumentError for what no bsrgen of this version has written."""
     try:
-        spec = msgspec.json.decode(text, type=FusedSpec)
+        spec = _DECODER.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ArgumentError(f"spec {text!r:.80} is not one of this bsrgen: {e}; fuse the model again") from e
     return tuple(parsed(layer) for layer in spec.layers), spec.epilogue
