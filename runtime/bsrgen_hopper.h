@@ -1,5 +1,5 @@
 /* What Hopper (sm_90a) has of its own: copies that run by themselves, barriers that count their bytes, products of
- * warpgroups.  PTX ISA 8.5, sections 9.7.8.24 (cp.async.bulk), 9.7.12.15 (mbarrier), 9.7.14 (wgmma), 9.7.12.14.1
+ * warpgroups.  PTX ISA 8.5, sections 9.7.8.24 (cp.async.bulk), 9.7.14.5.16 (stmatrix), 9.7.12.15 (mbarrier), 9.7.14 (wgmma), 9.7.12.14.1
  * (setmaxnreg); layouts of operands in shared memory: section 9.7.14.5. */
 #ifndef BSRGEN_HOPPER_H
 #define BSRGEN_HOPPER_H
@@ -79,6 +79,43 @@ DEVICE void copy_box_to(void *shared, const CUtensorMap *map, int x, int y, uint
                  : : "r"(shared_address(shared)), "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)), "h"((uint16_t)ranks) : "memory");
 }
 
+/* A box of shared memory, swizzled, into a matrix, and nothing of it where the matrix has nothing.  What a thread stored so
+ * goes in groups; shared memory may be written again once that thread has waited for all but LEFT of them. */
+DEVICE void store_box(const CUtensorMap *map, int x, int y, const void *shared)
+{
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];"
+                 : : "l"(map), "r"(x), "r"(y), "r"(shared_address(shared)) : "memory");
+}
+DEVICE void stores_commit() { asm volatile("cp.async.bulk.commit_group;" : : : "memory"); }
+template <int LEFT> DEVICE void stores_wait() { asm volatile("cp.async.bulk.wait_group.read %0;" : : "n"(LEFT) : "memory"); }
+
+/* Four 8x8 matrices as products leave them, to rows of 16 bytes: lane l says where row l % 8 of matrix l / 8 goes. */
+DEVICE void store_matrices(void *shared, const uint32_t (&a)[4])
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 : : "r"(shared_address(shared)), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
+}
+DEVICE void store_matrices_transposed(void *shared, const uint32_t (&a)[4])
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 : : "r"(shared_address(shared)), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
+}
+template <class T> DEVICE void put_shared(void *shared, T value) { *reinterpret_cast<T *>(shared) = value; }
+
+/* Two results side by side, the first in the low half. */
+DEVICE uint32_t pair_bf16(float first, float second)
+{
+    uint32_t both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+    return both;
+}
+DEVICE uint32_t pair_f16(float first, float second)
+{
+    uint32_t both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+    return both;
+}
+
 /* An arrival at the barrier at that place of another thread block of the cluster. */
 DEVICE void barrier_arrive_there(uint64_t *barrier, int rank)
 {
@@ -119,6 +156,9 @@ template <int COUNT> DEVICE void registers_less() { asm volatile("setmaxnreg.dec
 /* A barrier of some warps of the thread block. */
 DEVICE void warps_meet(int number, int threads) { asm volatile("bar.sync %0, %1;" : : "r"(number), "r"(threads) : "memory"); }
 
+/* These warps come to such a barrier, and do not wait for the others. */
+DEVICE void warps_arrive(int number, int threads) { asm volatile("bar.arrive %0, %1;" : : "r"(number), "r"(threads) : "memory"); }
+
 /* All threads of a cluster of thread blocks meet; what each wrote before to its shared memory, the others see. */
 DEVICE void cluster_meet()
 {
@@ -144,6 +184,7 @@ template <class T> DEVICE T there(const T *shared, int rank)
 #else
 #define HOPPER_CODE 1
 #endif
+#define pair_y NAME_OF(pair_, Y_KIND)
 #endif
 
 #ifndef __CUDACC_RTC__

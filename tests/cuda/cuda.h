@@ -1,6 +1,7 @@
 /* The driver's types and Hopper's own instructions for kernels that run on the CPU.
  *
- * Barriers have phases and count arrivals and bytes.  Copies land at any time after they were asked for, in any order;
+ * Barriers have phases and count arrivals and bytes.  Boxes are stored at once, or when somebody waits for them at last, from
+ * what then lies in shared memory.  Copies land at any time after they were asked for, in any order;
  * until then there is NaN.  Products run right after they were asked for, or when somebody waits for them at last, from
  * what then lies in shared memory, through the very descriptors; until they are waited for, their sums are NaN.  Found are, beside what cuda_runtime.h finds:
  * arrivals too many, barriers that are not there, bytes that do not add up, addresses that are not aligned, products
@@ -16,7 +17,7 @@ typedef uint64_t cuuint64_t;
 typedef int CUtensorMapDataType, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill;
 struct alignas(64) CUtensorMap { const uint8_t *base; uint64_t size[2], stride; uint32_t box[2]; int swizzle_bytes, unit; };
 enum { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1 };
-enum { CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_DATA_TYPE_UINT8 };
+enum { CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_DATA_TYPE_UINT16, CU_TENSOR_MAP_DATA_TYPE_UINT32 };
 enum { CU_TENSOR_MAP_SWIZZLE_NONE = 0, CU_TENSOR_MAP_SWIZZLE_32B = 32, CU_TENSOR_MAP_SWIZZLE_64B = 64, CU_TENSOR_MAP_SWIZZLE_128B = 128 };
 enum { CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE };
 
@@ -38,10 +39,14 @@ struct Warpgroup { /* of one thread: groups of products, the open one last; what
     uint32_t before[4][128];
     int owners;
 };
-struct Meeting { int arrived; long times; };
+struct Meeting { int arrived; long times; uint8_t came[MOST / 8]; };
+struct Storing { const CUtensorMap *map; int x, y; const uint8_t *from; unsigned thread; int group; };
 
 static Barrier barrier_list[BARRIERS];
 static Copying flying[FLYING];
+static Storing storing[FLYING]; /* boxes on their way to a matrix */
+static int storing_count, stored_groups[MOST];
+static long boxes_stored;
 static int barrier_count, flying_count;
 static Warpgroup warpgroups[MOST];
 static Meeting meetings[CLUSTER][NAMED];
@@ -56,6 +61,7 @@ static uint64_t dice = 99194853094755497u;
 static void finish_block()
 {
     if (flying_count) fail("a copy that nobody waited for");
+    if (storing_count) fail("boxes that nobody waited for");
     for (unsigned t = 0; t < threads * cluster; t++) {
         if (warpgroups[t].products) fail("products that nobody waited for");
         if (early && !waited[t]) fail("a thread that did not wait for the kernel ahead");
@@ -104,7 +110,7 @@ static uint8_t *dynamic_shared(size_t bytes)
     if (!at_end) { /* the first thread of a thread block */
         memset(warpgroups, 0, sizeof *warpgroups * threads * cluster), memset(meetings, 0, sizeof meetings);
         memset(rings, 0, sizeof rings), memset(hidden_by, 0, sizeof hidden_by), landed = hide, cluster_meeting = {};
-        memset(waited, 0, sizeof waited);
+        memset(waited, 0, sizeof waited), memset(stored_groups, 0, sizeof stored_groups), storing_count = 0;
         at_once = !at_once;
         flying_count = 0, barrier_count = 0, at_end = finish_block;
     }
@@ -144,6 +150,48 @@ static void copy_lands(int i)
             }
     c.barrier->bytes -= c.bytes;
     turn(c.barrier);
+}
+
+/* A box as it lies now. */
+static void box_lands(const Storing &s)
+{
+    const CUtensorMap &map = *s.map;
+    boxes_stored++;
+    for (uint32_t r = 0; r < map.box[1]; r++)
+        for (uint32_t e = 0; e < map.box[0]; e++) {
+            const int64_t x = (int64_t)s.x + e, y = (int64_t)s.y + r;
+            const unsigned block = s.thread / threads;
+            const uint8_t *from = place(swizzled(address(s.from, block) + (r * map.box[0] + e) * map.unit, map.swizzle_bytes), block);
+            if (hidden_by[block][(from - rings[block]) / 16]) fail("the copy engine reads what a thread has written and not shown");
+            if (x >= 0 && y >= 0 && x < (int64_t)map.size[0] && y < (int64_t)map.size[1]) memcpy((void *)(map.base + y * map.stride + map.unit * x), from, map.unit);
+        }
+}
+static void boxes_left(int left)
+{
+    int kept = 0;
+    for (int i = 0; i < storing_count; i++) {
+        const Storing s = storing[i];
+        if (s.thread != current || s.group >= stored_groups[current] - left) storing[kept++] = s;
+        else box_lands(s);
+    }
+    storing_count = kept;
+}
+
+/* Rows of 8 matrices, through the addresses of all lanes. */
+struct Tile { uint8_t *to; uint32_t a[4]; };
+static void store_tile(void *to, const uint32_t (&a)[4], bool transposed)
+{
+    const Tile mine = {(uint8_t *)to, {a[0], a[1], a[2], a[3]}};
+    if ((uintptr_t)to % 16) fail("a row of a matrix that is not aligned");
+    const uint64_t *all = gathered((uint64_t)(uintptr_t)&mine);
+    const int row = current % 8, matrix = current % WARP / 8;
+    for (int e = 0; e < 8; e++) {
+        const int r = transposed ? e : row, c = transposed ? row : e;
+        const uint16_t value = (uint16_t)(((const Tile *)(uintptr_t)all[4 * r + c / 2])->a[matrix] >> 16 * (c % 2));
+        memcpy(mine.to + 2 * e, &value, 2);
+    }
+    hide(mine.to);
+    looked();
 }
 
 static void fly(Copying c)
@@ -245,11 +293,17 @@ template <class T, class E> static void product(T *sums, int width, uint64_t w, 
     g.product[g.products] = {sums, width, w, x, transposed, (void (*)())widen, multiply_now<T, E>}, g.group[g.products++] = g.opened;
 }
 
+static void come(Meeting &m, int count)
+{
+    progress++;
+    if (m.came[current / 8] >> current % 8 & 1) fail("a thread that comes twice to a barrier of some warps");
+    m.came[current / 8] |= (uint8_t)(1 << current % 8);
+    if (++m.arrived == count) m.arrived = 0, m.times++, memset(m.came, 0, sizeof m.came);
+}
 static void meet(Meeting &m, int count)
 {
     const long mine = m.times;
-    progress++;
-    if (++m.arrived == count) m.arrived = 0, m.times++;
+    come(m, count);
     while (m.times == mine) yield();
 }
 
@@ -266,7 +320,7 @@ static int capability[2] = {9, 0};
 static CUresult encode(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *base, const cuuint64_t *size, const cuuint64_t *stride,
                        const cuuint32_t *box, const cuuint32_t *every, CUtensorMapInterleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill)
 {
-    const int unit = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
+    const int unit = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : type == CU_TENSOR_MAP_DATA_TYPE_UINT32 ? 4 : 2;
     const bool right = rank == 2 && (uintptr_t)base % 16 == 0 && (uintptr_t)map % 64 == 0 && stride[0] % 16 == 0 && stride[0] < 1ull << 40 &&
                        size[0] && size[1] && box[0] && box[1] && box[0] <= 256 && box[1] <= 256 && every[0] == 1 && every[1] == 1 &&
                        box[0] * unit % 16 == 0 && (!swizzle || box[0] * unit <= (cuuint32_t)swizzle);
@@ -320,6 +374,22 @@ static inline void copy_box_to(void *to, const CUtensorMap *map, int x, int y, u
 }
 static inline void copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *barrier) { copy_bulk_to(to, from, bytes, barrier, 1 << emulation::block_rank()); }
 static inline void copy_box(void *to, const CUtensorMap *map, int x, int y, uint64_t *barrier) { copy_box_to(to, map, x, y, barrier, 1 << emulation::block_rank()); }
+static inline void store_box(const CUtensorMap *map, int x, int y, const void *from)
+{
+    using namespace emulation;
+    if (address(from, block_rank()) % 128) fail("a box that is not aligned");
+    if (storing_count == FLYING) fail("more boxes on their way than the emulation has room for");
+    storing[storing_count++] = {map, x, y, (const uint8_t *)from, current, stored_groups[current]};
+    dice ^= dice << 13, dice ^= dice >> 7, dice ^= dice << 17;
+    if (dice >> 20 & 1) box_lands(storing[--storing_count]);
+}
+static inline void stores_commit() { emulation::stored_groups[emulation::current]++; }
+template <int LEFT> static void stores_wait() { emulation::boxes_left(LEFT); }
+static inline void store_matrices(void *to, const uint32_t (&a)[4]) { emulation::store_tile(to, a, false); }
+static inline void store_matrices_transposed(void *to, const uint32_t (&a)[4]) { emulation::store_tile(to, a, true); }
+template <class T> static void put_shared(void *to, T value) { memcpy(to, &value, sizeof value), emulation::hide((void *)((uintptr_t)to / 16 * 16)); }
+static inline uint32_t pair_bf16(float first, float second) { return put_bf16(first) | (uint32_t)put_bf16(second) << 16; }
+static inline uint32_t pair_f16(float first, float second) { return put_f16(first) | (uint32_t)put_f16(second) << 16; }
 static inline void seen_by_all() { emulation::show(); }
 static inline void products_fence() { emulation::warpgroups[emulation::current].fenced = true; }
 static inline void products_commit()
@@ -332,6 +402,7 @@ template <class T, int COUNT> static void sums_done(T (&)[COUNT]) {}
 template <int COUNT> static void registers_more() {}
 template <int COUNT> static void registers_less() {}
 static inline void warps_meet(int number, int count) { emulation::meet(emulation::meetings[emulation::block_rank()][number], count); }
+static inline void warps_arrive(int number, int count) { emulation::come(emulation::meetings[emulation::block_rank()][number], count); }
 static inline void cluster_meet() { emulation::meet(emulation::cluster_meeting, (int)(emulation::threads * emulation::cluster)); }
 template <class T> static T there(const T *at, int rank) { return *(const T *)(void *)emulation::elsewhere(at, rank); }
 static inline void earlier_done() { emulation::waited[emulation::current] = true; }
@@ -389,6 +460,14 @@ template <class F> static cudaError_t cudaOccupancyMaxActiveClusters(int *cluste
 
 /* Which GPU the next launches find. */
 extern "C" __attribute__((visibility("default"))) void emulation_gpu(int major, int minor) { emulation::capability[0] = major, emulation::capability[1] = minor; }
+
+/* Boxes that the copy engine has stored since somebody asked last. */
+extern "C" __attribute__((visibility("default"))) long emulation_boxes(void)
+{
+    const long stored = emulation::boxes_stored;
+    emulation::boxes_stored = 0;
+    return stored;
+}
 
 /* Products of warpgroups, one for each warp, since somebody asked last. */
 extern "C" __attribute__((visibility("default"))) long emulation_products(void)

@@ -25,6 +25,7 @@ STREAM_WARPS = 8
 STREAM_TOKENS = 4  # at most, of a thread block without products of warpgroups
 STAGES = 8  # at most: deeper rings hide nothing more
 CHUNK = 32  # tokens of a slot on their way from registers to Y
+BUFFERS = 2  # of results of a warpgroup that the copy engine stores: one is read while the other is filled
 CLUSTER = 8  # thread blocks at most, on every Hopper
 LEAST_BYTES = 16  # of a box's rows
 LEAST_ROWS = 8  # of a block; a slot has 64, and zeros where block rows do not fill it
@@ -155,14 +156,37 @@ class HopperPlan(Plan):
         if shape.few:
             return shape.width * FEW_STRIDE * 4 * (1 + STREAM_WARPS * shape.streams)
         chunk, unit = min(shape.width, CHUNK), 4 if self.late else self.problem.out_dtype.bytes
+        boxed = BUFFERS * WARPGROUPS * SLOT * min(shape.width, self.box_tokens) * unit if self.boxed(shape) else 0
         if self.problem.operator.token_axis == 0:
-            return WARPGROUPS * chunk * (SLOT + 16 // unit) * unit
-        return WARPGROUPS * SLOT * (chunk + 8) * unit
+            return max(WARPGROUPS * chunk * (SLOT + 16 // unit) * unit, boxed)
+        return max(WARPGROUPS * SLOT * (chunk + 8) * unit, boxed)
 
     @property
     def late(self) -> bool:
         """Whether the epilogue reads arrays shaped like Y: then it runs where rows of Y lie side by side."""
         return any(o.kind in ("element", "out") for step in self.problem.epilogue for o in step.operands)
+
+    @property
+    def box_rows(self) -> int:
+        """Rows of W whose results the copy engine stores together, 0 where it stores none: where the epilogue is late, or
+        rows of Y that lie side by side are too few."""
+        R, unit = self.problem.pattern.R, self.problem.out_dtype.bytes
+        if self.late:
+            return 0
+        if self.problem.operator.token_axis == 0:
+            rows = min(gcd(R, SLOT), PANEL // unit)
+            return rows if rows * unit >= LEAST_BYTES else 0
+        rows = R if R <= SLOT else gcd(R, SLOT)
+        return rows if rows >= LEAST_ROWS and unit > 1 else 0
+
+    @property
+    def box_tokens(self) -> int:
+        """And tokens, at most: those of 128 bytes."""
+        return PANEL // max(self.problem.out_dtype.bytes, 2)
+
+    def boxed(self, shape: Shape) -> bool:
+        """Whether that kernel has its results stored by the copy engine, where it can write to Y."""
+        return bool(self.box_rows) and not shape.few and shape.width % 16 == 0
 
     @cached_property
     def packing(self) -> HopperPacking:

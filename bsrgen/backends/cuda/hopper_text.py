@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bsrgen.backends.cuda.hopper import CHUNK, WARPGROUPS, HopperPlan, Shape
+from bsrgen.backends.cuda.hopper import BUFFERS, CHUNK, LEAST_BYTES, PANEL, WARPGROUPS, HopperPlan, Shape
 from bsrgen.backends.cuda.hopper_packing import SLOT, pack_tiles
 from bsrgen.backends.cuda.text import entry_of, kernel_of, source_of, tables_in_c
 from bsrgen.emit import Source, banner, render
@@ -44,9 +44,11 @@ def _kernel(plan: HopperPlan) -> dict[str, Any]:
     kernels = list({shape.name: shape for shape in plan.shapes}.values())
     many = [shape for shape in kernels if not shape.few]
     few = [shape for shape in kernels if shape.few and not shape.streams]
-    return kernel_of(problem) | {
-        "accumulator": problem.accumulator.c, "product": _product(problem),
+    linear = problem.operator.token_axis == 0
+    return kernel_of(problem) | _boxes(plan) | {
+        "accumulator": problem.accumulator.c, "product": _product(problem), "M": problem.pattern.M,
         "map_type": MAPS[problem.x_dtype.name],
+        "y_bytes": problem.out_dtype.bytes, "x_swizzle": _swizzle(cut.width * problem.dtype.bytes if linear else PANEL),
         "staged": problem.accumulator.c if plan.late else "y_t", "late": plan.late,
         "gathered": plan.gathered, "prepare": None,
         "slots": cut.slots, "down": plan.down, "warpgroups": WARPGROUPS,
@@ -73,6 +75,25 @@ def _kernel(plan: HopperPlan) -> dict[str, Any]:
             ("step_values", t.values, "first tile of W of each step"),
         )),
     }  # fmt: skip
+
+
+def _boxes(plan: HopperPlan) -> dict[str, Any]:
+    """Of Y, that the copy engine stores."""
+    rows, problem = plan.box_rows, plan.problem
+    if not rows:
+        return {"box_rows": 0}
+    unit, linear = problem.out_dtype.bytes, problem.operator.token_axis == 0
+    line = (rows if linear else plan.box_tokens) * unit
+    return {
+        "box_rows": rows, "boxes": min(SLOT // problem.pattern.R * problem.pattern.R or SLOT, SLOT) // rows,
+        "box_tokens": plan.box_tokens, "box_line": line, "buffers": BUFFERS, "y_swizzle": _swizzle(line),
+        "of_tokens": any(o.kind == "token" for step in problem.epilogue for o in step.operands),
+    }  # fmt: skip
+
+
+def _swizzle(line: int) -> str:
+    """The copy engine's name of how boxes lie whose rows are so many bytes."""
+    return f"{line}B" if line > LEAST_BYTES else "NONE"
 
 
 def _call(shape: Shape) -> str:
