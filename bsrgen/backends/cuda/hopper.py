@@ -151,6 +151,11 @@ class HopperPlan(Plan):
         room = (FEW_BYTES if shape.few else SHARED_BYTES) - 1024 - self.staging_bytes(shape)
         return min(STAGES, room // (self.stage_bytes(shape) + 16))  # from a multiple of 1024; two barriers each
 
+    def lead(self, shape: Shape) -> int:
+        """Steps that one warpgroup is ahead of the other, so that each stores its results beside products: half of the stages
+        that are not being multiplied, the other half is on its way."""
+        return self.stages(shape) // 2 - 1
+
     def staging_bytes(self, shape: Shape) -> int:
         """Results on their way to Y: a chunk of tokens of a slot for each warpgroup, or sums of all of few tokens."""
         if shape.few:
@@ -244,8 +249,9 @@ def _shapes(plan: HopperPlan, width: int) -> Iterator[Shape]:
             yield Shape(few, 0, parts)
     whole = plan.problem.operator.token_axis == 0 or width // 2 % (SLOT * plan.down) == 0  # boxes of 64 tokens
     for tokens in (width // 2, width) if whole else (width,):
-        for across in (1, 2, 4) if not plan.gathered else (1,):  # clusters of eight at most
-            yield Shape(tokens, 0, 0, across)
+        for across in (1, 2, 4, 8) if not plan.gathered else (1,):
+            if across * plan.down <= CLUSTER:
+                yield Shape(tokens, 0, 0, across)
 
 
 def in_buckets(plan: HopperPlan, shapes: Iterable[Shape]) -> tuple[Shape, ...]:

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from bsrgen.backends.cuda.hopper import HopperPlan, Shape
 
 W_BYTES = 128 * SLOT  # of a tile of W
+WARPGROUPS = 2  # that multiply
 INGEST = 64.0  # bytes that one SM takes from L2 in a cycle, at most, sent to it alone or not: DeepGEMM's model of sm_90
 SHARED = 128.0  # bytes that one SM reads or writes of shared memory in a cycle
 BOX_CYCLES = 16.0  # of the copy engine for one box, however small: a guess
 GATHER_CYCLES = 128.0  # of four warps that copy 64 features of 64 tokens, 16 bytes a thread: a guess
 STEP_CYCLES = 40.0  # of barriers and the start of products, the rest hides behind the other warpgroup: a guess
 TILE_CYCLES = 600.0  # from the last product of a tile to the first of the next, beside the traffic of Y: a guess
+OUTGO = 64.0  # bytes that one SM gives to L2 in a cycle: as many as it takes; a guess
 STREAM_CYCLES = 300.0  # of a thread block on the ordinary cores, beside its work: a guess
 STREAM_RATE = 3.0  # instructions of an SM in a cycle, of 4: a guess
 CLUSTER_CYCLES = 1000.0  # until the thread blocks of a cluster have met twice: a guess
@@ -49,7 +51,7 @@ class Tiles:
 
     def work(self, product: float, down: int) -> NDArray[Any]:
         """Cycles of one of `down` thread blocks that share a tile, without what waits for copies."""
-        return 4 * self.w_tiles / down * product + self.steps * STEP_CYCLES + TILE_CYCLES
+        return 4 * self.w_tiles / down * product + self.steps * STEP_CYCLES
 
 
 def counts(plan: "HopperPlan", n: int, shape: "Shape") -> Counts:
@@ -104,16 +106,35 @@ def _whole(plan: "HopperPlan", shape: "Shape", widths: int) -> Bounds:
     sms = target.sms if cluster <= 2 else max(target.sms - ODD_SMS, cluster)
     clusters = max(sms // cluster, 1)
     busy = clusters * cluster
-    staged = 2 * plan.slots * SLOT * width * (4 if plan.late else plan.problem.out_dtype.bytes) / SHARED
-    work = tiles.work(_product(plan, shape), down) + staged
+    between, covered = _between(plan, shape)
+    work = tiles.work(_product(plan, shape), down) + between - covered
     uneven = _unevenness(work, widths // shape.across, clusters)
     steps, w_bytes = float(tiles.steps.sum()) * widths, W_BYTES * float(tiles.w_tiles.sum()) * widths
     boxes = GATHER_CYCLES * width / SLOT if plan.gathered else _boxes(plan, shape) * BOX_CYCLES
     return (
-        float(work.sum()) * widths * down * uneven / busy,
+        float(work.sum()) * widths * down * uneven / busy + covered,  # nothing covers the last tile's
         (w_bytes + steps * down * x_bytes) * uneven / (INGEST * busy),
         steps * down * boxes * uneven / busy,
     ), w_bytes / shape.across + steps * x_bytes
+
+
+def _between(plan: "HopperPlan", shape: "Shape") -> tuple[float, float]:
+    """Cycles of a warpgroup from the last product of a tile to the first of the next, and how many of them products of the
+    other one cover, which is so many steps behind.
+
+    What the copy engine stores is written to shared memory once, and only what the buffers have no room for is waited
+    for; else it is written, read again and sent by the threads.
+    """
+    unit, tiles = plan.problem.out_dtype.bytes, plan.tiles
+    results = plan.slots // plan.down * SLOT * shape.width // WARPGROUPS
+    if plan.boxed(shape):
+        kept = plan.staging_bytes(shape) // WARPGROUPS
+        between = results * unit / SHARED + max(results * unit - kept, 0) / OUTGO
+    else:
+        between = 2 * results * (4 if plan.late else unit) / SHARED
+    step = 4 * _product(plan, shape) * float(tiles.w_tiles.sum() / max(tiles.steps.sum(), 1)) / plan.down / WARPGROUPS
+    between += TILE_CYCLES
+    return between, min(between, plan.lead(shape) * step)
 
 
 def _split(plan: "HopperPlan", shape: "Shape", widths: int) -> Bounds:
