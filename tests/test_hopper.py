@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from device_emulation import check_device_calls, emulated, run, said
-from support import assert_right, make_weight, problem_of, single
+from support import CANARY, assert_right, frame_is_intact, framed, make_weight, problem_of, single
 
 import bsrgen
 from bsrgen import advice, cost, tune
@@ -60,6 +60,8 @@ TABLE = [
     ((64, 16), "linear", "int8", None, ("scale", "bias"), "uniform", 2, (4, 16, 64), (3, 10, 130), (1, 2)),
     ((16, 128), "linear", "int8", "int8", (), "powerlaw", 4, (32,), (40,), (2, 1)),
     ((64, 32), "linear", "float8_e4m3fn", "float32", ("scale",), "uniform", 2, (4, 16), (3, 20), (1, 1)),
+    ((24, 32), "linear", "bfloat16", None, ("bias", "token_scale"), "uniform", 4, (64,), (70,), (1, 1)),
+    ((200, 16), "spmm", "float16", None, ("scale",), "uniform", 2, (64,), (136,), (1, 1)),
 ]
 
 
@@ -72,6 +74,7 @@ def test_table(case, rng, tmp_path):
     plan = plan_of(problem, slots, widths, across, down)
     kernel = emulated(plan, weight, tmp_path)
     check_device_calls(kernel, problem, weight, rng, tokens, exact=False)  # X that is not aligned: the other kernel
+    check_boxes(kernel, plan, weight, rng, tokens[0] if tokens[0] > 16 else tokens[-1])
     assert library_of(kernel).emulation_products() > 0, "X was aligned, and wgmma was not used"
     half = weight.data.astype(np.float32) * 0.5
     other = Weight(weight.pattern, (np.rint(half) if dtype == "int8" else half).astype(weight.data.dtype))
@@ -81,6 +84,19 @@ def test_table(case, rng, tmp_path):
     out = problem.sample_out(rng, tokens[-1])
     assert_right(problem, other, run(kernel, x, out.copy(), given), x, given, out)
     assert library_of(kernel).emulation_products() == 0
+
+
+def check_boxes(kernel, plan, weight, rng, n):
+    """A call whose Y lies in the middle of a larger array, aligned: the copy engine stores it if the plan says so, cut
+    where it ends."""
+    problem = plan.problem
+    x, given = problem.sample(rng, n)
+    old = problem.sample_out(rng, n)
+    out = framed(old, (1, 16), (2, 16 + -old.shape[1] % 16), CANARY)
+    library_of(kernel).emulation_boxes()
+    assert_right(problem, weight, run(kernel, x, out, given), x, given, old)
+    assert frame_is_intact(out)
+    assert (library_of(kernel).emulation_boxes() > 0) == plan.boxed(plan.shape(n))
 
 
 @pytest.mark.parametrize(("block", "operator", "slots"), [((128, 64), "linear", 2), ((200, 3), "spmm", 4)])
@@ -167,6 +183,28 @@ CLUSTER_MUTATIONS = {
 }  # fmt: skip
 
 
+BOX_MUTATIONS = {
+    "a buffer written while it is read": ("            if (warp == 0) stores_wait<1>();\n", ""),
+    "one group too few waited for": ("if (warp == 0) stores_wait<1>()", "if (warp == 0) stores_wait<2>()"),
+    "shared memory gone while boxes leave": ("        stores_wait<0>(); /*", "        /*"),
+    "results not shown": ("            seen_by_all();\n            warps_meet(1 +", "            warps_meet(1 +"),
+    "boxes before all have written": ("seen_by_all();\n            warps_meet(1 + group, 128);", "seen_by_all();"),
+    "boxes that lie plainly": ("CU_TENSOR_MAP_SWIZZLE_128B}", "CU_TENSOR_MAP_SWIZZLE_NONE}"),
+    "results that lie plainly": ("(at ^ (at >> 3 &", "(at ^ (0 &"),
+    "matrices not turned": ("store_matrices_transposed(", "store_matrices("),
+    "matrices in another order": ("2 * warp + lane / 8 % 2", "2 * warp + lane / 16"),
+    "Y longer than it is": ("call->n, call->ldy, 64", "call->n + 8, call->ldy, 64"),
+    "Y wider than it is": ("304, call->n", "320, call->n"),
+    "boxes that are not there": ("if (rows[slot].first >= 0) store_box", "store_box"),
+    "rows of another slot": ("first_slot + group * MINE + slot) * 64;\n        rows[slot]", "first_slot + group * 0 + slot) * 64;\n        rows[slot]"),
+    "results of the wrong buffer": ("buffer = buffer + 1 == 2 ? 0", "buffer = buffer + 1 == 3 ? 0"),
+    "the second one does not follow": ("if (LEAD<WIDTH> > 0 && group == 1) follow();", ""),
+    "nobody leads where steps are few": ("    if (lead == end) lead_on(followed);\n", ""),
+    "a lead of two tiles": ("    if (followed) warps_meet(4, 256);\n    warps", "    warps"),
+    "one came and nobody waits": ("        if (followed) warps_meet(4, 256);\n        stores", "        stores"),
+}  # fmt: skip
+
+
 GATHER_MUTATIONS = {
     "copies not shown to products": ("                seen_by_all();\n", ""),
     "told of before they land": ("                copies_wait<BEHIND>();\n", ""),
@@ -226,6 +264,37 @@ def test_victim_is_right(victim, rng, tmp_path):
         (folder := tmp_path / str(down)).mkdir()
         kernel = emulated(HopperPlan(problem, SMALL, 2, shapes, down), weight, folder, changed)
         check_device_calls(kernel, problem, weight, rng, calls, exact=False)
+
+
+@pytest.fixture(scope="module")
+def boxed_victim():
+    """The same with Y that the copy engine can store: rows that end within a box, a slot without any, tiles of few steps."""
+    rng = np.random.default_rng(6)
+    stored = rng.random((5, 24)) < np.array([[0.9], [0.05], [0.1], [0.5], [0.6]])
+    dense = np.kron(stored, np.ones((64, 32))) * rng.standard_normal((320, 768))
+    weight = as_weight(dense[:304].astype(np.float16), blocksize=(64, 32), dtype="float16")
+    problem = problem_of(weight, "linear", "bias")
+    return weight, problem, plan_of(problem, 2, (64,))
+
+
+def test_boxed_victim_is_right(boxed_victim, rng, tmp_path):
+    weight, problem, plan = boxed_victim
+    kernel = emulated(plan, weight, tmp_path)
+    for n in (72, 200, 200):
+        check_boxes(kernel, plan, weight, rng, n)
+    check_device_calls(kernel, problem, weight, rng, (200, 1), exact=False)
+    assert library_of(kernel).emulation_boxes() > 0
+
+
+@pytest.mark.parametrize("name", BOX_MUTATIONS)
+def test_mutation_of_boxes_is_found(name, boxed_victim, rng, tmp_path):
+    weight, problem, plan = boxed_victim
+    kernel = emulated(plan, weight, tmp_path, lambda text: replaced(text, *BOX_MUTATIONS[name]))
+    with pytest.raises((AssertionError, DeviceError, pytest.fail.Exception)) as found:
+        for _ in range(3):
+            x, given = problem.sample(rng, 200)
+            assert_right(problem, weight, run(kernel, x, problem.sample_out(rng, 200), given), x, given)
+    assert found.type is not DeviceError or said(kernel.artifact)
 
 
 @pytest.mark.parametrize("name", [*MUTATIONS, *FEW_MUTATIONS, *SPLIT_MUTATIONS, *STREAM_MUTATIONS, *CLUSTER_MUTATIONS])

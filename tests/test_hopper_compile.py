@@ -11,7 +11,7 @@ from test_cuda_compile import disassembled, needs_nvcc  # noqa: F401
 from bsrgen import build, nvcc
 from bsrgen.backends import c
 from bsrgen.backends.cuda import HopperPlan, emit
-from bsrgen.backends.cuda.hopper import Shape
+from bsrgen.backends.cuda.hopper import WARPGROUPS, Shape
 from bsrgen.dtypes import DTYPES, HOPPER
 from bsrgen.errors import BuildError
 from bsrgen.gpus import as_gpus
@@ -87,6 +87,11 @@ def test_gates(name, needs_nvcc, tmp_path):  # noqa: F811
     sass = disassembled(library)
     if sass is None:
         pytest.skip("all but the machine code was looked at: no cuobjdump and nvdisasm beside nvcc or among its wheels")
+    boxed = [shape for shape in g.shapes if plan.boxed(shape)]
+    tiles = sum(shape.width * g.slots // g.down // WARPGROUPS for shape in boxed)  # tokens of slots, of a thread
+    assert len(re.findall(r"\bSTSM\.16\.MT?88\.4\b", sass)) == (tiles // 16 if problem.out_dtype.bytes == 2 else 0)
+    assert len(re.findall(r"\bUTMASTG\.2D\b", sass)) == tiles // plan.box_tokens
+    assert bool(boxed) == (name != "shared")
     for instruction, least in g.found.items():
         found = len(re.findall(rf"\b(?:{instruction})", sass))
         assert found >= least, (instruction, found)

@@ -68,6 +68,9 @@ static void finish_block()
     }
     for (int i = 0; i < barrier_count; i++)
         if (barrier_list[i].bytes) fail("a barrier whose bytes never came");
+    for (unsigned block = 0; block < cluster; block++)
+        for (const Meeting &m : meetings[block])
+            if (m.arrived) fail("a barrier of some warps that others never came to");
     at_end = NULL;
 }
 

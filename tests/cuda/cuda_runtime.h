@@ -263,20 +263,21 @@ static void run_block(uint8_t *stacks)
         f.context.uc_link = &scheduler;
         makecontext(&f.context, fiber_main, 0);
     }
-    static unsigned turn; /* whose thread block of a cluster is slow, if any is */
-    const unsigned slow = ++turn % (cluster + 1);
+    static unsigned turn; /* whose thread block of a cluster is slow, if any is, or which of three warpgroups */
+    const unsigned warpgroups = cluster == 1 && threads == 3 * 128 ? 3 : 0, together = warpgroups ? 128 : threads;
+    const unsigned slow = ++turn % ((warpgroups ? warpgroups : cluster) + 1);
     unsigned pass = 0;
     long seen = 0;
     for (bool left = true; left; pass++) {
         const long before = progress;
-        const bool all = cluster == 1 || pass % 16 == 15 || progress == seen; /* the others wait */
+        const bool all = (cluster == 1 && !warpgroups) || pass % 16 == 15 || progress == seen; /* the others wait */
         seen = before;
         unsigned *order = shuffled(threads * cluster);
         left = false;
         for (unsigned i = 0; i < threads * cluster; i++) {
             if (fibers[order[i]].done) continue;
             left = true;
-            if (!all && order[i] / threads == slow) continue;
+            if (!all && order[i] / together == slow) continue;
             enter(order[i]);
             swapcontext(&scheduler, &fibers[current].context);
         }

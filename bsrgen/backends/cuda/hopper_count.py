@@ -29,7 +29,8 @@ SHARED = 128.0  # bytes that one SM reads or writes of shared memory in a cycle
 BOX_CYCLES = 16.0  # of the copy engine for one box, however small: a guess
 GATHER_CYCLES = 128.0  # of four warps that copy 64 features of 64 tokens, 16 bytes a thread: a guess
 STEP_CYCLES = 40.0  # of barriers and the start of products, the rest hides behind the other warpgroup: a guess
-TILE_CYCLES = 600.0  # from the last product of a tile to the first of the next, beside the traffic of Y: a guess
+TILE_CYCLES = 300.0  # from the last product of a tile to the first of the next, beside the traffic of Y: a guess
+TABLE_CYCLES = 300.0  # more where tables of the tile are read only then: a guess
 OUTGO = 64.0  # bytes that one SM gives to L2 in a cycle: as many as it takes; a guess
 STREAM_CYCLES = 300.0  # of a thread block on the ordinary cores, beside its work: a guess
 STREAM_RATE = 3.0  # instructions of an SM in a cycle, of 4: a guess
@@ -131,7 +132,7 @@ def _between(plan: "HopperPlan", shape: "Shape") -> tuple[float, float]:
         kept = plan.staging_bytes(shape) // WARPGROUPS
         between = results * unit / SHARED + max(results * unit - kept, 0) / OUTGO
     else:
-        between = 2 * results * (4 if plan.late else unit) / SHARED
+        between = TABLE_CYCLES + 2 * results * (4 if plan.late else unit) / SHARED
     step = 4 * _product(plan, shape) * float(tiles.w_tiles.sum() / max(tiles.steps.sum(), 1)) / plan.down / WARPGROUPS
     between += TILE_CYCLES
     return between, min(between, plan.lead(shape) * step)
@@ -150,7 +151,7 @@ def _split(plan: "HopperPlan", shape: "Shape", widths: int) -> Bounds:
     if shape.streams:
         serial, boxes = parts * (STREAM_CYCLES + staged), 0
     else:
-        serial, boxes = w_tiles * STEP_CYCLES + parts * (TILE_CYCLES / RESIDENT + staged), _boxes(plan, shape)
+        serial, boxes = w_tiles * STEP_CYCLES + parts * ((TILE_CYCLES + TABLE_CYCLES) / RESIDENT + staged), _boxes(plan, shape)
     from_l2 = widths * w_tiles * (W_BYTES + 128 * shape.width)
     return (
         (4 * w_tiles * _product(plan, shape) + serial) * widths * uneven / sms,
