@@ -36,7 +36,8 @@ THINNED = {
         "test_nothing_is_spilled_by_what_prepares_weights": 2,
     },
     "test_cuda_pit.py": {"test_right_and_nothing_else_is_written": 3, "test_mutation_is_found": 4},
-    "test_hopper.py": {"test_table": 2, "test_mutation_is_found": 4, "test_mutation_of_boxes_is_found": 4}, "test_hopper_compile.py": {"test_gates": 2},
+    "test_hopper.py": {"test_table": 2, "test_mutation_is_found": 4, "test_mutation_of_boxes_is_found": 4},
+    "test_hopper_compile.py": {"test_gates": 2},
     "test_isa.py": {"test_aarch64": 3},
     "test_kernels.py": {
         "test_table": 3, "test_plan_space": 3, "test_inf_and_nan_in_X_and_behind_it": 3,

@@ -31,7 +31,7 @@ LEAST_BYTES = 16  # of a box's rows
 LEAST_ROWS = 8  # of a block; a slot has 64, and zeros where block rows do not fill it
 TYPES = {"float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}  # of W and X: operators; no unit turns bytes
 BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # of tokens
-NEARLY = 1.06  # times the fastest is as fast: another kernel takes a second to compile
+NEARLY = 1.07  # times the fastest is as fast: another kernel takes a second to compile
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +152,8 @@ class HopperPlan(Plan):
         return min(STAGES, room // (self.stage_bytes(shape) + 16))  # from a multiple of 1024; two barriers each
 
     def lead(self, shape: Shape) -> int:
-        """Steps that one warpgroup is ahead of the other, so that each stores its results beside products: half of the stages
-        that are not being multiplied, the other half is on its way."""
+        """Steps that one warpgroup is ahead of the other, so that each stores its results beside products: half of the
+        stages that are not being multiplied; the other half is on its way."""
         return self.stages(shape) // 2 - 1
 
     def staging_bytes(self, shape: Shape) -> int:
@@ -173,8 +173,8 @@ class HopperPlan(Plan):
 
     @property
     def box_rows(self) -> int:
-        """Rows of W whose results the copy engine stores together, 0 where it stores none: where the epilogue is late, or
-        rows of Y that lie side by side are too few."""
+        """Rows of W whose results the copy engine stores together; 0 where it stores none, because the epilogue is late
+        or too few rows of Y lie side by side."""
         R, unit = self.problem.pattern.R, self.problem.out_dtype.bytes
         if self.late:
             return 0

@@ -120,8 +120,8 @@ def _whole(plan: "HopperPlan", shape: "Shape", widths: int) -> Bounds:
 
 
 def _between(plan: "HopperPlan", shape: "Shape") -> tuple[float, float]:
-    """Cycles of a warpgroup from the last product of a tile to the first of the next, and how many of them products of the
-    other one cover, which is so many steps behind.
+    """Cycles of a warpgroup from the last product of a tile to the first of the next, and how many of them products of
+    the other one cover, which is some steps behind.
 
     What the copy engine stores is written to shared memory once, and only what the buffers have no room for is waited
     for; else it is written, read again and sent by the threads.
@@ -151,7 +151,8 @@ def _split(plan: "HopperPlan", shape: "Shape", widths: int) -> Bounds:
     if shape.streams:
         serial, boxes = parts * (STREAM_CYCLES + staged), 0
     else:
-        serial, boxes = w_tiles * STEP_CYCLES + parts * ((TILE_CYCLES + TABLE_CYCLES) / RESIDENT + staged), _boxes(plan, shape)
+        between = (TILE_CYCLES + TABLE_CYCLES) / RESIDENT
+        serial, boxes = w_tiles * STEP_CYCLES + parts * (between + staged), _boxes(plan, shape)
     from_l2 = widths * w_tiles * (W_BYTES + 128 * shape.width)
     return (
         (4 * w_tiles * _product(plan, shape) + serial) * widths * uneven / sms,
