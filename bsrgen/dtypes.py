@@ -69,7 +69,7 @@ PAIRS: dict[tuple[str, str], tuple[str, ...]] = {
     ("int8", "bfloat16"): ("bfloat16", "float32"),
 }
 HOPPER_PAIRS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("float8_e4m3fn", "float8_e4m3fn"): ("bfloat16", "float16", "float32")
+    ("float8_e4m3fn", "float8_e4m3fn"): ("bfloat16", "float16", "float32", "float8_e4m3fn")
 }
 
 
@@ -109,7 +109,7 @@ def as_types(
         reads = " or ".join(x_name for w_name, x_name in pairs if w_name == w.name)
         raise UnsupportedError(f"x_dtype={x.name!r} with dtype={w.name!r}: {w.name} kernels read {reads}")
     able = pairs[w.name, x.name]
-    y = DTYPES[able[0]] if out_dtype is None else as_dtype(out_dtype)
+    y = DTYPES[able[0]] if out_dtype is None else as_dtype(out_dtype, w.name in HOPPER)
     if y.name not in able:
         raise UnsupportedError(
             f"out_dtype={y.name!r} with dtype={w.name!r} and x_dtype={x.name!r}: such kernels write {' or '.join(able)}"

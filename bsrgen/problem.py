@@ -134,7 +134,8 @@ class Problem:
         """(Y, bound) in float64: the right answer and the elementwise error a kernel may make (DESIGN section 6).
 
         |y - Y| <= g(k + 2) (|W| |x|), k stored entries of that row, carried through the epilogue by each step's gain,
-        plus the roundings of the step itself and of Y.  Sums of int8 are exact.  Y of int8 is saturated, not rounded.
+        plus the roundings of the step itself and of Y.  Sums of int8 are exact.  Y of int8 is saturated, not rounded;
+        Y of float8 both.
         """
         if self.pit:
             return self._selected(self.pit, weight, x, given or {}, out)
@@ -177,6 +178,8 @@ class Problem:
             bound = step.gain(*values) * bound + off + step.roundings * (u * size + self.real.smallest)
         if self.out_dtype is INT8:
             return np.clip(y, -INT8.largest, INT8.largest), bound + 0.5
+        if self.out_dtype is FLOAT8:
+            y = np.clip(y, -FLOAT8.largest, FLOAT8.largest)
         if self.out_dtype is not self.real:
             bound = bound + self.out_dtype.unit_roundoff * (np.abs(y) + bound) + self.out_dtype.smallest
         return y, bound

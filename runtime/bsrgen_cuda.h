@@ -56,6 +56,21 @@ DEVICE bf16_t put_bf16(float v)
     return (bf16_t)((v != v ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 DEVICE f16_t put_f16(float v) { return __half_as_ushort(__float2half_rn(v)); }
+/* Saturates at 448; NaN comes through. */
+DEVICE e4m3_t put_e4m3(float v)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    uint16_t two;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(0.0f), "f"(v));
+    return (e4m3_t)two;
+#else
+    const uint32_t sign = __float_as_uint(v) >> 24 & 0x80;
+    const float size = fminf(fabsf(v), 448.0f);
+    const uint32_t bits = __float_as_uint(size), normal = (bits + 0x7ffff + (bits >> 20 & 1)) >> 20; /* exponents above 127 */
+    if (v != v) return (e4m3_t)(sign | 0x7f);
+    return (e4m3_t)(sign | (size < 0.015625f ? (uint32_t)rintf(size * 512.0f) : normal - (120 << 3))); /* below 2^-6 all in units of 2^-9 */
+#endif
+}
 DEVICE s8_t put_s8(float v) { return (s8_t)(v != v ? 0.0f : rintf(fminf(fmaxf(v, -127.0f), 127.0f))); }
 
 #define get_w NAME_OF(get_, W_KIND)

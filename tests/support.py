@@ -76,8 +76,8 @@ def framed(inner: Array, before: tuple[int, int] = (1, 3), after: tuple[int, int
 
 
 def _filling(fill: float, dtype: Any) -> Any:
-    """`fill` in that dtype; integers have no NaN, and int8 not much else."""
-    return np.array(-101 if dtype.kind == "i" else fill, dtype)
+    """`fill` in that dtype; integers have no NaN, one byte has not much else."""
+    return np.array(-101 if dtype.kind == "i" else fill if dtype.itemsize > 1 or fill != fill else fill / 8, dtype)
 
 
 def frame_is_intact(view: Array, fill: float = CANARY) -> bool:

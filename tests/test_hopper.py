@@ -60,6 +60,7 @@ TABLE = [
     ((64, 16), "linear", "int8", None, ("scale", "bias"), "uniform", 2, (4, 16, 64), (3, 10, 130), (1, 2)),
     ((16, 128), "linear", "int8", "int8", (), "powerlaw", 4, (32,), (40,), (2, 1)),
     ((64, 32), "linear", "float8_e4m3fn", "float32", ("scale",), "uniform", 2, (4, 16), (3, 20), (1, 1)),
+    ((64, 16), "linear", "float8_e4m3fn", "float8_e4m3fn", ("scale", "bias"), "uniform", 4, (4, 32), (3, 40), (1, 1)),
     ((24, 32), "linear", "bfloat16", None, ("bias", "token_scale"), "uniform", 4, (64,), (70,), (1, 1)),
     ((200, 16), "spmm", "float16", None, ("scale",), "uniform", 2, (64,), (136,), (1, 1)),
 ]
