@@ -160,8 +160,9 @@ class HopperPlan(Plan):
         """Results on their way to Y: a chunk of tokens of a slot for each warpgroup, or sums of all of few tokens."""
         if shape.few:
             return shape.width * FEW_STRIDE * 4 * (1 + STREAM_WARPS * shape.streams)
-        chunk, unit = min(shape.width, CHUNK), 4 if self.late else self.problem.out_dtype.bytes
-        boxed = BUFFERS * WARPGROUPS * SLOT * min(shape.width, self.box_tokens) * unit if self.boxed(shape) else 0
+        chunk, unit = min(shape.width, CHUNK), 4 if self.finishes_late else self.problem.out_dtype.bytes
+        boxed = BUFFERS * WARPGROUPS * SLOT * min(shape.width, self.box_tokens) * self.problem.out_dtype.bytes
+        boxed = boxed if self.boxed(shape) else 0
         if self.problem.operator.token_axis == 0:
             return max(WARPGROUPS * chunk * (SLOT + 16 // unit) * unit, boxed)
         return max(WARPGROUPS * SLOT * (chunk + 8) * unit, boxed)
@@ -170,6 +171,12 @@ class HopperPlan(Plan):
     def late(self) -> bool:
         """Whether the epilogue reads arrays shaped like Y: then it runs where rows of Y lie side by side."""
         return any(o.kind in ("element", "out") for step in self.problem.epilogue for o in step.operands)
+
+    @property
+    def finishes_late(self) -> bool:
+        """Whether threads that store Y themselves run the epilogue then: also where they do so only if the copy engine
+        cannot, because in registers it is as many copies of its text as a thread has sums, and nvcc takes a minute."""
+        return self.late or bool(self.box_rows)
 
     @property
     def box_rows(self) -> int:

@@ -49,7 +49,7 @@ def _kernel(plan: HopperPlan) -> dict[str, Any]:
         "accumulator": problem.accumulator.c, "product": _product(problem), "M": problem.pattern.M,
         "map_type": MAPS[problem.x_dtype.name],
         "y_bytes": problem.out_dtype.bytes, "x_swizzle": _swizzle(cut.width * problem.dtype.bytes if linear else PANEL),
-        "staged": problem.accumulator.c if plan.late else "y_t", "late": plan.late,
+        "staged": problem.accumulator.c if plan.finishes_late else "y_t", "late": plan.finishes_late,
         "gathered": plan.gathered, "prepare": None,
         "slots": cut.slots, "down": plan.down, "warpgroups": WARPGROUPS,
         "mine": plan.slots // WARPGROUPS, "tiles": t.rows.size // (cut.slots * SLOT),
