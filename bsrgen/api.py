@@ -96,9 +96,8 @@ def compile(
         int8              int8                float32, bfloat16, int8                sums of int32, exact
         int8              float32             float32
         int8              bfloat16            bfloat16, float32
-        float8_e4m3fn     float8_e4m3fn       bfloat16, float16, float32, float8_e4m3fn (saturates at 448)      backend
-                                              "cuda", target "sm_90a", linear alone; scales of W and X are epilogues,
-                                              "scale" and "token_scale"
+        float8_e4m3fn     float8_e4m3fn       bfloat16, float16, float32, float8_e4m3fn    backend "cuda", "sm_90a",
+                                              linear alone; scales of W and X are epilogues, "scale" and "token_scale"
         None for x_dtype means dtype.
     int8: symmetric, W[m] stands for w_scale[m] * w[m], w in [-127, 127].  Floating W is quantised,
         w = round(W / w_scale), ties to even, clipped, with w_scale[m] = max |W[m]| / 127 (1 for a row of zeros) or the
