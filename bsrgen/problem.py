@@ -134,8 +134,7 @@ class Problem:
         """(Y, bound) in float64: the right answer and the elementwise error a kernel may make (DESIGN section 6).
 
         |y - Y| <= g(k + 2) (|W| |x|), k stored entries of that row, carried through the epilogue by each step's gain,
-        plus the roundings of the step itself and of Y.  Sums of int8 are exact.  Y of int8 is saturated, not rounded;
-        Y of float8 both.
+        plus the roundings of the step itself and of Y.  Sums of int8 are exact.  Y of a byte is saturated.
         """
         if self.pit:
             return self._selected(self.pit, weight, x, given or {}, out)
@@ -176,12 +175,10 @@ class Problem:
             before, y = y, step.numpy(y, *values)
             size = np.abs(before) + np.abs(y) + sum(np.abs(v) for v in values if np.all(np.isfinite(v)))
             bound = step.gain(*values) * bound + off + step.roundings * (u * size + self.real.smallest)
-        if self.out_dtype is INT8:
-            return np.clip(y, -INT8.largest, INT8.largest), bound + 0.5
-        if self.out_dtype is FLOAT8:
-            y = np.clip(y, -FLOAT8.largest, FLOAT8.largest)
-        if self.out_dtype is not self.real:
-            bound = bound + self.out_dtype.unit_roundoff * (np.abs(y) + bound) + self.out_dtype.smallest
+        kind = self.out_dtype
+        y = np.clip(y, -kind.largest, kind.largest) if kind.bytes == 1 else y
+        if kind is not self.real:
+            bound = bound + (0.5 if kind is INT8 else kind.unit_roundoff * (np.abs(y) + bound) + kind.smallest)
         return y, bound
 
     def _sums(self, weight: Weight, x: Array) -> tuple[Array, Array]:
