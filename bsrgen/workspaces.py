@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-WORKSPACE_BYTES = 8 << 20  # that no kernel exceeds
+WORKSPACE_BYTES = 20 << 20  # that no kernel exceeds
 IN_TURN = -1  # in the place of a capture's number
 PER_THREAD = 2  # cudaStreamPerThread: another stream in each thread, with one handle
 Make = Callable[[], int]  # allocates WORKSPACE_BYTES of zeros on a device, waits, and says where

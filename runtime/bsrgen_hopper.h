@@ -159,6 +159,14 @@ DEVICE void warps_meet(int number, int threads) { asm volatile("bar.sync %0, %1;
 /* These warps come to such a barrier, and do not wait for the others. */
 DEVICE void warps_arrive(int number, int threads) { asm volatile("bar.arrive %0, %1;" : : "r"(number), "r"(threads) : "memory"); }
 
+/* What thread blocks have counted there up to now. */
+DEVICE unsigned counted_so_far(const unsigned *at)
+{
+    unsigned count;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(at) : "memory");
+    return count;
+}
+
 /* All threads of a cluster of thread blocks meet; what each wrote before to its shared memory, the others see. */
 DEVICE void cluster_meet()
 {

@@ -180,7 +180,7 @@ CLUSTER_MUTATIONS = {
     "steps of the other thread block": ("[step + 1] >> down<ACROSS>() * OWN", "[step + 1] >> 0 * OWN"),
     "one share of X": ("share * TOKENS : 0", "0 * TOKENS : 0"),
     "tokens of the first": ("* ACROSS + blockIdx.x % ACROSS)", "* ACROSS)"),
-    "rows of the first": ("(a, sums, now.at, down<ACROSS>() * OWN", "(a, sums, now.at, 0"),
+    "rows of the first": ("(a, sums, now, down<ACROSS>() * OWN", "(a, sums, now, 0"),
 }  # fmt: skip
 
 

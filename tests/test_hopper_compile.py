@@ -36,19 +36,26 @@ class Gate:
 
 MANY = Shape(256)
 COPIED = {r"UTMALDG\.2D": 1, r"UBLKCP\.S\.G": 1, r"SYNCS\.ARRIVE\.TRANS64": 2, "USETMAXREG": 2, r"STG\.E\.128": 1}
+MEETING = {r"ATOMG\.E\.ADD\.STRONG\.GPU": 1, r"LDG\.E\.STRONG\.GPU": 1, r"MEMBAR\.\S*GPU": 2}  # of parts of a tile
 GATES = {
-    "tall": Gate((128, 64), "linear", "bfloat16", ("bias", "silu"), 2, (Shape(4, 4, 1), Shape(256, across=4)), 1, (),
-                 COPIED | {r"HGMMA\.64x256x16\.F32": 4, r"UBLKCP\.S\.G\.MULTICAST": 1, r"ACQBULK": 1, "PREEXIT": 1,
+    "tall": Gate((128, 64), "linear", "bfloat16", ("bias", "silu"), 2,
+                 (Shape(4, 4, 1), Shape(128, 256, 0, 2, True), Shape(256, across=4)), 1, (),
+                 COPIED | MEETING | {r"HGMMA\.64x128x16\.F32": 4,
+                           r"HGMMA\.64x256x16\.F32": 4, r"UBLKCP\.S\.G\.MULTICAST": 1, r"ACQBULK": 1, "PREEXIT": 1,
                            r"SYNCS\.ARRIVE\.TRANS64\.RED": 1, r"LDG\.E\.128\.CONSTANT|LDG\.E\.\S*128\S*CONSTANT": 8}),
-    "gathered": Gate((32, 1), "spmm", "bfloat16", ("bias",), 2, (Shape(64, 64, 2), Shape(256)), 1, (),
-                     COPIED | {r"HGMMA\.64x64x16\.F32": 4, r"HGMMA\.64x256x16\.F32": 4, r"LDGSTS\.E\.BYPASS\.128": 1}),
+    "gathered": Gate((32, 1), "spmm", "bfloat16", ("bias",), 2,
+                     (Shape(64, 64, 2), Shape(128, 256, equal=True), Shape(256)), 1, (),
+                     COPIED | MEETING | {r"HGMMA\.64x64x16\.F32": 4, r"HGMMA\.64x256x16\.F32": 4,
+                                         r"LDGSTS\.E\.BYPASS\.128": 1}),
     "shared": Gate((64, 32), "spmm", "float16", ("residual",), 4, (Shape(128, across=2),), 2, ("sm_80",),
                    COPIED | {r"HGMMA\.64x128x16\.F32": 16, r"UTMALDG\.2D\.MULTICAST": 1,
                              r"UBLKCP\.S\.G\.MULTICAST": 1}),
     "bytes": Gate((64, 32), "linear", "int8", ("scale",), 4, (Shape(128),), 1, (),
                   COPIED | {r"IGMMA\.64x128x32\.S8\.S8": 16, r"IMMA\.16832": 1}),
-    "float8": Gate((64, 128), "linear", "float8_e4m3fn", ("scale",), 2, (Shape(16, 16, 2), Shape(128, across=2)), 1, (),
-                   COPIED | {r"QGMMA\.64x128x32\.F32\.E4M3\.E4M3": 4, r"QGMMA\.64x16x32\.F32\.E4M3\.E4M3": 4}),
+    "float8": Gate((64, 128), "linear", "float8_e4m3fn", ("scale",), 2,
+                   (Shape(8, 8, equal=True), Shape(16, 16, 2), Shape(128, across=2)), 1, (),
+                   COPIED | MEETING | {r"QGMMA\.64x128x32\.F32\.E4M3\.E4M3": 4,
+                                       r"QGMMA\.64x16x32\.F32\.E4M3\.E4M3": 4}),
 }  # fmt: skip
 
 

@@ -404,8 +404,14 @@ template <int LEFT> static void products_wait() { emulation::products_left(LEFT)
 template <class T, int COUNT> static void sums_done(T (&)[COUNT]) {}
 template <int COUNT> static void registers_more() {}
 template <int COUNT> static void registers_less() {}
-static inline void warps_meet(int number, int count) { emulation::meet(emulation::meetings[emulation::block_rank()][number], count); }
+static inline void warps_meet(int number, int count)
+{
+    if (number == 5 && emulation::meetings[emulation::block_rank()][number].arrived == count - 1) emulation::met[emulation::block_rank()]++; /* all who store */
+    emulation::meet(emulation::meetings[emulation::block_rank()][number], count);
+}
 static inline void warps_arrive(int number, int count) { emulation::come(emulation::meetings[emulation::block_rank()][number], count); }
+/* Whoever reads a count reads what was left before with a fence behind it. */
+static inline unsigned counted_so_far(const unsigned *at) { return emulation::counted[emulation::block_rank()]++, *at; }
 static inline void cluster_meet() { emulation::meet(emulation::cluster_meeting, (int)(emulation::threads * emulation::cluster)); }
 template <class T> static T there(const T *at, int rank) { return *(const T *)(void *)emulation::elsewhere(at, rank); }
 static inline void earlier_done() { emulation::waited[emulation::current] = true; }
@@ -457,7 +463,7 @@ template <class A> static cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_
 }
 template <class F> static cudaError_t cudaOccupancyMaxActiveClusters(int *clusters, F *, const cudaLaunchConfig_t *)
 {
-    *clusters = 2;
+    *clusters = getenv("EMULATED_CLUSTERS") ? atoi(getenv("EMULATED_CLUSTERS")) : 2;
     return cudaSuccess;
 }
 

@@ -56,7 +56,7 @@ static ucontext_t scheduler;
 static sigjmp_buf escape;
 static unsigned threads, current, cluster = 1; /* of a thread block; the one that runs; thread blocks that run together */
 static unsigned waiting[CLUSTER]; /* at the barrier */
-static long progress, barriers[CLUSTER], counted[CLUSTER], counted_at[CLUSTER]; /* of a thread block: times that it counted, behind which barrier */
+static long progress, barriers[CLUSTER], met[CLUSTER], counted[CLUSTER], counted_at[CLUSTER]; /* of a thread block: times that all met who store, that it counted, and behind which meeting */
 static dim3 thread_index, block_index;
 static size_t dynamic_bytes; /* of shared memory, that the launch gives */
 static void (*at_end)(); /* of a thread block: what else is to be checked */
@@ -121,7 +121,7 @@ static void barrier()
     const unsigned block = block_rank();
     const long mine = barriers[block];
     progress++;
-    if (++waiting[block] == threads) waiting[block] = 0, barriers[block]++;
+    if (++waiting[block] == threads) waiting[block] = 0, barriers[block]++, met[block]++;
     while (barriers[block] == mine) yield();
 }
 
@@ -211,7 +211,7 @@ template <int WORDS, int PER, class T> static void multiply(T *d, const Fragment
 static void store_late(void *to, const void *value, int bytes)
 {
     Fiber &f = fibers[current];
-    f.stored = barriers[block_rank()];
+    f.stored = met[block_rank()];
     if (counted_at[block_rank()] == f.stored) fail("counted before all threads have stored: no barrier between");
     if (f.lates == f.room) f.late = (Late *)realloc(f.late, sizeof *f.late * (f.room = 2 * f.room + 16));
     f.late[f.lates] = {to, bytes, 0};
@@ -235,8 +235,8 @@ static unsigned count_up(unsigned *at, unsigned value)
 {
     const unsigned old = *at;
     for (unsigned t = block_rank() * threads; t < (block_rank() + 1) * threads; t++)
-        if (fibers[t].lates || fibers[t].stored == barriers[block_rank()]) fail("counted before what was stored can be seen, or without a barrier between");
-    counted_at[block_rank()] = barriers[block_rank()], counted[block_rank()]++, *at = old + value;
+        if (fibers[t].lates || fibers[t].stored == met[block_rank()]) fail("counted before what was stored can be seen, or without a barrier between");
+    counted_at[block_rank()] = met[block_rank()], counted[block_rank()]++, *at = old + value;
     return old;
 }
 

@@ -6,13 +6,16 @@ from functools import cached_property
 from math import gcd
 from typing import Any, ClassVar
 
-from bsrgen.backends.cuda.hopper_count import Tiles, counts, tiles_of
+from bsrgen.backends.cuda.hopper_count import Tiles, clusters_of, counts, listing_of, tiles_of
 from bsrgen.backends.cuda.hopper_packing import SLOT, Cut, HopperPacking, pack_hopper
+from bsrgen.backends.cuda.hopper_schedule import BAND, BUCKETS, Listing
+from bsrgen.backends.cuda.split import COUNTERS
 from bsrgen.dtypes import FLOAT8
 from bsrgen.gpus import GpuTarget
 from bsrgen.plan import Counts, Plan
 from bsrgen.problem import Problem
 from bsrgen.targets import Target
+from bsrgen.workspaces import WORKSPACE_BYTES
 
 HOPPER = "sm_90a"
 SHARED_BYTES = 227 << 10  # of a thread block on sm_90, when it asks for it
@@ -24,13 +27,17 @@ FEW_STRIDE = SLOT + 4  # sums from token to token of its sums
 STREAM_WARPS = 8
 STREAM_TOKENS = 4  # at most, of a thread block without products of warpgroups
 STAGES = 8  # at most: deeper rings hide nothing more
+DEEP = 12  # where a step is a few KiB, and what is on its way has to hide the memory's latency, not L2's
+MANY_TILES = 8  # of a cluster: dealt out they end within some percent of each other
+DEEP_TOKENS = 32  # up to which it is
+SAID_BYTES = 16  # of shared memory, for what one thread says to all
+SUMS = 64  # of a thread, at most, where parts of a tile meet: sums of all and of one part are in registers
 CHUNK = 32  # tokens of a slot on their way from registers to Y
 BUFFERS = 2  # of results of a warpgroup that the copy engine stores: one is read while the other is filled
 CLUSTER = 8  # thread blocks at most, on every Hopper
 LEAST_BYTES = 16  # of a box's rows
 LEAST_ROWS = 8  # of a block; a slot has 64, and zeros where block rows do not fill it
 TYPES = {"float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}  # of W and X: operators; no unit turns bytes
-BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # of tokens
 NEARLY = 1.07  # times the fastest is as fast: another kernel takes a second to compile
 
 
@@ -41,19 +48,21 @@ class Shape:
     With `parts`, a cluster of so many thread blocks has one slot, and each of them a part of its steps: no SM waits
     where tiles are few.  Up to four tokens are no work for products of warpgroups: W streams through registers.
 
-    Else a thread block has all slots of a tile and all of its steps, and `across` of a cluster, side by side along the
-    tokens, share W: each fetches a part of it and sends it to all (multicast).
+    Else a thread block has all slots of a tile, and `across` of a cluster, side by side along the tokens, share W: each
+    fetches a part of it and sends it to all (multicast).  It has all steps of its tiles, or, `equal`, a piece of the
+    line of all tiles' steps, as long as everybody else's.
     """
 
     width: int
     most: int = 0
     parts: int = 0
     across: int = 1
+    equal: bool = False
 
     def __str__(self) -> str:
         if self.few:
             return f"{self.width}{' streamed' * self.streams} by slots" + f" in {self.parts} parts" * (self.parts > 1)
-        return f"{self.width}" + f" x {self.across}" * (self.across > 1)
+        return f"{self.width}" + f" x {self.across}" * (self.across > 1) + " in equal pieces" * self.equal
 
     @property
     def few(self) -> bool:
@@ -65,10 +74,16 @@ class Shape:
         """Whether it is on the ordinary cores."""
         return self.width <= STREAM_TOKENS
 
+    def groups(self, n: int) -> int:
+        """Tiles of n tokens, those of a cluster counted once."""
+        return -(-n // (self.width * self.across))
+
     @property
     def name(self) -> str:
         """Of the kernel, behind that of the library."""
-        return f"{self.width}" + (f"_by{self.parts}" if self.few else f"_x{self.across}" if self.across > 1 else "")
+        if self.few:
+            return f"{self.width}_by{self.parts}"
+        return f"{self.width}" + f"_x{self.across}" * (self.across > 1) + "_equal" * self.equal
 
 
 @dataclass(frozen=True)
@@ -127,7 +142,7 @@ class HopperPlan(Plan):
         """Thread blocks of a cluster."""
         return shape.parts if shape.few else shape.across * self.down
 
-    @property
+    @cached_property
     def cut(self) -> Cut:
         """Block rows as slots, columns as pieces."""
         p, step = self.problem.pattern, PANEL // self.problem.dtype.bytes
@@ -148,8 +163,9 @@ class HopperPlan(Plan):
         """Steps that are on their way or being multiplied at a time; of what streams none."""
         if shape.streams:
             return 0
-        room = (FEW_BYTES if shape.few else SHARED_BYTES) - 1024 - self.staging_bytes(shape)
-        return min(STAGES, room // (self.stage_bytes(shape) + 16))  # from a multiple of 1024; two barriers each
+        room = (FEW_BYTES if shape.few else SHARED_BYTES) - 1024 - SAID_BYTES - self.staging_bytes(shape)
+        most = DEEP if shape.width <= DEEP_TOKENS else STAGES
+        return min(most, room // (self.stage_bytes(shape) + 16))  # from a multiple of 1024; two barriers each
 
     def lead(self, shape: Shape) -> int:
         """Steps that one warpgroup is ahead of the other, so that each stores its results beside products: half of the
@@ -166,6 +182,10 @@ class HopperPlan(Plan):
         if self.problem.operator.token_axis == 0:
             return max(WARPGROUPS * chunk * (SLOT + 16 // unit) * unit, boxed)
         return max(WARPGROUPS * SLOT * (chunk + 8) * unit, boxed)
+
+    def sums_bytes(self, shape: Shape) -> int:
+        """Of a thread block's tile."""
+        return self.slots * SLOT * shape.width * self.problem.accumulator.bytes
 
     @property
     def late(self) -> bool:
@@ -210,6 +230,25 @@ class HopperPlan(Plan):
         """What they hold."""
         return tiles_of(self)
 
+    @cached_property
+    def lists(self) -> tuple[tuple[Shape, int, Listing], ...]:
+        """For calls of as many tokens as one of BUCKETS: kernel, groups of tokens, who has which tiles, where dealing
+        them out by turns is slower."""
+        rows = ((n, self.shape(n)) for n in BUCKETS)
+        found = ((shape, shape.groups(n), listing_of(self, shape, n)) for n, shape in rows)
+        return tuple((shape, groups, listing) for shape, groups, listing in found if listing)
+
+    @property
+    def sms(self) -> int:
+        """Thread blocks that the workspace has room for."""
+        assert isinstance(self.target, GpuTarget)
+        return self.target.sms
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Counters, and two sets of sums of each thread block: of the tiles that its piece begins and ends in."""
+        return max((4 * COUNTERS + 2 * self.sms * self.sums_bytes(s) for s in self.shapes if s.equal), default=0)
+
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a thread block, of the kernel that takes most."""
@@ -220,7 +259,7 @@ class HopperPlan(Plan):
         return (
             self.staging_bytes(shape)
             if shape.streams
-            else 1024 + self.stages(shape) * (self.stage_bytes(shape) + 16) + self.staging_bytes(shape)
+            else 1024 + SAID_BYTES + self.stages(shape) * (self.stage_bytes(shape) + 16) + self.staging_bytes(shape)
         )
 
 
@@ -254,11 +293,26 @@ def _shapes(plan: HopperPlan, width: int) -> Iterator[Shape]:
     for few in (16, 64, 128) if plan.problem.operator.token_axis == 0 else (64, 128):
         for parts in (1, 2, 4, 8):
             yield Shape(few, 0, parts)
-    whole = plan.problem.operator.token_axis == 0 or width // 2 % (SLOT * plan.down) == 0  # boxes of 64 tokens
-    for tokens in (width // 2, width) if whole else (width,):
+    for tokens in (width // 2, width):
         for across in (1, 2, 4, 8) if not plan.gathered else (1,):
-            if across * plan.down <= CLUSTER:
+            if across * plan.down <= CLUSTER and _boxes_fit(plan, tokens):
                 yield Shape(tokens, 0, 0, across)
+    for tokens in (8, 16, 32, 64, 128):
+        for across in (1, 2, 4) if tokens >= 64 and not plan.gathered else (1,):
+            shape = Shape(tokens, 0, 0, across, equal=True)
+            fits = 4 * COUNTERS + 2 * plan.sms * plan.sums_bytes(shape) <= WORKSPACE_BYTES
+            if fits and _boxes_fit(plan, tokens) and plan.slots // WARPGROUPS * tokens // 2 <= SUMS:
+                yield shape
+
+
+def _boxes_fit(plan: HopperPlan, tokens: int) -> bool:
+    """Whether X of so many tokens is whole boxes for each of those who share it."""
+    return tokens % ((8 if plan.problem.operator.token_axis == 0 else SLOT) * plan.down) == 0
+
+
+def _worth_cutting(plan: HopperPlan, shape: Shape, n: int) -> bool:
+    """Whether tiles are so few that thread blocks with whole ones would wait for each other."""
+    return plan.tiles.steps.size * shape.groups(n) <= MANY_TILES * clusters_of(plan, shape)
 
 
 def in_buckets(plan: HopperPlan, shapes: Iterable[Shape]) -> tuple[Shape, ...]:
@@ -268,7 +322,9 @@ def in_buckets(plan: HopperPlan, shapes: Iterable[Shape]) -> tuple[Shape, ...]:
     used: list[Shape] = []
     chosen: list[Shape] = []
     for n in reversed(BUCKETS):
-        able = [shape for shape in shapes if chosen or not shape.few]  # for any number of tokens
+        x_bytes = n * plan.problem.pattern.K * plan.problem.x_dtype.bytes
+        near = chosen and x_bytes <= BAND * plan.target.l2_bytes
+        able = [s for s in shapes if not (s.few or s.equal) or (near and (s.few or _worth_cutting(plan, s, n)))]
         cycles = {shape: launch + counts(plan, n, shape).cycles for shape in able}
         most = NEARLY * min(cycles.values())
         shape = min((shape for shape in used if cycles[shape] <= most), key=cycles.__getitem__, default=None)

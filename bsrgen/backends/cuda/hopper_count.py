@@ -15,6 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsrgen.backends.cuda.hopper_packing import SLOT
+from bsrgen.backends.cuda.hopper_schedule import (
+    BAND,
+    BUCKETS,
+    GAIN,
+    LISTED,
+    Line,
+    Listing,
+    dealt_time,
+    listed,
+    pieces_time,
+)
 from bsrgen.even import EvenPattern
 from bsrgen.gpus import WARP, GpuTarget
 from bsrgen.plan import Counts
@@ -40,7 +51,8 @@ CLUSTERED = 0.13  # of the steps that rows in any order need, at most, are saved
 # together: 0 to 0.27 in 45 tables of random patterns, 4096 x 4096 in blocks of 16, 32 and 64, densities 0.05 to 0.8
 ODD_SMS = 4  # that clusters of more than two leave idle: processor clusters of 16 and of 18 SMs; a guess
 RESIDENT = 2  # thread blocks of a slot on an SM
-DEALT = 1 << 12  # parts of a call that are dealt out to see how unevenly: with more it no longer matters
+MEET_CYCLES = 1000.0  # of who adds parts of a tile up: a count, a fence, the first of the others' sums; a guess
+CUT_CYCLES = 1500.0  # until a thread block knows where its piece begins and ends: a guess
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,12 +75,13 @@ def counts(plan: "HopperPlan", n: int, shape: "Shape") -> Counts:
     steps, w_tiles = float(tiles.steps.sum()), float(tiles.w_tiles.sum())
     value_bytes, y_bytes = int(w_tiles) * W_BYTES, problem.out_dtype.bytes
     table_bytes = 4 * tiles.steps.size * plan.cut.slots * SLOT + int(steps) * (5 + 4 * plan.cut.pieces)
-    widths = -(-n // (width * shape.across)) * shape.across
-    bounds, from_l2 = (_split if shape.few else _whole)(plan, shape, widths)
+    widths = shape.groups(n) * shape.across
+    bounds, from_l2 = (_split if shape.few else _whole)(plan, shape, n)
     memory = value_bytes + table_bytes + (p.K * problem.x_dtype.bytes + problem.rows * y_bytes) * n
     dram = memory / target.dram_bytes_per_cycle if memory > target.l2_bytes else 0.0
     bounds = (*bounds, from_l2 / target.l2_bytes_per_cycle, dram)
     cycles = max(bounds) + OVERLAP * (sum(bounds) - max(bounds)) + CLUSTER_CYCLES * (plan.cluster(shape) > 1)
+    cycles += CUT_CYCLES * shape.equal
     flop = int(w_tiles * 128 / unit) * 2 * SLOT * widths * width
     l1_bytes = w_tiles * 4 * widths * _product(plan, shape) * SHARED
     return Counts(
@@ -98,25 +111,83 @@ def _boxes(plan: "HopperPlan", shape: "Shape") -> int:
 Bounds = tuple[tuple[float, ...], float]  # cycles of products, of what an SM takes in, of boxes; bytes from L2
 
 
-def _whole(plan: "HopperPlan", shape: "Shape", widths: int) -> Bounds:
-    """Thread blocks that stay, each with whole tiles.  What L2 sends to several counts once there, and for each of them
-    where it is taken in."""
-    target, tiles, width, down = plan.target, plan.tiles, shape.width, plan.down
+def clusters_of(plan: "HopperPlan", shape: "Shape") -> int:
+    """That stay on the GPU at a time, it is thought."""
+    target, cluster = plan.target, plan.cluster(shape)
     assert isinstance(target, GpuTarget)
-    cluster, x_bytes = plan.cluster(shape), 128 * width
     sms = target.sms if cluster <= 2 else max(target.sms - ODD_SMS, cluster)
-    clusters = max(sms // cluster, 1)
-    busy = clusters * cluster
+    return max(sms // cluster, 1)
+
+
+def line_of(plan: "HopperPlan", shape: "Shape") -> Line:
+    """What tiles of W, steps and tiles cost a thread block: cycles of what takes longest."""
+    target, tiles, down = plan.target, plan.tiles, plan.down
+    assert isinstance(target, GpuTarget)
+    l2, x_bytes = target.l2_bytes_per_cycle / target.sms, 128 * shape.width
+    rows = (
+        (4 * _product(plan, shape) / down, STEP_CYCLES),
+        (W_BYTES / down / INGEST, x_bytes / INGEST),
+        (W_BYTES / shape.across / down / l2, x_bytes / down / l2),
+        (0.0, _box_cycles(plan, shape)),
+    )
+    each = float(tiles.w_tiles.sum()) / max(float(tiles.steps.sum()), 1.0)
+    w, step = max(rows, key=lambda row: row[0] * each + row[1])
+    between, covered = _between(plan, shape)
+    snap = max(w * plan.cut.slots + step, _meeting(plan, shape) / 4)
+    tile = max(math.ceil(between - covered), 1)
+    return Line(math.ceil(w), math.ceil(step), tile, math.ceil(snap) + plan.cut.slots + 1)
+
+
+def _meeting(plan: "HopperPlan", shape: "Shape") -> float:
+    """Cycles of a thread block that leaves its sums of a tile, or fetches another's, all of them at once."""
+    target = plan.target
+    assert isinstance(target, GpuTarget)
+    return plan.sums_bytes(shape) * target.sms / target.l2_bytes_per_cycle
+
+
+def _box_cycles(plan: "HopperPlan", shape: "Shape") -> float:
+    """Of whatever brings X of a step."""
+    return GATHER_CYCLES * shape.width / SLOT if plan.gathered else _boxes(plan, shape) * BOX_CYCLES
+
+
+def listing_of(plan: "HopperPlan", shape: "Shape", n: int) -> Listing | None:
+    """Who has which tiles of n tokens, where dealing them out by turns is slower and X stays in L2 beside W and Y."""
+    x_bytes, line, tiles = n * plan.problem.pattern.K * plan.problem.x_dtype.bytes, line_of(plan, shape), plan.tiles
+    if shape.few or shape.equal or x_bytes > BAND * plan.target.l2_bytes or tiles.steps.size * shape.groups(n) > LISTED:
+        return None
+    return listed(np.repeat(line.work(tiles.steps, tiles.w_tiles), shape.groups(n)), clusters_of(plan, shape))
+
+
+def uneven_of(plan: "HopperPlan", shape: "Shape", n: int, line: Line) -> float:
+    """How much longer the last cluster works than the mean of all that there might be, by the schedule of n tokens."""
+    groups, tiles, clusters = shape.groups(n), plan.tiles, clusters_of(plan, shape)
+    work = line.work(tiles.steps, tiles.w_tiles)
+    mean = float(work.sum()) * groups / clusters
+    if shape.equal:
+        return (
+            pieces_time(line, tiles.steps, tiles.w_tiles, groups, clusters, _meeting(plan, shape), MEET_CYCLES) / mean
+        )
+    if work.size * groups > LISTED:
+        return 1 + 0.5 * clusters / (work.size * groups)
+    time = dealt_time(np.repeat(work, groups), clusters)
+    found = listing_of(plan, shape, n) if time * GAIN > mean and groups in map(shape.groups, BUCKETS) else None
+    return (found.time if found else time) / mean
+
+
+def _whole(plan: "HopperPlan", shape: "Shape", n: int) -> Bounds:
+    """Thread blocks that stay, each with whole tiles or a piece of the line of all.  What L2 sends to several counts
+    once there, and for each of them where it is taken in."""
+    tiles, width, down = plan.tiles, shape.width, plan.down
+    busy, line = clusters_of(plan, shape) * plan.cluster(shape), line_of(plan, shape)
     between, covered = _between(plan, shape)
     work = tiles.work(_product(plan, shape), down) + between - covered
-    uneven = _unevenness(work, widths // shape.across, clusters)
+    uneven, widths = uneven_of(plan, shape, n, line), shape.groups(n) * shape.across
     steps, w_bytes = float(tiles.steps.sum()) * widths, W_BYTES * float(tiles.w_tiles.sum()) * widths
-    boxes = GATHER_CYCLES * width / SLOT if plan.gathered else _boxes(plan, shape) * BOX_CYCLES
     return (
         float(work.sum()) * widths * down * uneven / busy + covered,  # nothing covers the last tile's
-        (w_bytes + steps * down * x_bytes) * uneven / (INGEST * busy),
-        steps * down * boxes * uneven / busy,
-    ), w_bytes / shape.across + steps * x_bytes
+        (w_bytes + steps * down * 128 * width) * uneven / (INGEST * busy),
+        steps * down * _box_cycles(plan, shape) * uneven / busy,
+    ), w_bytes / shape.across + steps * 128 * width
 
 
 def _between(plan: "HopperPlan", shape: "Shape") -> tuple[float, float]:
@@ -138,15 +209,12 @@ def _between(plan: "HopperPlan", shape: "Shape") -> tuple[float, float]:
     return between, min(between, plan.lead(shape) * step)
 
 
-def _split(plan: "HopperPlan", shape: "Shape", widths: int) -> Bounds:
+def _split(plan: "HopperPlan", shape: "Shape", n: int) -> Bounds:
     """Thread blocks of one slot and a part of its steps; each brings its own X, and has its sums added up."""
-    target, w_tiles = plan.target, float(plan.tiles.w_tiles.sum())
+    target, w_tiles, widths = plan.target, float(plan.tiles.w_tiles.sum()), shape.groups(n)
     assert isinstance(target, GpuTarget)
     parts = plan.tiles.steps.size * plan.cut.slots * shape.parts
-    thread_blocks = parts * widths
-    sms = min(target.sms, thread_blocks)
-    rounds = thread_blocks / sms
-    uneven = math.ceil(rounds) / rounds if rounds < 2 * RESIDENT else 1 + 0.5 * RESIDENT / rounds
+    sms = min(target.sms, parts * widths)
     staged = 2 * SLOT * shape.width * 4 / SHARED
     if shape.streams:
         serial, boxes = parts * (STREAM_CYCLES + staged), 0
@@ -154,25 +222,17 @@ def _split(plan: "HopperPlan", shape: "Shape", widths: int) -> Bounds:
         between = (TILE_CYCLES + TABLE_CYCLES) / RESIDENT
         serial, boxes = w_tiles * STEP_CYCLES + parts * (between + staged), _boxes(plan, shape)
     from_l2 = widths * w_tiles * (W_BYTES + 128 * shape.width)
+    uneven = 1 + 0.5 * RESIDENT * sms / (parts * widths)
+    if parts * widths <= LISTED:
+        of_w = max(4 * _product(plan, shape), (W_BYTES + 128 * shape.width) / INGEST)
+        own = plan.tiles.w_tiles * of_w + serial / parts
+        every = np.repeat(own, plan.cut.slots * shape.parts * widths)
+        uneven = dealt_time(every, sms) * sms / float(every.sum())
     return (
         (4 * w_tiles * _product(plan, shape) + serial) * widths * uneven / sms,
         from_l2 * uneven / (INGEST * sms),
         w_tiles * widths * boxes * BOX_CYCLES * uneven / sms,
     ), from_l2
-
-
-def _unevenness(work: NDArray[Any], widths: int, clusters: int) -> float:
-    """How much longer the last cluster works than the mean, dealt out as the kernel does: the most first, every second
-    round backwards."""
-    units = work.size * widths
-    if units > DEALT:
-        return 1 + 0.5 * clusters / units
-    rounds = -(-units // clusters)
-    dealt = np.zeros(rounds * clusters)
-    dealt[:units] = np.repeat(work, widths)
-    table = dealt.reshape(rounds, clusters)
-    table[1::2] = table[1::2, ::-1]
-    return float(table.sum(axis=0).max() * clusters / max(dealt.sum(), 1e-9))
 
 
 def tiles_of(plan: "HopperPlan") -> Tiles:

@@ -1,9 +1,17 @@
 """From a Hopper plan to text: everything that templates/cuda/wgmma*.j2 may see is computed here."""
 
+from dataclasses import asdict
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bsrgen.backends.cuda.hopper import BUFFERS, CHUNK, LEAST_BYTES, PANEL, WARPGROUPS, HopperPlan, Shape
+from bsrgen.backends.cuda.hopper_count import line_of
 from bsrgen.backends.cuda.hopper_packing import SLOT, pack_tiles
+from bsrgen.backends.cuda.hopper_schedule import BAND
+from bsrgen.backends.cuda.split import COUNTERS
 from bsrgen.backends.cuda.text import entry_of, kernel_of, source_of, tables_in_c
 from bsrgen.emit import Source, banner, render
 from bsrgen.pattern import Weight
@@ -29,9 +37,9 @@ def emit(plans: tuple[HopperPlan, ...], weight: Weight) -> Source:
     source, cut = plan.packing.source, plan.cut
     values = pack_tiles(weight.data, source, cut)
     blobs = {"values": "unsigned char", "source": "int64_t"}
-    entry = entry_of(plan.problem, plan.target, values.nbytes, blobs) | {
+    entry = entry_of(plan.problem, plan.target, values.nbytes, blobs, plan.workspace_bytes) | {
         "hopper": True, "tiles": source.shape[0], "parts": cut.parts, "segments": cut.segments, "width": cut.width,
-        "step": cut.step,
+        "step": cut.step, "workspace_n": max((s.most for s in plan.shapes if s.equal), default=0),
     }  # fmt: skip
     data = {"source": source.tobytes(), "values": values.tobytes()}
     device = render("cuda/wgmma.cu.j2", k=_kernel(plan), banner=banner(plan.problem, (plan,)))
@@ -45,6 +53,7 @@ def _kernel(plan: HopperPlan) -> dict[str, Any]:
     many = [shape for shape in kernels if not shape.few]
     few = [shape for shape in kernels if shape.few and not shape.streams]
     linear = problem.operator.token_axis == 0
+    equal = [shape for shape in kernels if shape.equal]
     return kernel_of(problem) | _boxes(plan) | {
         "accumulator": problem.accumulator.c, "product": _product(problem), "M": problem.pattern.M,
         "map_type": MAPS[problem.x_dtype.name],
@@ -58,7 +67,9 @@ def _kernel(plan: HopperPlan) -> dict[str, Any]:
         "width": cut.width, "pieces": cut.pieces, "piece_bytes": cut.width * problem.dtype.bytes, "chunk": CHUNK,
         "widths": sorted({shape.width for shape in kernels if not shape.streams}),
         "stages": {shape.width: plan.stages(shape) for shape in many},
-        "split": any(s.few for s in kernels), "streams": any(s.streams for s in kernels),
+        "fews": any(s.few for s in kernels), "streams": any(s.streams for s in kernels),
+        "split": plan.workspace_bytes, "counters": COUNTERS, "sms": plan.sms, "band_percent": round(100 * BAND),
+        "lines": [_line(plan, shape) for shape in equal], "lists": _lists(plan),
         "few_stages": {shape.width: plan.stages(shape) for shape in few},
         "whole": bool((t.masks == (1 << cut.slots) - 1).all()),
         "buckets": [{"most": s.most, "name": s.name, "launch": _launch(s), "streams": s.streams} for s in plan.shapes],
@@ -73,6 +84,8 @@ def _kernel(plan: HopperPlan) -> dict[str, Any]:
             ("step_features", t.features, "first feature of each piece of each step, K for none"),
             ("step_masks", t.masks, "which slots have W for a step"),
             ("step_values", t.values, "first tile of W of each step"),
+            *((("tile_values", t.values[t.steps], "and of each tile"),) if equal else ()),
+            *_list_tables(plan),
         )),
     }  # fmt: skip
 
@@ -96,10 +109,40 @@ def _swizzle(line: int) -> str:
     return f"{line}B" if line > LEAST_BYTES else "NONE"
 
 
+def _line(plan: HopperPlan, shape: Shape) -> dict[str, Any]:
+    """Lengths of the line that a kernel's thread blocks share."""
+    line, t = line_of(plan, shape), plan.packing
+    length = line.w * int(t.values[-1]) + line.step * int(t.steps[-1]) + line.tile * (t.steps.size - 1)
+    return asdict(line) | {"width": shape.width, "across": shape.across, "least": line.least, "all": length}
+
+
+def _lists(plan: HopperPlan) -> list[dict[str, int]]:
+    """Where the tables have which list."""
+    sizes = [listing.ends.size for _, _, listing in plan.lists]
+    return [
+        {"width": s.width, "across": s.across, "clusters": listing.ends.size - 1, "tiles": listing.tiles.size, "at": at}
+        for (s, _, listing), at in zip(plan.lists, accumulate(sizes, initial=0), strict=False)
+    ]
+
+
+def _list_tables(plan: HopperPlan) -> tuple[tuple[str, NDArray[Any], str], ...]:
+    """All of them, one behind the other."""
+    lists = [listing for _, _, listing in plan.lists]
+    if not lists:
+        return ()
+    before = accumulate((listing.tiles.size for listing in lists), initial=0)
+    ends = [listing.ends + np.int32(at) for listing, at in zip(lists, before, strict=False)]
+    return (
+        ("list_ends", np.concatenate(ends), "where the tiles of each cluster begin in list_tiles, list after list"),
+        ("list_tiles", np.concatenate([listing.tiles for listing in lists]), "tiles of a call, in their order"),
+    )
+
+
 def _call(shape: Shape) -> str:
     """The template that is one of the kernels."""
     name, parts = "stream" if shape.streams else "few" if shape.few else "many", shape.parts or shape.across
-    return f"{name}<{shape.width}, {parts}>"
+    work = f", {'equal' if shape.equal else 'dealt'}<{shape.width}, {parts}>" if name == "many" else ""
+    return f"{name}<{shape.width}, {parts}{work}>"
 
 
 def _threads(shape: Shape) -> str:
@@ -110,7 +153,7 @@ def _threads(shape: Shape) -> str:
 def _launch(shape: Shape) -> str:
     """What launches it."""
     if not shape.few:
-        return f"launch_many<{shape.width}, {shape.across}>"
+        return f"launch_{'equal' if shape.equal else 'many'}<{shape.width}, {shape.across}>"
     room = f"{'STREAM' if shape.streams else 'FEW'}_BYTES<{shape.width}>"
     return f"launch_parts<{shape.width}, {shape.parts}, {_threads(shape)}, {room}>"
 
