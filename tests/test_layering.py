@@ -35,7 +35,8 @@ FLOORS = """
     backends.cuda.matrix  backends.cuda.hopper_count
     backends.cuda.plan  backends.cuda.hopper_packing
     backends.cuda.count
-    backends.cuda.packing  backends.cuda.hopper_schedule  backends.cuda.stream  backends.cuda.split  backends.cuda.pit
+    backends.cuda.hopper_schedule  backends.cuda.hopper_shape
+    backends.cuda.packing  backends.cuda.stream  backends.cuda.split  backends.cuda.pit
     backends.mlir.candidates  backends.mlir.text
     backends.mlir.plan  backends.c
     backends.c.pattern_text

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from bsrgen.backends.cuda.hopper_count import Tiles, clusters_of, counts, listing_of, tiles_of
 from bsrgen.backends.cuda.hopper_packing import SLOT, Cut, HopperPacking, pack_hopper
 from bsrgen.backends.cuda.hopper_schedule import BAND, BUCKETS, Listing
+from bsrgen.backends.cuda.hopper_shape import STREAM_TOKENS, Shape
 from bsrgen.backends.cuda.split import COUNTERS
 from bsrgen.dtypes import FLOAT8
 from bsrgen.gpus import GpuTarget
@@ -25,7 +26,6 @@ W_BYTES = PANEL * SLOT  # of a slot in a step
 FEW_BYTES = 113 << 10  # and of a thread block that has one slot: an SM takes two
 FEW_STRIDE = SLOT + 4  # sums from token to token of its sums
 STREAM_WARPS = 8
-STREAM_TOKENS = 4  # at most, of a thread block without products of warpgroups
 STAGES = 8  # at most: deeper rings hide nothing more
 DEEP = 12  # where a step is a few KiB, and what is on its way has to hide the memory's latency, not L2's
 MANY_TILES = 8  # of a cluster: dealt out they end within some percent of each other
@@ -39,51 +39,6 @@ LEAST_BYTES = 16  # of a box's rows
 LEAST_ROWS = 8  # of a block; a slot has 64, and zeros where block rows do not fill it
 TYPES = {"float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}  # of W and X: operators; no unit turns bytes
 NEARLY = 1.07  # times the fastest is as fast: another kernel takes a second to compile
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """One kernel of a library: `width` tokens of a thread block, in calls of at most `most` tokens (0: in all others).
-
-    With `parts`, a cluster of so many thread blocks has one slot, and each of them a part of its steps: no SM waits
-    where tiles are few.  Up to four tokens are no work for products of warpgroups: W streams through registers.
-
-    Else a thread block has all slots of a tile, and `across` of a cluster, side by side along the tokens, share W: each
-    fetches a part of it and sends it to all (multicast).  It has all steps of its tiles, or, `equal`, a piece of the
-    line of all tiles' steps, as long as everybody else's.
-    """
-
-    width: int
-    most: int = 0
-    parts: int = 0
-    across: int = 1
-    equal: bool = False
-
-    def __str__(self) -> str:
-        if self.few:
-            return f"{self.width}{' streamed' * self.streams} by slots" + f" in {self.parts} parts" * (self.parts > 1)
-        return f"{self.width}" + f" x {self.across}" * (self.across > 1) + " in equal pieces" * self.equal
-
-    @property
-    def few(self) -> bool:
-        """Whether it splits the steps."""
-        return self.parts > 0
-
-    @property
-    def streams(self) -> bool:
-        """Whether it is on the ordinary cores."""
-        return self.width <= STREAM_TOKENS
-
-    def groups(self, n: int) -> int:
-        """Tiles of n tokens, those of a cluster counted once."""
-        return -(-n // (self.width * self.across))
-
-    @property
-    def name(self) -> str:
-        """Of the kernel, behind that of the library."""
-        if self.few:
-            return f"{self.width}_by{self.parts}"
-        return f"{self.width}" + f"_x{self.across}" * (self.across > 1) + "_equal" * self.equal
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,13 @@ from bsrgen.backends.cuda.hopper_schedule import (
     listed,
     pieces_time,
 )
+from bsrgen.backends.cuda.hopper_shape import Shape
 from bsrgen.even import EvenPattern
 from bsrgen.gpus import WARP, GpuTarget
 from bsrgen.plan import Counts
 
 if TYPE_CHECKING:
-    from bsrgen.backends.cuda.hopper import HopperPlan, Shape
+    from bsrgen.backends.cuda.hopper import HopperPlan
 
 W_BYTES = 128 * SLOT  # of a tile of W
 WARPGROUPS = 2  # that multiply
@@ -67,7 +68,7 @@ class Tiles:
         return 4 * self.w_tiles / down * product + self.steps * STEP_CYCLES
 
 
-def counts(plan: "HopperPlan", n: int, shape: "Shape") -> Counts:
+def counts(plan: "HopperPlan", n: int, shape: Shape) -> Counts:
     """What one call of n tokens does, by that kernel."""
     problem, target, p, width = plan.problem, plan.target, plan.problem.pattern, shape.width
     assert isinstance(target, GpuTarget)
@@ -92,7 +93,7 @@ def counts(plan: "HopperPlan", n: int, shape: "Shape") -> Counts:
     )  # fmt: skip
 
 
-def _product(plan: "HopperPlan", shape: "Shape") -> float:
+def _product(plan: "HopperPlan", shape: Shape) -> float:
     """Cycles of one of the four products of a tile of W: it reads 2 KiB of W and the tokens' 32 bytes each, or is
     limited by its multiply-adds.  A lane that streams widens W and X, and multiplies, for 16 rows of a tile."""
     target, unit, width = plan.target, plan.problem.dtype.bytes, shape.width
@@ -103,7 +104,7 @@ def _product(plan: "HopperPlan", shape: "Shape") -> float:
     return max(2 * SLOT * width * 32 / unit / rate, (2048 + 32 * width) / SHARED)
 
 
-def _boxes(plan: "HopperPlan", shape: "Shape") -> int:
+def _boxes(plan: "HopperPlan", shape: Shape) -> int:
     """That X of a step comes in."""
     return plan.cut.pieces * (1 if plan.problem.operator.token_axis == 0 else max(shape.width // SLOT, 1))
 
@@ -111,7 +112,7 @@ def _boxes(plan: "HopperPlan", shape: "Shape") -> int:
 Bounds = tuple[tuple[float, ...], float]  # cycles of products, of what an SM takes in, of boxes; bytes from L2
 
 
-def clusters_of(plan: "HopperPlan", shape: "Shape") -> int:
+def clusters_of(plan: "HopperPlan", shape: Shape) -> int:
     """That stay on the GPU at a time, it is thought."""
     target, cluster = plan.target, plan.cluster(shape)
     assert isinstance(target, GpuTarget)
@@ -119,7 +120,7 @@ def clusters_of(plan: "HopperPlan", shape: "Shape") -> int:
     return max(sms // cluster, 1)
 
 
-def line_of(plan: "HopperPlan", shape: "Shape") -> Line:
+def line_of(plan: "HopperPlan", shape: Shape) -> Line:
     """What tiles of W, steps and tiles cost a thread block: cycles of what takes longest."""
     target, tiles, down = plan.target, plan.tiles, plan.down
     assert isinstance(target, GpuTarget)
@@ -138,19 +139,19 @@ def line_of(plan: "HopperPlan", shape: "Shape") -> Line:
     return Line(math.ceil(w), math.ceil(step), tile, math.ceil(snap) + plan.cut.slots + 1)
 
 
-def _meeting(plan: "HopperPlan", shape: "Shape") -> float:
+def _meeting(plan: "HopperPlan", shape: Shape) -> float:
     """Cycles of a thread block that leaves its sums of a tile, or fetches another's, all of them at once."""
     target = plan.target
     assert isinstance(target, GpuTarget)
     return plan.sums_bytes(shape) * target.sms / target.l2_bytes_per_cycle
 
 
-def _box_cycles(plan: "HopperPlan", shape: "Shape") -> float:
+def _box_cycles(plan: "HopperPlan", shape: Shape) -> float:
     """Of whatever brings X of a step."""
     return GATHER_CYCLES * shape.width / SLOT if plan.gathered else _boxes(plan, shape) * BOX_CYCLES
 
 
-def listing_of(plan: "HopperPlan", shape: "Shape", n: int) -> Listing | None:
+def listing_of(plan: "HopperPlan", shape: Shape, n: int) -> Listing | None:
     """Who has which tiles of n tokens, where dealing them out by turns is slower and X stays in L2 beside W and Y."""
     x_bytes, line, tiles = n * plan.problem.pattern.K * plan.problem.x_dtype.bytes, line_of(plan, shape), plan.tiles
     if shape.few or shape.equal or x_bytes > BAND * plan.target.l2_bytes or tiles.steps.size * shape.groups(n) > LISTED:
@@ -158,7 +159,7 @@ def listing_of(plan: "HopperPlan", shape: "Shape", n: int) -> Listing | None:
     return listed(np.repeat(line.work(tiles.steps, tiles.w_tiles), shape.groups(n)), clusters_of(plan, shape))
 
 
-def uneven_of(plan: "HopperPlan", shape: "Shape", n: int, line: Line) -> float:
+def uneven_of(plan: "HopperPlan", shape: Shape, n: int, line: Line) -> float:
     """How much longer the last cluster works than the mean of all that there might be, by the schedule of n tokens."""
     groups, tiles, clusters = shape.groups(n), plan.tiles, clusters_of(plan, shape)
     work = line.work(tiles.steps, tiles.w_tiles)
@@ -174,7 +175,7 @@ def uneven_of(plan: "HopperPlan", shape: "Shape", n: int, line: Line) -> float:
     return (found.time if found else time) / mean
 
 
-def _whole(plan: "HopperPlan", shape: "Shape", n: int) -> Bounds:
+def _whole(plan: "HopperPlan", shape: Shape, n: int) -> Bounds:
     """Thread blocks that stay, each with whole tiles or a piece of the line of all.  What L2 sends to several counts
     once there, and for each of them where it is taken in."""
     tiles, width, down = plan.tiles, shape.width, plan.down
@@ -190,7 +191,7 @@ def _whole(plan: "HopperPlan", shape: "Shape", n: int) -> Bounds:
     ), w_bytes / shape.across + steps * 128 * width
 
 
-def _between(plan: "HopperPlan", shape: "Shape") -> tuple[float, float]:
+def _between(plan: "HopperPlan", shape: Shape) -> tuple[float, float]:
     """Cycles of a warpgroup from the last product of a tile to the first of the next, and how many of them products of
     the other one cover, which is some steps behind.
 
@@ -209,7 +210,7 @@ def _between(plan: "HopperPlan", shape: "Shape") -> tuple[float, float]:
     return between, min(between, plan.lead(shape) * step)
 
 
-def _split(plan: "HopperPlan", shape: "Shape", n: int) -> Bounds:
+def _split(plan: "HopperPlan", shape: Shape, n: int) -> Bounds:
     """Thread blocks of one slot and a part of its steps; each brings its own X, and has its sums added up."""
     target, w_tiles, widths = plan.target, float(plan.tiles.w_tiles.sum()), shape.groups(n)
     assert isinstance(target, GpuTarget)

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen.backends.cuda.hopper import BUFFERS, CHUNK, LEAST_BYTES, PANEL, WARPGROUPS, HopperPlan, Shape
+from bsrgen.backends.cuda.hopper import BUFFERS, CHUNK, LEAST_BYTES, PANEL, WARPGROUPS, HopperPlan
 from bsrgen.backends.cuda.hopper_count import line_of
 from bsrgen.backends.cuda.hopper_packing import SLOT, pack_tiles
 from bsrgen.backends.cuda.hopper_schedule import BAND
+from bsrgen.backends.cuda.hopper_shape import Shape
 from bsrgen.backends.cuda.split import COUNTERS
 from bsrgen.backends.cuda.text import entry_of, kernel_of, source_of, tables_in_c
 from bsrgen.emit import Source, banner, render
