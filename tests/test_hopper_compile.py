@@ -44,7 +44,7 @@ GATES = {
                            r"HGMMA\.64x256x16\.F32": 4, r"UBLKCP\.S\.G\.MULTICAST": 1, r"ACQBULK": 1, "PREEXIT": 1,
                            r"SYNCS\.ARRIVE\.TRANS64\.RED": 1, r"LDG\.E\.128\.CONSTANT|LDG\.E\.\S*128\S*CONSTANT": 8}),
     "gathered": Gate((32, 1), "spmm", "bfloat16", ("bias",), 2,
-                     (Shape(64, 64, 2), Shape(128, 256, equal=True), Shape(256)), 1, (),
+                     (Shape(64, 64, 2), Shape(64, 256, equal=True), Shape(256)), 1, (),
                      COPIED | MEETING | {r"HGMMA\.64x64x16\.F32": 4, r"HGMMA\.64x256x16\.F32": 4,
                                          r"LDGSTS\.E\.BYPASS\.128": 1}),
     "shared": Gate((64, 32), "spmm", "float16", ("residual",), 4, (Shape(128, across=2),), 2, ("sm_80",),

@@ -31,7 +31,7 @@ DEEP = 12  # where a step is a few KiB, and what is on its way has to hide the m
 MANY_TILES = 8  # of a cluster: dealt out they end within some percent of each other
 DEEP_TOKENS = 32  # up to which it is
 SAID_BYTES = 16  # of shared memory, for what one thread says to all
-SUMS = 64  # of a thread, at most, where parts of a tile meet: sums of all and of one part are in registers
+SUMS = 64  # of a thread, at most, where parts meet: two sets are in registers; half where four warps gather (spills)
 CHUNK = 32  # tokens of a slot on their way from registers to Y
 BUFFERS = 2  # of results of a warpgroup that the copy engine stores: one is read while the other is filled
 CLUSTER = 8  # thread blocks at most, on every Hopper
@@ -256,7 +256,7 @@ def _shapes(plan: HopperPlan, width: int) -> Iterator[Shape]:
         for across in (1, 2, 4) if tokens >= 64 and not plan.gathered else (1,):
             shape = Shape(tokens, 0, 0, across, equal=True)
             fits = 4 * COUNTERS + 2 * plan.sms * plan.sums_bytes(shape) <= WORKSPACE_BYTES
-            if fits and _boxes_fit(plan, tokens) and plan.slots // WARPGROUPS * tokens // 2 <= SUMS:
+            if fits and _boxes_fit(plan, tokens) and plan.slots // WARPGROUPS * tokens // 2 <= SUMS >> plan.gathered:
                 yield shape
 
 
