@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from support import (
+    CANARY,
     DTYPE_NAMES,
     LEVELS,
     OPERATOR_NAMES,
@@ -298,6 +299,50 @@ def test_rows_of_X_4096_bytes_apart(operator, dtype, K, rng):
     weight = random_weight(4, (70, K), (32, 1), 0.1, dtype=dtype)
     kernel = bsrgen.compile(weight, operator, dtype=dtype)
     check_calls(kernel, problem_of(weight, operator), weight, rng, (1, 2, 5, 33, 130))
+
+
+def placed(values, ld, offset_bytes, fill=CANARY):
+    """A copy of `values` with leading dimension `ld`, so many bytes behind a page's start, `fill` around it."""
+    rows, cols = values.shape
+    room = np.full((rows + 1) * ld + 4096, fill, values.dtype)
+    start = (-room.ctypes.data % 4096 + offset_bytes) // values.itemsize
+    view = room[start : start + rows * ld].reshape(rows, ld)[:, :cols]
+    view[...] = values
+    return view, room
+
+
+@pytest.mark.parametrize(
+    ("dtype", "M", "blocksize"),
+    [("float32", 1024, (12, 2)), ("float32", 1024, (1, 1)), ("bfloat16", 2048, (16, 2))],
+)
+def test_rows_of_Y_4096_bytes_apart(dtype, M, blocksize, rng):
+    """Where lines of Y are written in parts, results wait on a stage: the same bits, and nothing else is written."""
+    weight = random_weight(4, (M, 96), blocksize, 0.1, dtype=dtype)
+    kernel = bsrgen.compile(weight, dtype=dtype)
+    assert "struct stage" in kernel.source
+    problem = problem_of(weight)
+    for n in (9, 67):
+        x, given = problem.sample(rng, n)
+        plain = kernel(x)
+        assert_right(problem, weight, plain, x, given)
+        for ld, offset in ((M, 16), (2 * M, 0), (2 * M, 48), (M + 8, 16)):
+            out, room = placed(np.zeros_like(plain), ld, offset)
+            assert kernel(x, out=out, threads=2) is out
+            np.testing.assert_array_equal(out, plain)
+            out[...] = CANARY
+            assert (room == room.dtype.type(CANARY)).all()
+
+
+def test_vectors_of_X_in_two_lines(rng):
+    """spmm reads X as it lies, or packs it where vectors would lie in two lines: the same bits."""
+    weight = random_weight(4, (512, 512), (1, 1), 1 / 32)
+    kernel = bsrgen.compile(weight, "spmm")
+    assert "lie in two lines" in kernel.source
+    x, given = problem_of(weight, "spmm").sample(rng, 144)
+    plain = kernel(placed(x, 144, 0)[0])
+    assert_right(problem_of(weight, "spmm"), weight, plain, x, given)
+    for ld, offset in ((144, 16), (150, 0)):
+        np.testing.assert_array_equal(kernel(placed(x, ld, offset, np.nan)[0]), plain)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ FLOORS = """
     backends.mlir.plan  backends.c
     backends.c.pattern_text
     backends.c.candidates  backends.c.text
-    backends.c.dynamic
+    backends.c.dynamic  backends.c.vector_text
     backends.c.matrix_candidates  backends.c.tiling  backends.c.levels  backends.c.features
     backends.c.covers
     build  tune  backends.c.plan  backends.mlir.lower  backends.c.pattern_plan

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bsrgen.dtypes import DTYPES, FLOAT32, INT8, DType, as_dtype, bound_factor
+from bsrgen.kernel import aligned
 from bsrgen.operators import as_operator
 from bsrgen.pattern import Weight, random_weight
 from bsrgen.problem import Problem, as_problem
@@ -96,9 +97,11 @@ class Case:
         return np.pad(X, ((0, p.block_cols * p.C - p.K), (0, 0))) if padded else X
 
     def out(self) -> Array:
-        """Room for Y."""
+        """Room for Y, from the start of a line: where an array happens to lie is no contender's merit."""
         M = self.weight.pattern.M
-        return np.zeros((self.n, M) if self.linear else (M, self.n), self.out_dtype.numpy)
+        y = aligned(M * self.n * self.out_dtype.bytes).view(self.out_dtype.numpy)
+        y.fill(0)
+        return y.reshape((self.n, M) if self.linear else (M, self.n))
 
     def per_row(self, v: Array) -> Array:
         """One value a row of W, to go with Y."""

@@ -17,6 +17,8 @@ from bsrgen.plan import Plan
 
 Array = NDArray[Any]
 PANEL_BYTES = 64 << 20  # most scratch for one chunk of X
+SPLIT_READS = 12
+FINISH_ROWS = 64  # whose sums become results together, so that Y is written in runs
 
 
 @dataclass(frozen=True)
@@ -127,14 +129,16 @@ class Layout(Plan):
 
     @property
     def weight_window(self) -> int:
-        """Block rows whose partial sums are folded together: whole vectors of rows come out, within 32 KiB of L1."""
+        """Block rows whose partial sums are folded together: whole vectors of rows come out, within 32 KiB of L1, and
+        FINISH_ROWS of them where there is room: int8 8x8, 1024x1024, density 1/32, N = 128: 42 to 37 us (Zen 5)."""
         w, R = self.weight, self.pattern.R
-        if w is None or w.k_lanes == 1 or R % w.row_lanes:
+        if w is None or R % w.row_lanes:
             return 1
         lanes = self.weight_lanes
         room = (32 << 10) // (w.tokens * lanes * self.unit_bytes * max(R // w.row_lanes, 1))
         whole = [count for count in range(1, room + 1) if count * R % lanes == 0]
-        return whole[0] if whole else max(min(room, lanes // R), 1)
+        within = [count for count in whole if count * R <= FINISH_ROWS] or whole[:1]
+        return within[-1] if within else max(min(room, lanes // R), 1)
 
     @property
     def leading_dimension(self) -> int:
@@ -184,6 +188,14 @@ class Layout(Plan):
         return max(self.target.l2_bytes // 2 // row_bytes // window, 1) * window
 
     @property
+    def packs_split(self) -> bool:
+        """Whether X as it lies is packed after all where its vectors lie in two lines: few rows wait for reads, and
+        packing costs as much as SPLIT_READS of them (spmm, 2000x2000, 1x1, density 1/32: 576 to 328 us, Zen 5)."""
+        t, p = self.tokens, self.pattern
+        reads = p.nnzb * -(-p.R // t.rows) / max(p.block_cols, 1) if t else 0
+        return t is not None and not t.pack and t.rows <= 4 and reads >= SPLIT_READS
+
+    @property
     def packs_whole(self) -> bool:
         """Whether a chunk of X is packed at once, all panels of it, and not again for each window of rows."""
         assert self.tokens is not None
@@ -200,14 +212,16 @@ class Layout(Plan):
     def waiting_block_rows(self) -> int:
         """Block rows whose sums wait outside registers: for the next panel, in a quarter of L2; else to be transposed.
 
-        Transposed are whole vectors of rows where 64 rows allow it.
+        Transposed are FINISH_ROWS rows, whole vectors where blocks allow it: Y is written in longer runs.  float32 1x1,
+        1024x1024, density 1/32, N = 128: 152 us with 16 rows, 115 with 64, 116 with 128 (Zen 5, 2026-11-21).
         """
         p = self.pattern
         if self.tokens and self.panels > 1:
             row_bytes = self.tokens.vectors * self.target.vector_bytes * p.R
             return min(max(self.target.l2_bytes // 4 // row_bytes, 1), max(p.block_rows, 1))
-        whole = [count for count in range(1, 64 // p.R + 1) if count * p.R % self.lanes == 0]
-        return whole[0] if whole else -(-self.lanes // p.R)
+        most = max(FINISH_ROWS // p.R, 1)
+        whole = [count for count in range(1, most + 1) if count * p.R % self.lanes == 0]
+        return whole[-1] if whole else most
 
     @cached_property
     def packing(self) -> Packing:

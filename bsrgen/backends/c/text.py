@@ -1,18 +1,16 @@
 """From plans to text: everything the C templates may see is computed here."""
 
 import json
-from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
 from bsrgen.backends.c import dynamic
 from bsrgen.backends.c.count import whole_share
-from bsrgen.backends.c.features import FeaturesPlan, features_view
+from bsrgen.backends.c.features import FeaturesPlan
 from bsrgen.backends.c.levels import level_of, offset_type
 from bsrgen.backends.c.matrix_text import matrix_view
 from bsrgen.backends.c.plan import CPlan
-from bsrgen.backends.c.tiles import TokenTile, WeightTile
-from bsrgen.backends.c.tiling import code, folds, group, token_groups, variants
+from bsrgen.backends.c.vector_text import Part, needs_math, vectors_view
 from bsrgen.dtypes import DType
 from bsrgen.emit import Source, Unit, arguments_in_c, banner, epilogue_formula, operands_in_c, render, runtime_file
 from bsrgen.pattern import Weight
@@ -64,7 +62,7 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
     files[f"{name}_data.c"] = render("c/data.c.j2", a=artifact, banner=head).encode()
     units.append(Unit(f"{name}_data.c", units[0].flags))
     files[f"{name}.h"] = render("c/header.h.j2", a=artifact, banner=head).encode()
-    math = ("bsrgen_math.h",) if _needs_math(problem) else ()
+    math = ("bsrgen_math.h",) if needs_math(problem) else ()
     tiles = _AMX if any(plan.matrix for plan in plans) else ()
     expand = ("bsrgen_expand.h",) if any(plan.bits for plan in plans) else ()
     prepare = ("bsrgen_tvm_ffi.h",) if known else ("bsrgen_prepare.h",)
@@ -75,31 +73,12 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
     return Source(name, plans, files, tuple(units), artifact["prototype"], values, artifact)
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One micro-kernel of a plan: a file of its own, because vectors may differ in length."""
-
-    name: str
-    plan: CPlan
-    tokens: TokenTile | None
-    weight: WeightTile | None
-
-    @property
-    def lanes(self) -> int:
-        """Elements in one vector."""
-        return self.plan.weight_lanes if self.weight else self.plan.lanes
-
-
-def _parts(plan: CPlan, name: str) -> list[_Part]:
+def _parts(plan: CPlan, name: str) -> list[Part]:
     """The micro-kernel for many tokens, then the one for few."""
     if plan.tokens is None:
-        return [_Part(name, plan, None, plan.weight)]
-    few = [_Part(f"{name}_few", plan, None, plan.weight)] if plan.weight else []
-    return [_Part(name, plan, plan.tokens, None), *few]
-
-
-def _needs_math(problem: Problem) -> bool:
-    return any("v_" in step.c + (step.gate.c if step.gate else "") for step in problem.epilogue)
+        return [Part(name, plan, None, plan.weight)]
+    few = [Part(f"{name}_few", plan, None, plan.weight)] if plan.weight else []
+    return [Part(name, plan, plan.tokens, None), *few]
 
 
 def _artifact(
@@ -174,7 +153,7 @@ def _masked(plan: CPlan) -> dict[str, int] | None:
     return {"index": len(plan.problem.operands) - 1, "tokens": pit.tokens, "rows": pit.rows}
 
 
-def _unit(part: _Part) -> tuple[int, int]:
+def _unit(part: Part) -> tuple[int, int]:
     """Tokens of a unit, and the units that share what they read."""
     plan = part.plan
     if plan.matrix:
@@ -185,7 +164,7 @@ def _unit(part: _Part) -> tuple[int, int]:
     return part.tokens.vectors * plan.lanes, 1
 
 
-def _quantized_units(part: _Part) -> int:
+def _quantized_units(part: Part) -> int:
     """Units of tokens whose X is made int8 together, in a quarter of L2; 0 where it is taken as it is."""
     plan, (tokens, chunk) = part.plan, _unit(part)
     if not plan.problem.quantizes_x:
@@ -193,7 +172,7 @@ def _quantized_units(part: _Part) -> int:
     return max(plan.target.l2_bytes // 4 // max(plan.problem.pattern.K * tokens, 1), chunk, 1)
 
 
-def _pair(part: _Part) -> dict[str, int] | None:
+def _pair(part: Part) -> dict[str, int] | None:
     """Of swiglu and geglu: the gate's rows, and how much of it waits, within half of L2."""
     plan, gate, (tokens, chunk) = part.plan, part.plan.problem.gate_rows, _unit(part)
     if not gate:
@@ -236,7 +215,7 @@ def c_string(text: str) -> str:
     return json.dumps(text + "\n")
 
 
-def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
+def _kernel(part: Part, level: dict[str, Any]) -> dict[str, Any]:
     """What kernel.c.j2 and its parts see."""
     plan, problem, p = part.plan, part.plan.problem, part.plan.pattern
     linear = problem.operator.token_axis == 0
@@ -245,55 +224,11 @@ def _kernel(part: _Part, level: dict[str, Any]) -> dict[str, Any]:
         "dynamic": None if problem.pattern.known else dynamic.ahead(plan),
         "quantize": _quantized_units(part), "pair": _pair(part), "M": p.M, "K": problem.pattern.K, "R": p.R, "C": p.C,
         "block_rows": p.block_rows, "panels": plan.panels, "offset_type": offset_type(plan), "linear": linear,
-        "math": _needs_math(problem), "epilogue": _steps(problem), "finish_rows": part.weight is not None or linear,
+        "math": needs_math(problem), "epilogue": _steps(problem), "finish_rows": part.weight is not None or linear,
         "gate_by_token": part.weight is not None or linear,
         "listed": len(problem.operands) if plan.listed else None, "masked": _masked(plan),
         "finish_tokens": not linear and part.weight is None,
     }  # fmt: skip
     if plan.matrix:
-        return shared | {"matrix": matrix_view(plan.matrix_packing), "bits": None, "features": None}
-    return shared | _vectors(part, linear)
-
-
-def _bits(part: _Part) -> dict[str, int] | None:
-    """Of expanded rows: the bits of a vector, and the vectors of a panel."""
-    plan, bits = part.plan, part.plan.bits
-    if part.weight is None or bits is None:
-        return None
-    features = plan.pattern.block_cols * plan.pattern.C
-    last = features - (plan.panels - 1) * plan.k_panel
-    return {"step": bits.step, "count": bits.count, "bytes": bits.bytes,
-            "vectors": bits.vectors(plan.k_panel), "last": bits.vectors(last)}  # fmt: skip
-
-
-def _vectors(part: _Part, linear: bool) -> dict[str, Any]:
-    """What the tiles of vectors see alone."""
-    plan, tokens, weight, p = part.plan, part.tokens, part.weight, part.plan.pattern
-    direct = not linear and plan.panels == 1 and not plan.lowered
-    padded_k, unit = p.block_cols * p.C, plan.weight.row_lanes if plan.weight else 1
-    k_lanes = weight.k_lanes if weight else plan.k_lanes
-    groups = [group(plan, q, unit) for q in range(len(plan.groups))]
-    full = sum(1 for g in groups if (g["rows"], g["slots"]) == (groups[0]["rows"], groups[0]["slots"]))
-    rows = code(plan) if plan.encoding == "code" and (tokens or not plan.tokens) else ()
-    return {
-        "matrix": None, "features": features_view(plan), "lowered": plan.lowered, "K_cells": p.K,
-        "panel_starts": plan.packing.panel_starts if plan.panels > 1 and plan.problem.pattern.known else (),
-        "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
-        "block_values": plan.packing.block_values, "k_lanes": k_lanes, "bits": _bits(part),
-        "weight": weight, "tokens": tokens, "direct": direct,
-        "groups": groups, "groups_full": full if full > 1 else 0,
-        "groups_single": groups[full:] if full > 1 else groups,
-        "ldx": plan.leading_dimension, "copy_x": plan.copies_x or bool(plan.problem.pit),
-        "folds": folds(part.lanes, k_lanes),
-        "weight_vectors": sum(g["slots"] for g in groups) // unit,
-        "weight_window": plan.weight_window, "weight_rows": plan.shared_block_rows,
-        "weight_slab": plan.summed_block_rows,
-        "weight_direct": k_lanes == plan.panels == 1 and not _needs_math(plan.problem),
-        "M_padded": p.block_rows * p.R != p.M,
-        "weight_token_counts": variants(weight.tokens, bool(rows)) if weight else (),
-        "token_vector_counts": variants(tokens.vectors, bool(rows)) if tokens else (),
-        "code": rows,
-        "token_groups": token_groups(plan, groups, full) if tokens else (),
-        "panel_forms": ("", "x") if tokens and not tokens.pack and direct else ("",),
-        "finish_block_rows": plan.waiting_block_rows, "packs_whole": tokens is not None and plan.packs_whole,
-    }  # fmt: skip
+        return shared | {"matrix": matrix_view(plan.matrix_packing), "bits": None, "features": None, "stage": None}
+    return shared | vectors_view(part, linear)

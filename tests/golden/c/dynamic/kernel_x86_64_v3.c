@@ -204,25 +204,27 @@ static void token_pack(const struct bsrgen_call *call, int64_t n0, int64_t n1, i
     for (int64_t f = live; f < k1; f++) memset(panel + (f - k0) * ldp, 0, sizeof(cell) * (size_t)ldp);
 }
 
-/* Y of rows [m0, m1) and tokens [n0, n1) from sums[m1 - m0][ldp]. */
+/* Y of rows [m0, m1) and tokens [n0, n1) from sums[m1 - m0][ldp], in runs of rows. */
 static void token_finish(const struct bsrgen_call *call, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const acc *sums, int64_t ldp)
 {
     if (m1 > M) m1 = M;
-    for (int64_t m = m0; m < m1; m += LANES) {
-        const int rows = m1 - m < LANES ? (int)(m1 - m) : LANES;
+    for (int64_t run = m0; run < m1; run += 64)
         for (int64_t n = n0; n < n1; n += LANES) {
-            vec v[LANES];
-            UNROLL
-            for (int r = 0; r < LANES; r++) v[r] = (vec)acc_load(sums + (m - m0 + (r < rows ? r : 0)) * ldp + n - n0);
-            transpose(v);
-            if (n1 - n >= LANES && rows == LANES) {
+            const int64_t stop = run + 64 < m1 ? run + 64 : m1;
+            for (int64_t m = run; m < stop; m += LANES) {
+                const int rows = stop - m < LANES ? (int)(stop - m) : LANES;
+                vec v[LANES];
                 UNROLL
-                for (int t = 0; t < LANES; t++) put_rows(call, m, n + t, (avec)v[t], LANES);
-            } else {
-                for (int t = 0; t < LANES && n + t < n1; t++) put_rows(call, m, n + t, (avec)v[t], rows);
+                for (int r = 0; r < LANES; r++) v[r] = (vec)acc_load(sums + (m - m0 + (r < rows ? r : 0)) * ldp + n - n0);
+                transpose(v);
+                if (n1 - n >= LANES && rows == LANES) {
+                    UNROLL
+                    for (int t = 0; t < LANES; t++) put_rows(call, m, n + t, (avec)v[t], LANES);
+                } else {
+                    for (int t = 0; t < LANES && n + t < n1; t++) put_rows(call, m, n + t, (avec)v[t], rows);
+                }
             }
         }
-    }
 }
 
 /* Units of tokens: register tiles, whole vectors, nearly equal. */

@@ -65,7 +65,7 @@ INLINE int64_t pieces(int64_t total, int64_t most) { return (total + most - 1) /
 
 enum { W_TOKENS = 3, W_LDX = 24, K_STEPS = BLOCK_C / K_STEP };
 /* Sums of one block row, in elements; block rows whose sums are finished together. */
-enum { W_SUM = 1 * W_TOKENS * LANES, W_WINDOW = 2 };
+enum { W_SUM = 1 * W_TOKENS * LANES, W_WINDOW = 16 };
 
 /* Sums kept per tile: with few accumulators, several partial sums hide the latency of the multiply-add. */
 #define W_SUMS(t, v) ((t) * (v) >= 8 ? 1 : (t) * (v) >= 4 ? 2 : (t) * (v) >= 2 ? 4 : 8)
@@ -196,7 +196,7 @@ static void weight_copy(const struct bsrgen_call *call, int64_t n0, int64_t n1, 
 INLINE int64_t weight_units(int64_t n) { return pieces(n, W_TOKENS); }
 
 enum { W_CHUNK = 1, W_ROWS = 6 }; /* units that share the weights of W_ROWS block rows while they are in L2 */
-enum { W_SLAB = 5460 }; /* block rows whose sums wait for the next panel */
+enum { W_SLAB = 5456 }; /* block rows whose sums wait for the next panel */
 
 /* Token units [u, stop) x block rows [i, end) in panel p; x: the first token's; tile: sums of block row `base` and on, unit by unit. */
 static void weight_share(const struct bsrgen_call *call, const w_t *values, const cell *x, int64_t u, int64_t stop,

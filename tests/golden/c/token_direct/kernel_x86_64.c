@@ -247,7 +247,7 @@ static void token_rows(const struct bsrgen_call *call, const w_t *values, const 
 /* Token units [u0, u1) x block rows [i0, i1). */
 static int token_run(const struct bsrgen_call *call, const w_t *values, int64_t u0, int64_t u1, int64_t i0, int64_t i1)
 {
-    enum { FINISH_ROWS = 2 }; /* block rows whose sums wait */
+    enum { FINISH_ROWS = 20 }; /* block rows whose sums wait */
     const int64_t vectors = token_vectors(call->n), most = LANES * (vectors < T_VECTORS ? vectors : T_VECTORS); /* tokens of a unit */
     /* Rows that lie multiples of 2 KiB apart share a few sets of the caches: packed after all. */
     const int as_it_lies = 0;

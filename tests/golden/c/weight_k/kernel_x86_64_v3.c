@@ -53,7 +53,7 @@ INLINE int64_t pieces(int64_t total, int64_t most) { return (total + most - 1) /
 
 enum { W_TOKENS = 4, W_LDX = 64, K_STEPS = BLOCK_C / K_STEP };
 /* Sums of one block row, in elements; block rows whose sums are finished together. */
-enum { W_SUM = 1 * W_TOKENS * LANES, W_WINDOW = 8 };
+enum { W_SUM = 1 * W_TOKENS * LANES, W_WINDOW = 64 };
 
 /* Sums kept per tile: with few accumulators, several partial sums hide the latency of the multiply-add. */
 #define W_SUMS(t, v) ((t) * (v) >= 8 ? 1 : (t) * (v) >= 4 ? 2 : (t) * (v) >= 2 ? 4 : 8)
