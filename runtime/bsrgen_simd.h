@@ -52,6 +52,13 @@ INLINE vec rounded(vec v)
 }
 
 #if defined __AVX512F__ && LANES * REAL_BYTES == 64
+#define WHOLE struct bytes64
+#elif defined __AVX512VL__ && LANES * REAL_BYTES == 32
+#define WHOLE struct bytes32
+#elif defined __AVX512VL__ && LANES * REAL_BYTES == 16
+#define WHOLE struct bytes16
+#endif
+#ifdef WHOLE
 #if REAL_BYTES == 4
 #define MASKED "vmovups"
 #else
@@ -64,7 +71,7 @@ INLINE vec load_part(const real *p, int count)
 {
     vec v;
 #ifdef MASKED
-    __asm__(MASKED " %1, %0%{%2%}%{z%}" : "=v"(v) : "m"(*(const struct bytes64 *)p), "Yk"((uint16_t)((1u << count) - 1)));
+    __asm__(MASKED " %1, %0%{%2%}%{z%}" : "=v"(v) : "m"(*(const WHOLE *)p), "Yk"((uint16_t)((1u << count) - 1)));
 #else
     v = zero();
     for (int i = 0; i < count; i++) v[i] = p[i];
@@ -76,7 +83,7 @@ INLINE vec load_part(const real *p, int count)
 INLINE void store_part(real *p, vec v, int count)
 {
 #ifdef MASKED
-    __asm__(MASKED " %1, %0%{%2%}" : "+m"(*(struct bytes64 *)p) : "v"(v), "Yk"((uint16_t)((1u << count) - 1)));
+    __asm__(MASKED " %1, %0%{%2%}" : "+m"(*(WHOLE *)p) : "v"(v), "Yk"((uint16_t)((1u << count) - 1)));
 #else
     for (int i = 0; i < count; i++) p[i] = v[i];
 #endif

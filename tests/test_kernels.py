@@ -4,6 +4,7 @@ import itertools
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ PLANS_EACH = int(os.environ.get("BSRGEN_TEST_PLANS", "3"))
 def kind_of(plan: CPlan) -> tuple:
     """What makes two plans run different code."""
     t, w = plan.tokens, plan.weight
-    tiles = (t and (t.pack, t.rows == 1), w and (w.k_lanes, w.vectors > 1, w.chunk > 1))
+    tiles = (t and (t.pack, t.rows == 1, plan.single), w and (w.k_lanes, w.vectors > 1, w.chunk > 1))
     return plan.target.name, plan.encoding, plan.panels > 1, len(plan.groups) > 1, plan.cover is not None, *tiles
 
 
@@ -299,6 +300,26 @@ def test_rows_of_X_4096_bytes_apart(operator, dtype, K, rng):
     weight = random_weight(4, (70, K), (32, 1), 0.1, dtype=dtype)
     kernel = bsrgen.compile(weight, operator, dtype=dtype)
     check_calls(kernel, problem_of(weight, operator), weight, rng, (1, 2, 5, 33, 130))
+
+
+@pytest.mark.parametrize(
+    ("operator", "dtype", "blocksize", "panels"),
+    [("linear", "float32", (1, 1), 1), ("spmm", "float64", (1, 1), 1), ("linear", "float32", (2, 3), 4)],
+)
+def test_few_tokens_in_shorter_vectors(operator, dtype, blocksize, panels, rng, tmp_path):
+    """Also single tokens of single elements, which have a way of their own; empty rows, the same bits by threads."""
+    weight = random_weight(3, (203, 149), blocksize, 0.06, dtype=dtype, kind="powerlaw")
+    problem = replace(problem_of(weight, operator), n=3)
+    plan = next(plan for plan in candidates(problem, native()) if plan.short_lanes and plan.cover is None)
+    if panels > 1:
+        plan = replace(plan, tokens=replace(plan.tokens, k_panel=blocksize[1] * -(-149 // panels // blocksize[1])))
+    assert (plan.panels > 1) == (panels > 1)
+    assert plan.single == (blocksize == (1, 1))
+    kernel = build_plan(plan, weight, tmp_path)
+    check_calls(kernel, problem, weight, rng, (1, 2, 8, 9))
+    for n in (1, 7):
+        x, given = problem.sample(rng, n)
+        np.testing.assert_array_equal(kernel(x, threads=2, **given), kernel(x, threads=1, **given))
 
 
 def placed(values, ld, offset_bytes, fill=CANARY):

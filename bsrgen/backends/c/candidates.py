@@ -19,6 +19,8 @@ INT_MAX = 2**31 - 1  # offsets inside a register tile are C ints
 SMALL_TOKENS = 8  # register tile of the weight tile that only serves small n
 EXPAND_TOKENS = {1: 4, 2: 9, 4: 17}  # columns of a product: fewer tokens are faster with expanded rows (Zen 5)
 EXPAND_MOST = 16  # bits for each stored element
+SHORT_ROWS = 3  # of blocks whose calls of few tokens have vectors of their own: X of 8 tokens stays in L1 twice as long
+SHORT_MOST = 6  # one in so many stored, of 16 lanes: 1.1 cycles each beside 2.9 a vector that is expanded (Zen 5)
 CHUNK = 16  # tiles of tokens that take W out of L2 in turn, where W is larger than that
 
 
@@ -74,7 +76,13 @@ def _tiled(blank: CPlan) -> Iterator[CPlan]:
     for t in token_tiles(blank):
         plan = replace(blank, tokens=t)
         tile = small or _expanded(plan)
-        yield replace(plan, weight=tile, small_n=few if tile else 0)
+        short = _short_lanes(plan)
+        if short and (not tile or _sparse(plan) or 1 < (problem.n or 0) <= short):
+            yield replace(plan, short_lanes=short, small_n=short + 1)
+        if tile and not (short and _sparse(plan)):
+            yield replace(plan, weight=tile, small_n=few)
+        elif not short:
+            yield plan
     yield from alone if not tall else ()
 
 
@@ -105,6 +113,17 @@ def _expanded(plan: CPlan) -> WeightTile | None:
         return None
     tile = WeightTile(1, plan.lanes, 1, SMALL_TOKENS, expand=True)
     return tile if plan.may_expand(tile) and _addressable(plan, tile) else None
+
+
+def _short_lanes(plan: CPlan) -> int:
+    """Half a vector of tokens, 16 bytes or more, for calls of few; 0 where blocks have rows enough without."""
+    return plan.lanes // 2 if plan.lanes >= 8 and plan.pattern.R <= SHORT_ROWS and plan.product.group == 1 else 0
+
+
+def _sparse(plan: CPlan) -> bool:
+    """Whether so few are stored that a multiply-add for each costs less than expanding their rows."""
+    p = plan.pattern
+    return p.R == 1 and SHORT_MOST * p.nnz * plan.lanes < 16 * p.M * p.K
 
 
 def _weight_tiles(blank: CPlan) -> Iterator[WeightTile]:

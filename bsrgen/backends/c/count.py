@@ -42,6 +42,7 @@ class Fitted:
     tile_spill: float = 2.2  # the same, where it waits for the next panel
     fold: float = 0.7  # a round of folding one vector
     expand: float = 2.5  # one vector of an expanded row
+    single: float = 1.6  # loads of a nonzero for one token
     code_row: float = 6.0  # the pattern as code: one call per block row
     unit: float = 23.0  # one unit of tokens
 
@@ -81,7 +82,7 @@ def counts(plan: "CPlan", n: int, fitted: Fitted = FITTED) -> Counts:
     x_beyond = 0.0 if resident else work.x_bytes
     stream = w_bytes / target.bytes_per_cycle(value_bytes) + x_beyond / target.bytes_per_cycle(work.x_live_bytes)
     return Counts(
-        flop=round(work.fma * 2 * plan.product.group * (plan.weight_lanes if few else plan.lanes)),
+        flop=round(work.fma * 2 * plan.product.group * (plan.weight_lanes if few else plan.lanes_at(n))),
         effective_flop=problem.flop(n),
         vector_fma=round(work.fma),
         vector_loads=round(work.loads),
@@ -159,9 +160,12 @@ def _stall(plan: "CPlan", rows: int, vectors: float) -> float:
 def _token_work(plan: "CPlan", n: int, segments: int, blocks: float, f: Fitted) -> _Work:
     t, p = plan.tokens, plan.pattern
     assert t is not None
+    if n == 1 and plan.single:
+        return _Work(p.nnzb, 0.0, f.single * p.nnzb, 0.0, 0.0, 0.0, 1.0, f.unit + f.token_segment * p.M)
     linear = plan.problem.operator.token_axis == 0
     together = plan.product.group if plan.gather else 1
-    vectors = -(-n // (plan.lanes * together)) * together
+    lanes = plan.lanes_at(n)
+    vectors = -(-n // (lanes * together)) * together
     units = max(1, -(-vectors // t.vectors))
     v = vectors / units
     row_tiles = sum(-(-g.rows // t.rows) for g in plan.groups)
@@ -176,7 +180,7 @@ def _token_work(plan: "CPlan", n: int, segments: int, blocks: float, f: Fitted) 
         control += (sums + p.M * vectors) * f.spill
     packs = 1 if plan.packs_whole else -(-p.block_rows // plan.waiting_block_rows)
     transposed = f.pack_words if plan.product.group > 1 else f.pack_transposed
-    packed = 0.0 if not t.pack and n % plan.lanes == 0 else p.K * vectors * packs / together
+    packed = 0.0 if not t.pack and n % lanes == 0 else p.K * vectors * packs / together
     gathers = steps * (v * GATHER_OPS.get(together, 0) + rows * WIDEN_OPS * (plan.w_bytes < plan.unit_bytes))
     control += packed * (transposed if linear else f.pack)
     control += (
@@ -191,8 +195,8 @@ def _token_work(plan: "CPlan", n: int, segments: int, blocks: float, f: Fitted) 
         latency=steps
         * plan.product.latency(plan.target)
         / (min(chains, 8 // plan.packing.offset_bytes) if p.C == 1 and not plan.gather else chains),
-        x_bytes=steps * v * plan.target.vector_bytes,
-        x_live_bytes=min(plan.k_panel, p.K) * v * plan.lanes * plan.cell_bytes,
+        x_bytes=steps * v * lanes * plan.unit_bytes,
+        x_live_bytes=min(plan.k_panel, p.K) * v * lanes * plan.cell_bytes,
         w_passes=units,
         control=control + epilogue_cycles(plan, n),
     )

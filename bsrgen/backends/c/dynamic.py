@@ -69,7 +69,7 @@ def level_of(plan: CPlan) -> dict[str, Any]:
     return {
         "name": f"{name}_{target.name.replace('-', '_')}", "target": target.name, "family": target.family,
         "requires": target.requires, "tables": "", "block_rows": work_rows(plan), "tiles": False,
-        "few": plan.small_n if plan.tokens and plan.weight else 0, "by_rows": int(not plan.tokens),
+        "few": plan.few_n, "by_rows": int(not plan.tokens),
         "magic": magic(plan), "work_at": at["work"], "values_at": at["corrections"],
     }  # fmt: skip
 

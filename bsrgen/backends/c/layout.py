@@ -33,6 +33,7 @@ class Layout(Plan):
     product: Product = FMA
     gather: bool = False  # single columns, put together as they occur in a block row, and X likewise when it is read
     matrix: MatrixTile | None = None  # instead of both tiles
+    short_lanes: int = 0  # of the vectors of tokens in calls of at most so many; 0: no other than in larger calls
 
     @property
     def stored(self) -> Pattern:

@@ -25,7 +25,8 @@ __all__ = ["CPlan", "MatrixTile", "TokenTile", "WeightTile"]
 
 @dataclass(frozen=True)
 class CPlan(Layout):
-    """Knobs of a C kernel.  With both tiles, calls of fewer than `small_n` tokens take the weight tile."""
+    """Knobs of a C kernel.  Calls of fewer than `small_n` tokens take the weight tile where there are both, or a token
+    tile of one vector of `short_lanes`."""
 
     def __post_init__(self) -> None:
         one_panel = (self.tokens is None and self.weight is None) or self.panels == 1
@@ -34,6 +35,9 @@ class CPlan(Layout):
         assert not self.gather or (self.product.group > 1 and self.pattern.C == 1), "only single columns are gathered"
         assert self.product.tiles == (self.matrix is not None), "the matrix unit has products of its own"
         assert not (self.weight and self.weight.expand) or self.may_expand(self.weight), "rows that cannot be expanded"
+        assert not self.short_lanes or (self.tokens and not self.weight and not self.gather), (
+            "nothing to be shorter than"
+        )
         assert not self.matrix or self.matrix_packing.tiles_needed <= TILES, "too many tiles"
 
     def __str__(self) -> str:
@@ -42,6 +46,7 @@ class CPlan(Layout):
             parts.append(
                 f"lanes along tokens, {t.rows} rows x {t.vectors} vectors, "
                 f"panels of {self.k_panel} features{'' if t.pack else ', X unpacked'}"
+                f"{f'; n < {self.small_n}: {t.rows} rows x {self.short_lanes} tokens' if self.short_lanes else ''}"
             )
         if (w := self.weight) is not None:
             lanes = {1: "rows", self.weight_lanes: "k"}.get(w.k_lanes, f"{w.row_lanes} rows x {w.k_lanes} k")
@@ -65,6 +70,7 @@ class CPlan(Layout):
         return {
             **tile,
             "small_n": self.small_n,
+            "short_lanes": self.short_lanes,
             "encoding": self.encoding,
             "product": self.product.name,
             "gather": self.gather,
@@ -140,6 +146,21 @@ class CPlan(Layout):
         """Whether a call of n tokens runs the weight tile."""
         return self.weight is not None and (self.tokens is None or n < self.small_n)
 
+    @property
+    def few_n(self) -> int:
+        """Tokens from which calls take the first micro-kernel; 0: all do."""
+        return self.small_n if self.tokens and (self.weight or self.short_lanes) else 0
+
+    @property
+    def single(self) -> bool:
+        """Whether calls of one token read X as it lies: rows of single elements, one panel."""
+        alone = self.short_lanes > 0 and self.pattern.blocksize == (1, 1) and self.panels == 1
+        return alone and self.encoding == "table" and self.same_x and not self.listed and not self.problem.gate_rows
+
+    def lanes_at(self, n: int) -> int:
+        """Tokens of one vector of the token tile in a call of n."""
+        return self.short_lanes if self.short_lanes and n < self.small_n else self.lanes
+
     def family(self, n: int) -> tuple[Any, ...]:
         """The blocks that are walked, and the axis of the lanes and the register tile that run at n tokens."""
         blocks = (self.product.name, self.gather, self.pattern.blocksize, self.dense)
@@ -150,7 +171,7 @@ class CPlan(Layout):
             w = self.weight
             return (*blocks, "weight", w.row_lanes, w.k_lanes, w.vectors, min(w.tokens, n))
         assert self.tokens is not None
-        return (*blocks, "tokens", self.tokens.rows, self.tokens.vectors)
+        return (*blocks, "tokens", self.tokens.rows, self.tokens.vectors, self.lanes_at(n))
 
     def counts(self, n: int) -> Counts:
         """Countable cost of one call of n tokens (backends/c/count.py)."""

@@ -1,6 +1,7 @@
 """From plans to text: everything the C templates may see is computed here."""
 
 import json
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 
@@ -78,6 +79,8 @@ def _parts(plan: CPlan, name: str) -> list[Part]:
     if plan.tokens is None:
         return [Part(name, plan, None, plan.weight)]
     few = [Part(f"{name}_few", plan, None, plan.weight)] if plan.weight else []
+    if plan.short_lanes:
+        few = [Part(f"{name}_few", plan, replace(plan.tokens, vectors=1, pack=True), None, short=True)]
     return [Part(name, plan, plan.tokens, None), *few]
 
 
@@ -161,7 +164,7 @@ def _unit(part: Part) -> tuple[int, int]:
     if part.weight:
         return part.weight.tokens, part.weight.chunk
     assert part.tokens is not None
-    return part.tokens.vectors * plan.lanes, 1
+    return part.tokens.vectors * part.lanes, 1
 
 
 def _quantized_units(part: Part) -> int:
@@ -224,7 +227,8 @@ def _kernel(part: Part, level: dict[str, Any]) -> dict[str, Any]:
         "dynamic": None if problem.pattern.known else dynamic.ahead(plan),
         "quantize": _quantized_units(part), "pair": _pair(part), "M": p.M, "K": problem.pattern.K, "R": p.R, "C": p.C,
         "block_rows": p.block_rows, "panels": plan.panels, "offset_type": offset_type(plan), "linear": linear,
-        "math": needs_math(problem), "epilogue": _steps(problem), "finish_rows": part.weight is not None or linear,
+        "math": needs_math(problem), "epilogue": _steps(problem),
+        "finish_rows": part.weight is not None or linear or part.single,
         "gate_by_token": part.weight is not None or linear,
         "listed": len(problem.operands) if plan.listed else None, "masked": _masked(plan),
         "finish_tokens": not linear and part.weight is None,

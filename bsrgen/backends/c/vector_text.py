@@ -24,11 +24,19 @@ class Part:
     plan: CPlan
     tokens: TokenTile | None
     weight: WeightTile | None
+    short: bool = False  # vectors of the plan's short_lanes
 
     @property
     def lanes(self) -> int:
         """Elements in one vector."""
+        if self.short:
+            return self.plan.short_lanes
         return self.plan.weight_lanes if self.weight else self.plan.lanes
+
+    @property
+    def single(self) -> bool:
+        """Whether calls of one token have a way of their own."""
+        return self.short and self.plan.single
 
 
 def needs_math(problem: Problem) -> bool:
@@ -53,7 +61,7 @@ def _stage(part: Part) -> dict[str, int] | None:
     if plan.problem.rows * plan.problem.out_dtype.bytes % SETS_BYTES:
         return None
     reads = any(o.kind in ("out", "gate") for step in plan.problem.epilogue for o in step.operands)
-    if plan.problem.operator.token_axis or plan.listed or reads or features_view(plan):
+    if plan.problem.operator.token_axis or plan.listed or reads or part.short or features_view(plan):
         return None
     rows = STAGE_BYTES // plan.problem.out_dtype.bytes
     if weight is None:
@@ -83,7 +91,7 @@ def vectors_view(part: Part, linear: bool) -> dict[str, Any]:
         "panel_starts": plan.packing.panel_starts if plan.panels > 1 and plan.problem.pattern.known else (),
         "k_panel": plan.k_panel, "K_padded_total": padded_k, "K_padded": padded_k != p.K,
         "block_values": plan.packing.block_values, "k_lanes": k_lanes, "bits": _bits(part),
-        "weight": weight, "tokens": tokens, "direct": direct,
+        "weight": weight, "tokens": tokens, "single": part.single, "direct": direct,
         "groups": groups, "groups_full": full if full > 1 else 0,
         "groups_single": groups[full:] if full > 1 else groups,
         "ldx": plan.leading_dimension, "copy_x": plan.copies_x or bool(plan.problem.pit),
