@@ -131,6 +131,17 @@ def _smalln() -> Iterator[Point]:
         yield from _crossed(["linear"], [(768, 768)], [block], [0.2], (1, 2, 4, 8, 16, 32))
 
 
+def _narrow() -> Iterator[Point]:
+    for block in blocks("1x1 2x2 4x4"):
+        yield from _crossed(["linear"], [(768, 768)], [block], (0.05, 0.1), (1, 4, 16, 128))
+
+
+def _sentence() -> Iterator[Point]:
+    for dtype in ("float32", "bfloat16", "int8"):
+        minilm = [(384, 384), (1536, 384), (384, 1536)]
+        yield from _crossed(["linear"], [*minilm, *BERT], [(32, 1)], [0.2], [128], dtype=dtype)
+
+
 def _big() -> Iterator[Point]:
     return _crossed(BOTH, [(4096, 4096)], ALL, (0.2, 0.1), [512])
 
@@ -173,6 +184,8 @@ GRIDS = {
     for row in (
         Grid("shapes", "All block shapes, 768x768, N = 128", "bsrgen's own", "block", _shapes),
         Grid("smalln", "Few tokens, blocks of 16 rows or more, 768x768", "bsrgen's own", "n", _smalln),
+        Grid("narrow", "Narrow blocks at low density, few tokens and many", "bsrgen's own", "n", _narrow),
+        Grid("sentence", "MiniLM's and BERT-base's layers at 80 %, one sentence", "bsrgen's own", "nnz", _sentence),
         Grid("threads", "One and two threads", "bsrgen's own", "block", _threads),
         Grid("dense", "Density up to 1: where dense wins", "bsrgen's own", "density", _dense),
         Grid("reduced", "bfloat16 and int8, a few points of float16", "bsrgen's own", "density", _reduced),
