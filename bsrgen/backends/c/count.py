@@ -76,7 +76,8 @@ def counts(plan: "CPlan", n: int, fitted: Fitted = FITTED) -> Counts:
         bit_bytes = round(segments * _bit_vectors(plan) * plan.bits.count / 8)
         table_bytes += bit_bytes
         read_bytes = value_bytes + bit_bytes if few else read_bytes
-    work = (_weight_work if few else _token_work)(plan, n, segments, units, fitted)
+    single = n == 1 and plan.single
+    work = (_weight_work if few else _single_work if single else _token_work)(plan, n, segments, units, fitted)
     resident = work.x_live_bytes <= target.l1_bytes
     w_bytes = read_bytes * work.w_passes
     x_beyond = 0.0 if resident else work.x_bytes
@@ -160,8 +161,6 @@ def _stall(plan: "CPlan", rows: int, vectors: float) -> float:
 def _token_work(plan: "CPlan", n: int, segments: int, blocks: float, f: Fitted) -> _Work:
     t, p = plan.tokens, plan.pattern
     assert t is not None
-    if n == 1 and plan.single:
-        return _Work(p.nnzb, 0.0, f.single * p.nnzb, 0.0, 0.0, 0.0, 1.0, f.unit + f.token_segment * p.M)
     linear = plan.problem.operator.token_axis == 0
     together = plan.product.group if plan.gather else 1
     lanes = plan.lanes_at(n)
@@ -200,6 +199,11 @@ def _token_work(plan: "CPlan", n: int, segments: int, blocks: float, f: Fitted) 
         w_passes=units,
         control=control + epilogue_cycles(plan, n),
     )
+
+
+def _single_work(plan: "CPlan", n: int, segments: int, blocks: float, f: Fitted) -> _Work:
+    control = f.unit * n + f.token_segment * segments + epilogue_cycles(plan, n)
+    return _Work(blocks / plan.lanes_at(n), 0.0, f.single * blocks, 0.0, 0.0, 0.0, 1.0, control)
 
 
 def _weight_work(plan: "CPlan", n: int, segments: int, stored: float, f: Fitted) -> _Work:
