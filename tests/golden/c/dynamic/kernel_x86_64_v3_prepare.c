@@ -18,7 +18,7 @@ typedef uint16_t offset;
 enum { BLOCK_ROWS = 6, BLOCK_COLS = 10, R = 4, C = 2, GROUP = 1, STEP = 2 };
 enum { PANELS = 3, K_PANEL = 8, BLOCK_VALUES = 8, TOGETHER = 1 }; /* TOGETHER: offsets of a unit */
 #define MOST INT64_C(13) /* blocks */
-#define MAGIC UINT64_C(10283359563039721246)
+#define MAGIC UINT64_C(146184620705680621)
 #define HEAD_AT INT64_C(0)
 #define STARTS_AT INT64_C(64)
 #define WORK_AT INT64_C(128)

@@ -44,7 +44,7 @@ struct level {
 
 /* ISA levels, best first. */
 static const struct level levels[] = {
-    {"x86-64-v3", { linear_f32_24x20_b4x2_05f53789_x86_64_v3_units, linear_f32_24x20_b4x2_05f53789_x86_64_v3_run, 0 }, { linear_f32_24x20_b4x2_05f53789_x86_64_v3_few_units, linear_f32_24x20_b4x2_05f53789_x86_64_v3_few_run, 1 }, 4, linear_f32_24x20_b4x2_05f53789_x86_64_v3_prepare, UINT64_C(10283359563039721246), 128, 640, 6},
+    {"x86-64-v3", { linear_f32_24x20_b4x2_05f53789_x86_64_v3_units, linear_f32_24x20_b4x2_05f53789_x86_64_v3_run, 0 }, { linear_f32_24x20_b4x2_05f53789_x86_64_v3_few_units, linear_f32_24x20_b4x2_05f53789_x86_64_v3_few_run, 1 }, 4, linear_f32_24x20_b4x2_05f53789_x86_64_v3_prepare, UINT64_C(146184620705680621), 128, 640, 6},
 };
 
 /* The best level that this CPU has in full, NULL when it has none. */
