@@ -131,14 +131,17 @@ class Layout(Plan):
     @property
     def weight_window(self) -> int:
         """Block rows whose partial sums are folded together: whole vectors of rows come out, within 32 KiB of L1, and
-        FINISH_ROWS of them where there is room: int8 8x8, 1024x1024, density 1/32, N = 128: 42 to 37 us (Zen 5)."""
+        FINISH_ROWS of them where X leaves room there: int8 8x8, 1024x1024, density 1/32, N = 128: 42 to 37 us; bfloat16
+        8x8, 768x768, density 0.1, whose X fills most of L1: 52 to 55 (Zen 5, 2026-11-21)."""
         w, R = self.weight, self.pattern.R
         if w is None or R % w.row_lanes:
             return 1
         lanes = self.weight_lanes
-        room = (32 << 10) // (w.tokens * lanes * self.unit_bytes * max(R // w.row_lanes, 1))
+        row_bytes = w.tokens * lanes * self.unit_bytes * max(R // w.row_lanes, 1)
+        room = (32 << 10) // row_bytes
         whole = [count for count in range(1, room + 1) if count * R % lanes == 0]
-        within = [count for count in whole if count * R <= FINISH_ROWS] or whole[:1]
+        beside = self.target.l1_bytes - w.tokens * self.k_panel * self.cell_bytes
+        within = [n for n in whole if n * R <= FINISH_ROWS and n * row_bytes <= beside] or whole[:1]
         return within[-1] if within else max(min(room, lanes // R), 1)
 
     @property
