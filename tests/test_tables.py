@@ -533,4 +533,4 @@ def test_a_problem_is_plain_data():
         problem.n = 3
     knobs = next(iter(candidates(problem, V3))).knobs()
     tiles = {"tokens", "weight", "matrix"}
-    assert set(knobs) == tiles | {"small_n", "encoding", "product", "gather", "blocksize", "dense"}
+    assert set(knobs) == tiles | {"small_n", "short_lanes", "encoding", "product", "gather", "blocksize", "dense"}
