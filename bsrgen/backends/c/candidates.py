@@ -140,6 +140,8 @@ def _weight_tiles(blank: CPlan) -> Iterator[WeightTile]:
                 tile = WeightTile(row_lanes, k_lanes, vectors, tokens)
                 if _addressable(blank, tile):
                     yield tile
+                    if _streams(blank):
+                        yield replace(tile, chunk=CHUNK)
                     yield from _blocked(blank, tile)
 
 
@@ -147,6 +149,11 @@ def _addressable(blank: CPlan, tile: WeightTile) -> bool:
     """Whether W_LDX and the sums, for all tokens of a tile, are C ints."""
     p = blank.pattern
     return tile.tokens * (p.block_cols * p.C + p.R + 2 * blank.lanes) <= INT_MAX
+
+
+def _streams(blank: CPlan) -> bool:
+    """Whether W does not stay in L2 beside all else."""
+    return 4 * blank.pattern.nnz * blank.w_bytes > 3 * blank.target.l2_bytes
 
 
 def _blocked(blank: CPlan, tile: WeightTile) -> Iterator[WeightTile]:
@@ -157,8 +164,7 @@ def _blocked(blank: CPlan, tile: WeightTile) -> Iterator[WeightTile]:
         return
     panel = max(3 * blank.target.l1_bytes // 4 // token_bytes // p.C, 1) * p.C
     if panel < features:
-        large = p.nnz * blank.w_bytes > blank.target.l2_bytes
-        yield replace(tile, k_panel=panel, chunk=CHUNK if large else 1)
+        yield replace(tile, k_panel=panel, chunk=CHUNK if _streams(blank) else 1)
 
 
 def token_tiles(blank: CPlan) -> Iterator[TokenTile]:
