@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bsrgen import strides
 from bsrgen.dtypes import DTYPES, DType
-from bsrgen.epilogues import SELECTING, W_SCALE, Operand, operand_dtype
+from bsrgen.epilogues import OPTIONAL, SELECTING, W_SCALE, Operand, operand_dtype
 from bsrgen.errors import ArgumentError, ArgumentTypeError
 from bsrgen.foreign import host, view
 from bsrgen.machine import parallel_cores
@@ -93,9 +93,9 @@ class Call:
         return Prepared(n, x2, ldx, y, ldy, values, count, out, target)
 
     def settled(self, bound: Mapping[str, Any]) -> dict[str, COperand]:
-        """The operands that a call need not give: those bound, and those with a default."""
+        """The operands that a call need not give: those bound, those with a default, and selections of all."""
         self.known(bound)
-        given = {operand.name for operand in self.operands if operand.default is not None} | bound.keys()
+        given = {o.name for o in self.operands if o.default is not None or o.kind in OPTIONAL} | bound.keys()
         shape = self.operator.shape(1, self.rows)
         return {o.name: self._operand(o, bound, shape, None) for o in self.operands if o.name in given}
 

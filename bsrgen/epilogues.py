@@ -18,6 +18,7 @@ from bsrgen.errors import ArgumentError, ArgumentTypeError
 Array = NDArray[Any]
 Kind = Literal["row", "token", "element", "scalar", "out", "inside", "gate", "live", "routing", "mask"]
 SELECTING = ("live", "routing", "mask")  # what a call of mode="pit" computes: bsrgen.pit
+OPTIONAL = ("live", "mask")  # of these; without, all is computed
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,14 +30,14 @@ from bsrgen.operators import OPERATORS
 from bsrgen.pattern import Pattern, Weight
 from bsrgen.problem import Problem
 from bsrgen.quantize import quantized, source_of
+from bsrgen.shortcut import Shortcut
 from bsrgen.stack import are_several, parts_of, stacked
 from bsrgen.trampoline import OVERLAP, trampoline
 from bsrgen.verdict import Verdict
 
 Array = NDArray[Any]
 
-_NUMBERS = (float, np.float32, np.float64)
-_OK, _NO_MEMORY = 0, 3  # enum bsrgen_status in runtime/bsrgen.h
+_OK, _BAD_ARGUMENT, _NO_MEMORY = 0, 2, 3  # enum bsrgen_status in runtime/bsrgen.h
 _PACK_NO_MEMORY = -2  # what the library's _pack returns where it finds none; -1: no such level
 
 
@@ -45,13 +45,16 @@ class _Values(NamedTuple):
     """What a call takes besides its arguments; replaced as a whole, so that no call sees a half.
 
     data, packed, pointer: values given by `update`, as stored, packed, and where C finds them; before that none, and C
-    takes the library's.  settled: operands that need not come with the call; records: all for C, where none has to.
+    takes the library's.  settled: operands that need not come with the call; records: all for C, where none has to;
+    template: the same where `missing` ones have to, None where calls read what is in `out`.
     """
 
     bound: dict[str, Any]
     weight_scale: str
     settled: dict[str, COperand]
     records: Any
+    template: Any
+    missing: frozenset[str]
     data: Array | None
     packed: Array | None
     pointer: Any
@@ -74,12 +77,13 @@ class Kernel:
         self._level = 0
         self._foreign: IncompatibleCPUError | None = None
         self._tramp = trampoline()
+        self._shortcut = Shortcut(self._call, self._tramp.ffi)
+        self._new = np.zeros if self._call.partial else np.empty
         try:
             self._values = self._with(artifact.arrays(OPERANDS_FILE) if m.bound else {}, m.weight_scale, None)
         except (ArgumentError, ArgumentTypeError) as e:
             raise ArtifactCorruptError(f"{artifact}: {OPERANDS_FILE} is not of this kernel: {e}") from e
         self._threads = self._call.threads
-        self._numbers = {o.name: i for i, o in enumerate(self._call.operands) if o.kind in ("scalar", "token")}
         self._token_axis = OPERATORS[m.operator].token_axis
         if m.transposed:
             _ = self.pattern  # `update` needs it, whatever becomes of the folder
@@ -102,11 +106,14 @@ class Kernel:
 
     def _bundle(self, bound: dict[str, Any], weight_scale: str, data: Array | None, packed: Array | None) -> _Values:
         ffi = self._tramp.ffi
-        settled = self._call.settled(bound)
-        complete = len(settled) == len(self._call.operands) and not self._call.reads_out
-        records = self._records(list(settled.values())) if complete else None
+        settled, names = self._call.settled(bound), [operand.name for operand in self._call.operands]
+        missing = frozenset(names) - settled.keys()
+        template = None
+        if not self._call.reads_out:
+            template = self._records([settled.get(name, (None, 0, 0.0)) for name in names])
         pointer = ffi.NULL if packed is None else ffi.from_buffer(packed)
-        return _Values(bound, weight_scale, settled, records, data, packed, pointer)
+        records = None if missing else template
+        return _Values(bound, weight_scale, settled, records, template, missing, data, packed, pointer)
 
     def _records(self, operands: list[COperand]) -> Any:
         """The operands as C has them; it reads the arrays that they were made of."""
@@ -168,15 +175,15 @@ class Kernel:
         """A call with these values: the short way for what C takes as it lies, else the careful one."""
         if self._plain and threads is None and type(x) is np.ndarray and x.dtype is self._x_dtype:
             axis, shape = self._token_axis, x.shape
-            records, _kept = values.records, None
-            if operands and records is not None:
-                records, _kept = self._with_numbers(values, operands)
-            if records is not None and len(shape) == 2 and shape[1 - axis] == self._features:
+            if len(shape) == 2 and shape[1 - axis] == self._features:
                 n = shape[axis]
                 full = (self._rows, n) if axis else (n, self._rows)
-                if out is None:
-                    out = np.empty(full, self._out_dtype)
-                if type(out) is np.ndarray and out.dtype is self._out_dtype and out.shape == full:
+                records, _kept = values.records, None
+                if operands:
+                    records, _kept = self._shortcut.records(values.template, values.missing, operands, n, full, out)
+                if records is not None and out is None:
+                    out = self._new(full, self._out_dtype)
+                if records is not None and type(out) is np.ndarray and out.dtype is self._out_dtype and out.shape == full:
                     path = self._tramp
                     view = path.ffi.from_buffer
                     try:
@@ -189,25 +196,9 @@ class Kernel:
                     )  # fmt: skip
                     if status == _OK:
                         return out
-                    if status != OVERLAP:
+                    if status not in (OVERLAP, _BAD_ARGUMENT):  # which the careful way has words for
                         self.refuse(status)
         return self._general(values, x, out, threads, operands)
-
-    def _with_numbers(self, values: _Values, operands: dict[str, Any]) -> tuple[Any, Any]:
-        """The operands of a call that gives numbers only, for C, and what they point at; None for the careful path."""
-        ffi, real, numbers = self._tramp.ffi, self._call.real, []
-        records = ffi.new("struct bsrgen_operand[]", len(self._call.operands))
-        ffi.memmove(records, values.records, ffi.sizeof(records))
-        for name, value in operands.items():
-            index = self._numbers.get(name, -1)
-            if index < 0 or type(value) not in _NUMBERS or not real.smallest <= value <= real.largest:
-                return None, None
-            if self._call.operands[index].kind == "scalar":
-                records[index].scalar = value
-            else:
-                numbers.append(ffi.new(f"{real.c}[1]", (float(value),)))
-                records[index].data, records[index].ld = numbers[-1], 0
-        return records, numbers
 
     def _general(
         self, values: _Values, x: Any, out: Array | None, threads: int | None, operands: dict[str, Any]

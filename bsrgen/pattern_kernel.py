@@ -44,7 +44,7 @@ class PatternKernel(Kernel):
         self._level, self._threads = 0, default_threads(threads)
         self._foreign: IncompatibleCPUError | None = None
         self._tramp = trampoline()
-        self._values = _Values({}, "none", {}, None, None, None, self._tramp.ffi.NULL)
+        self._values = _Values({}, "none", {}, None, None, frozenset(), None, None, self._tramp.ffi.NULL)
         self._operator, self._steps = PATTERN_OPERATORS[m.operator], m.epilogue
         self._token_axis = self._operator.token_axis
         (M, K), (R, C) = m.shape, m.blocksize

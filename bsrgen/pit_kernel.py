@@ -82,10 +82,11 @@ class PitKernel(Selecting):
         bias and scale of experts [experts, rows] or [experts * rows].  Where x is zero, Inf and NaN of W may or may not
         reach the result: W should be finite.
         """
-        self._select(select, operands)
-        if self.selects == "routing" and np.ndim(operands.get("routing", 0)) == np.ndim(x) > 1:
+        if select is not None:
+            self._select(select, operands)
+        if "routing" in operands and np.ndim(operands["routing"]) == np.ndim(x) > 1:
             return self._several(x, out, threads, operands)
-        return super().__call__(x, out, threads=threads, **operands)
+        return self._run(self._values, x, out, threads, operands)
 
     def _several(self, x: Any, out: Array | None, threads: int | None, operands: dict[str, Any]) -> Array:
         """k experts for each token: as many tokens more, whose results are summed."""
@@ -104,7 +105,7 @@ class PitKernel(Selecting):
                 operands[name] = np.reshape(value, -1) if each else np.repeat(np.reshape(value, -1), routing.shape[-1])
         operands["routing"] = routing.reshape(-1)
         tokens = np.repeat(x.reshape(-1, x.shape[-1]), routing.shape[-1], axis=0)
-        every = super().__call__(tokens, threads=threads, **operands).reshape(*routing.shape, m.rows)
+        every = self._run(self._values, tokens, None, threads, operands).reshape(*routing.shape, m.rows)
         y: Array = every.astype(self._call.real.numpy, copy=False).sum(axis=-2).astype(self.out_dtype)
         if out is None:
             return y

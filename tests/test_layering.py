@@ -58,7 +58,8 @@ FLOORS = """
     device  pattern_kernel  dynamic  pit_kernel
     exam  instance
     kernel  plan  files  picture
-    artifact  arguments
+    artifact  shortcut
+    arguments
     selection  onnx_graph
     problem  pattern_problem  occupancy  cover  quantize  stack  even
     pattern  prune
@@ -78,7 +79,7 @@ ROOMS = ("cli", "bench", "integrations")  # their own files may import each othe
 DEPLOY = [
     "model", "loading", "device", "device_arrays", "workspaces", "dynamic", "dynamic_device", "even", "kernel",
     "pattern_problem", "pattern_kernel", "arguments", "strides", "problem", "quantize", "pit_kernel", "selection",
-    "pit", "stack", "pattern", "canonical", "foreign", "artifact", "manifest", "folder", "pit_device",
+    "pit", "shortcut", "stack", "pattern", "canonical", "foreign", "artifact", "manifest", "folder", "pit_device",
     "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {
