@@ -37,6 +37,7 @@ class _Triple(NamedTuple):
     indptr: Array
     w_scale: Array | None = None
     ordered: bool = True  # whether blocks come in the caller's order
+    cut: bool = False  # whether they are pieces of the caller's
 
 
 class PreparedWeight:
@@ -116,7 +117,13 @@ class DynamicKernel(Kernel):
         if self._foreign:
             raise self._foreign
         triple = self._triple(weight)
-        self._in_c(triple, buffer := self._room(self._in_c(triple, None)), threads)
+        try:
+            self._in_c(triple, buffer := self._room(self._in_c(triple, None)), threads)
+        except (PatternError, CapacityError):
+            if not triple.cut:
+                raise
+            triple = self._converted(weight)  # which sums blocks that come twice, and has words for all else
+            self._in_c(triple, buffer := self._room(self._in_c(triple, None)), threads)
         return PreparedWeight(self, triple, self._bundle(self._bound(triple), "none", None, buffer))
 
     @functools.cached_property
@@ -176,14 +183,19 @@ class DynamicKernel(Kernel):
         if r == R and c > C and c % C == 0 and not quantises:
             return self._cut(parts, c // C)
         if several or blocksize != m.blocksize or quantises:
-            weight, scale = self._weight(W), None
-            if weight.data.dtype != self.dtype:
-                weight, scale = quantized(weight, self._values.bound.get("w_scale"))
-            p = weight.pattern
             by_rows = not several and (isinstance(W, Weight) or raw.layout in ("bsr", "csr"))
-            same = by_rows and np.array_equal(parts[1], p.indices)
-            return _Triple(weight.data, p.indices, p.indptr, scale, same)
+            return self._converted(W, parts[1] if by_rows else None)
         return _Triple(self._cast(parts[0]), *self._integers(parts[0], parts[1], parts[2]))
+
+    def _converted(self, W: Any, indices: Any = None) -> _Triple:
+        """W by way of NumPy: in other blocks, of another type, dense, several that share X; duplicates are summed.
+        indices: the columns of W's blocks, where these come row by row."""
+        weight, scale = self._weight(W), None
+        if weight.data.dtype != self.dtype:
+            weight, scale = quantized(weight, self._values.bound.get("w_scale"))
+        p = weight.pattern
+        same = indices is not None and np.array_equal(indices, p.indices)
+        return _Triple(weight.data, p.indices, p.indptr, scale, same)
 
     def _cut(self, parts: tuple[Array, Any, Any], pieces: int) -> _Triple:
         """Blocks that are `pieces` of the kernel's side by side, cut; those outside of the matrix fall away."""
@@ -203,6 +215,7 @@ class DynamicKernel(Kernel):
             columns.astype(np.int32),
             before[indptr.astype(np.int64) * pieces],
             ordered=False,
+            cut=True,
         )
 
     def _cast(self, data: Array) -> Array:

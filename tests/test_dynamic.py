@@ -203,6 +203,12 @@ def test_wider_blocks_are_cut(width: int, rng: np.random.Generator) -> None:
     assert kernel(x, Weight(wide.pattern, wide.data)).tobytes() == kernel(x, ready).tobytes()
     with pytest.raises(UnsupportedError, match="prepare it anew"):
         ready.update(wide.data)
+    p = wide.pattern  # the last block twice: halves of it are summed
+    data = np.concatenate([wide.data, wide.data[-1:]])
+    data[-2:] = wide.data[-1] / np.array(2, kernel.dtype)
+    indptr = p.indptr + (np.arange(len(p.indptr)) > p.rows[-1])
+    twice = data, np.append(p.indices, p.indices[-1]), indptr
+    assert kernel(x, twice).tobytes() == kernel(x, ready).tobytes()
 
 
 def test_int8_takes_scales_and_floating_weights(rng: np.random.Generator) -> None:
