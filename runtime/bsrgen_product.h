@@ -1,7 +1,8 @@
 /* One multiply-add of a kernel, and what it reads.  Include after bsrgen_types.h.  Before it:
  *   GROUP      neighbouring k in one lane: 1 multiplies and adds, 2 and 4 are dot products of pairs and quads
  *   DOT        for GROUP > 1: bf16 (vdpbf16ps), s16 (vpmaddwd), u8 (vpdpbusd: X + 128 is unsigned, what that adds to the
- *              sums is known with W and taken back at the end); amx_bf16 and amx_s8: on tiles, which read memory as it lies
+ *              sums is known with W and taken back at the end); amx_bf16 and amx_s8: on tiles, which read memory as it lies;
+ *              s8: words that tiles multiply, which vectors look through and move
  *   INTEGER    1: sums are int32, exact
  *   GATHER     1: columns of W are paired as they occur, X is kept feature by feature and paired when it is read
  * It defines  acc, avec   sums;  unit, xvec   what is multiplied;  w_t   packed W;  cell   X in panels and copies. */
@@ -13,6 +14,7 @@
 #define DOT_u8 3
 #define DOT_amx_bf16 4
 #define DOT_amx_s8 5
+#define DOT_s8 6
 #define DOT_IS(kind) (NAME_OF(DOT_, DOT) == NAME_OF(DOT_, kind))
 
 #if INTEGER
@@ -92,6 +94,9 @@ typedef int16_t element;
 INLINE element x_element(x_t x) { return x; }
 INLINE avec mac(avec sum, xvec w, xvec x) { return sum + (avec)MM(madd_epi16)((mm)x, (mm)w); }
 INLINE avec mac_x(avec sum, xvec w, xvec x) { return sum + (avec)MM(madd_epi16)((mm)w, (mm)x); }
+#elif DOT_IS(s8)
+typedef int8_t element;
+INLINE element x_element(x_t x) { return x; }
 #else
 typedef uint8_t element;
 INLINE element x_element(x_t x) { return (element)(x ^ 0x80); }

@@ -33,10 +33,11 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
     if not problem.pattern.known:
         yield from _tables(problem, target, None)
         return
+    listed = problem.pit is None or problem.pit.axis.listed
+    matrix = list(matrix_plans(problem, target, reblock=reblock)) if listed else []
     if strips := list(features_plans(problem, target)):
-        yield from strips
+        yield from (*matrix, *strips)
         return
-    matrix = [] if problem.pit else list(matrix_plans(problem, target, reblock=reblock))
     filled = problem.pattern.R >= 8  # enough rows of a tile for a good guess
     yield from matrix if filled else ()
     for cover in (None, *(covers(problem, target) if reblock else columns(problem, target))):

@@ -259,8 +259,9 @@ def whole_share(plan: "CPlan", fitted: Fitted = FITTED) -> float:
         return 2.0
     transposed = fitted.pack_words if plan.product.group > 1 else fitted.pack_transposed
     stream = target.vector_bytes / target.bytes_per_cycle(n * plan.problem.pattern.K * plan.problem.x_dtype.bytes)
-    vector = max(fitted.pack if plan.uses_weight_tile(n) else transposed, stream)
-    once = counts(plan, n, fitted).cycles
+    as_it_lies = plan.matrix.x_first if plan.matrix else plan.uses_weight_tile(n)
+    vector = max(fitted.pack if as_it_lies else transposed, stream)
+    once = plan.counts(n).cycles
     return once / (once + (pit.groups(plan.problem.pattern.M) - 1) * n * p.K / plan.lanes * vector)
 
 

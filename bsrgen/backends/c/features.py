@@ -8,16 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bsrgen.backends.c.count import FITTED
+from bsrgen.backends.c.count import FITTED, epilogue_cycles
 from bsrgen.backends.c.plan import CPlan
-from bsrgen.backends.c.products import Product, products
+from bsrgen.backends.c.products import AMX_BF16, AMX_S8, BF16, S8, Product, matrix_product, products
 from bsrgen.backends.c.tiles import WeightTile
 from bsrgen.dtypes import INT8
+from bsrgen.plan import Counts
 from bsrgen.problem import Problem
 from bsrgen.targets import Target
 
 # Sizes of tiles by vector registers, and vectors of a strip: 6 tokens x 4 vectors are 24 sums, 4 of W and one of X.
 SHAPES = {32: ((1, 2, 3, 6), 4), 16: ((1, 2, 4), 2)}
+MATRIX = 16  # tokens of a tile of the matrix unit, and words of one of its steps
+# Words of W and X as vectors keep them, for each product of the matrix unit, and the tiles beside its own.
+UNITS = {AMX_BF16: (BF16, (1, 2, 4)), AMX_S8: (S8, ())}
 # Cycles that no manual gives: of a word around its multiply-adds, of one of a token in a tile that walks parts, of a
 # tile in a panel, of a part.  Fitted to forced tiles (tile=) of 1024^3 at 1 to 100 % live, blocks of 1x1 and 1x16,
 # float32 and bfloat16 (Zen 5, 2026-11-21).
@@ -34,9 +38,11 @@ class FeaturesPlan(CPlan):
     panel: int = 1024
     part: int = 128
     chunk: int = 86
+    unit: Product | None = None  # of the matrix unit, which multiplies the largest tile
 
     def __str__(self) -> str:
         how = "" if self.product.name == "fma" else f"{self.product.name} dot products, "
+        how = f"{self.unit.name} products, " if self.unit else how
         sizes = ", ".join(map(str, self.tiles))
         return (
             f"{self.target.name}: {how}live columns, tiles of {sizes} tokens x {self.weight_lanes * self.vectors} "
@@ -46,7 +52,12 @@ class FeaturesPlan(CPlan):
     @property
     def tiles(self) -> tuple[int, ...]:
         """Sizes of tiles in tokens, the last one the dense product's."""
-        return _shape(self.target)[0]
+        return (*UNITS[self.unit][1], MATRIX) if self.unit else _shape(self.target)[0]
+
+    @property
+    def on_tiles(self) -> bool:
+        """Whether the matrix unit multiplies."""
+        return self.unit is not None
 
     @property
     def listed(self) -> bool:
@@ -74,25 +85,41 @@ class FeaturesPlan(CPlan):
         """The table that chooses between tiles at the covered sparsity: time of a word of a token in a tile of each
         size, and of starting one in a panel, in hundredths of the former in the largest tile."""
         words = [self._word_cycles(size) for size in self.tiles]
-        starts = [TILE + (PART * -(-self.panel // self.part) if size <= SMALL else 0) for size in self.tiles]
+        starts = [TILE + (PART * -(-self.panel // self.part) if self._walks(size) else 0) for size in self.tiles]
         return tuple(
             (round(100 * word / words[-1]), round(100 * start / words[-1]))
             for word, start in zip(words, starts, strict=True)
         )
 
+    def _walks(self, size: int) -> bool:
+        """Whether tiles of so many tokens walk parts of a panel."""
+        return size <= SMALL or size == MATRIX
+
     def _word_cycles(self, size: int) -> float:
         """Cycles for one word of one token in a tile of so many: the target's rates, as count.py puts them together.  W
         comes out of L1 where a tile walks parts, else out of L2."""
         target, vectors = self.target, self.vectors
+        if size == MATRIX:  # a step: a product for each vector of rows; rows of W side by side, where some are left out
+            dots, rows = vectors * target.product_cycles(MATRIX, MATRIX), vectors * MATRIX
+            return (max(dots, rows) + FITTED.overlap * min(dots, rows)) / MATRIX**2
         sums = size * vectors
         chains = sums * (1 if sums >= 8 else 2)  # F_SUMS in features_tile.c.j2
         fma = max(vectors / self.product.per_cycle(target), vectors * self.product.latency(target) / chains)
         loads = (vectors / size + 1) / (target.loads_per_cycle * FITTED.load_share)
         line = vectors * self.weight_lanes * self.w_bytes
-        stream = 0.0 if size <= SMALL else line / size / target.l2_bytes_per_cycle
+        stream = 0.0 if self._walks(size) else line / size / target.l2_bytes_per_cycle
         bound = max(fma, loads, stream)
         own = WORD / size + (PART_WORD if size <= SMALL else 0)
         return bound + FITTED.overlap * (fma + loads + stream - bound) + own
+
+    def counts(self, n: int) -> Counts:
+        """Countable cost of one call of n tokens, all live; cycles by the largest tile's rate on the matrix unit."""
+        counts = super().counts(n)
+        if self.unit is None:
+            return counts
+        words = self.pattern.block_cols * self.pattern.C * -(-self.pattern.M // (self.vectors * self.weight_lanes))
+        cycles = -(-n // MATRIX) * MATRIX * words * self._word_cycles(MATRIX)
+        return replace(counts, cycles=cycles + epilogue_cycles(self, n))
 
     def knobs(self) -> dict[str, Any]:
         """The decisions alone, as plain data."""
@@ -102,6 +129,7 @@ class FeaturesPlan(CPlan):
             "chunk": self.chunk,
             "tiles": list(self.tiles),
             "rates": [list(r) for r in self.rates],
+            "unit": self.unit.name if self.unit else "",
         }
         return super().knobs() | own
 
@@ -117,14 +145,17 @@ def features_plans(problem: Problem, target: Target) -> Iterator[FeaturesPlan]:
         return
     if pit.axis.name == "outputs" and not pit.by_tiles:
         return
+    unit = matrix_product(problem, target)
+    if unit and not pit.axis.listed:
+        yield _plan(problem, target, UNITS[unit][0], unit)
     for product in products(problem, target):
         if not product.corrections:
             yield _plan(problem, target, product)
 
 
-def _plan(problem: Problem, target: Target, product: Product) -> FeaturesPlan:
-    blank = FeaturesPlan(problem, target, None, None, product=product)
-    tiles, vectors = _shape(target)
+def _plan(problem: Problem, target: Target, product: Product, unit: Product | None = None) -> FeaturesPlan:
+    blank = FeaturesPlan(problem, target, None, None, product=product, unit=unit)
+    tiles, vectors = blank.tiles, _shape(target)[1]
     lanes, R = blank.lanes, problem.pattern.R
     vectors = next(v for v in (vectors, 3, 2, 1) if v <= vectors and R % (v * lanes) == 0)
     word_bytes = vectors * lanes * blank.w_bytes
@@ -148,5 +179,6 @@ def features_view(plan: CPlan) -> dict[str, Any] | None:
     assert pit is not None
     sizes = {"panel": plan.panel, "part": plan.part, "small": SMALL, "chunk": plan.chunk}
     return sizes | {"tiles": plan.tiles, "rates": plan.rates, "vectors": plan.vectors,
+            "dot": plan.unit.intrinsic if plan.unit else "",
             "tile_index": None if pit.axis.listed else last,
             "mask": {"index": last, "tokens": pit.tokens, "rows": pit.rows} if plan.masked else None}  # fmt: skip

@@ -37,7 +37,7 @@ def level_of(
         "name": f"{name}_{plan.target.name.replace('-', '_')}", "target": plan.target.name,
         "family": plan.target.family, "requires": plan.target.requires, "tables": tables, "work": f"{blocks}_work",
         "block_rows": plan.work.size - 1, "block_r": p.R, "few": plan.few_n,
-        "by_rows": int(plan.shares_rows), "tiles": plan.matrix is not None,
+        "by_rows": int(plan.shares_rows), "tiles": plan.on_tiles,
         "data": packing["symbol"], "packing": keys.index(key),
         "values_bytes": packing["bytes"],
     }  # fmt: skip

@@ -25,8 +25,8 @@ def matrix_plans(problem: Problem, target: Target, *, reblock: bool) -> Iterator
         return
     for other in (None, *(_covers(problem.pattern, product) if reblock else ())):
         blocks = other.blocks if other else problem.pattern
-        if problem.gate_rows % blocks.R:
-            continue  # a block would hold rows of the gate and of what it gates
+        if problem.gate_rows % blocks.R or (problem.pit and problem.pit.rows % blocks.R):
+            continue  # a block would hold rows of the gate and of what it gates, or of two groups of pit
         for tile in _tiles(problem, blocks, product):
             plan = CPlan(problem, target, None, None, cover=other, product=product, matrix=_in_l2(tile, blocks, target))
             if _fits(plan):
@@ -52,7 +52,7 @@ def _tiles(problem: Problem, p: Pattern, product: Product) -> Iterator[MatrixTil
     if p.C % (8 * product.group) == 0:
         if linear:
             for T, V in dict.fromkeys((shapes[0], (4, 1), *(((1, 4),) if rows > 3 else ()))):
-                yield from (MatrixTile("direct", T, V, copy_x=copy) for copy in (False, True))
+                yield from (MatrixTile("direct", T, V, copy_x=copy) for copy in ((True,) if problem.pit else (False, True)))
         yield from (MatrixTile("panel", *shape) for shape in shapes)
     if linear and row_bytes in (16, 32):
         yield MatrixTile("joined", *shapes[0])

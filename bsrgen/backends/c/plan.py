@@ -104,9 +104,14 @@ class CPlan(Layout):
         return self.tokens is None and self.matrix is None
 
     @property
+    def on_tiles(self) -> bool:
+        """Whether the matrix unit multiplies."""
+        return self.matrix is not None
+
+    @property
     def fallback(self) -> Target | None:
         """The row for where the system refuses the matrix unit: what every CPU that has it can do beside it."""
-        return X86_64_V4_BF16 if self.matrix else None
+        return X86_64_V4_BF16 if self.on_tiles else None
 
     @property
     def registers(self) -> int:

@@ -21,6 +21,7 @@ class Product:
     corrections: bool = False  # X is multiplied as X + 128: the rows' sums of W take that back
     features: tuple[str, ...] = ()  # of the CPU, one of which is enough; none: every x86
     intrinsic: str = ""  # on tiles of the matrix unit; "": of vectors
+    vectors: bool = True  # whether an instruction multiplies vectors of its words
 
     def __str__(self) -> str:
         return self.name
@@ -50,8 +51,9 @@ S16 = Product("s16", 2, INT8, "int16_t", 2)  # vpmaddwd, elements widened to 16 
 U8 = Product("u8", 4, INT8, "int8_t", 1, corrections=True, features=("avx512vnni", "avxvnni"))  # vpdpbusd
 AMX_BF16 = Product("amx_bf16", 2, BFLOAT16, "uint16_t", 2, False, ("amx-bf16",), "_tile_dpbf16ps")
 AMX_S8 = Product("amx_s8", 4, INT8, "int8_t", 1, False, ("amx-int8",), "_tile_dpbssd")  # both signed: exact as they are
+S8 = Product("s8", 4, INT8, "int8_t", 1, False, AMX_S8.features, vectors=False)  # its words in vectors, to be found
 
-PRODUCTS = (FMA, BF16, S16, U8, AMX_BF16, AMX_S8)
+PRODUCTS = (FMA, BF16, S16, U8, AMX_BF16, AMX_S8, S8)
 
 
 def _row(name: str) -> Product:
@@ -60,7 +62,7 @@ def _row(name: str) -> Product:
 
 def products(problem: Problem, target: Target) -> list[Product]:
     """Those of vectors that work for a problem on a target, the one of the most FLOP an instruction first."""
-    return [row for row in _working(problem, target) if not row.tiles][::-1]
+    return [row for row in _working(problem, target) if not row.tiles and row.vectors][::-1]
 
 
 def matrix_product(problem: Problem, target: Target) -> Product | None:

@@ -64,7 +64,7 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
     units.append(Unit(f"{name}_data.c", units[0].flags))
     files[f"{name}.h"] = render("c/header.h.j2", a=artifact, banner=head).encode()
     math = ("bsrgen_math.h",) if needs_math(problem) else ()
-    tiles = _AMX if any(plan.matrix for plan in plans) else ()
+    tiles = _AMX if any(plan.on_tiles for plan in plans) else ()
     expand = ("bsrgen_expand.h",) if any(plan.bits for plan in plans) else ()
     prepare = ("bsrgen_tvm_ffi.h",) if known else ("bsrgen_prepare.h",)
     live = ("bsrgen_live.h",) if isinstance(plans[0], FeaturesPlan) else ()
