@@ -155,11 +155,14 @@ def compile(
         of_pattern = as_pattern_problem(operator, given.pattern(operator), dtype, out_dtype, epilogue, n)
         build.prepare_calls()
         return compile_pattern(of_pattern, chosen.targets(target), _own_digest(), threads)
-    along = given.along(as_operator(operator))
+    along = given.along(row := as_operator(operator))
+    if along and row.token_axis and chosen.name != "c":
+        raise UnsupportedError(f"mode='pit' with operator {operator!r} and backend {chosen.name!r}: its lists are of rows "
+                               "of X; use operator='linear', or backend='c'")  # fmt: skip
     paired = pair_of(as_epilogues(epilogue)) is not None
     targets = chosen.targets(target)
     chosen.tools(targets)  # UnsupportedError where something is not installed
-    weight, parts, pit = given.weight(w, paired, along)
+    weight, parts, pit = given.weight(w, paired, along, row)
     problem = as_problem(operator, weight.pattern, w, x, y, epilogue, n, bool(quantize_x), pit)
     bound, how = bind(problem, operands), "none"
     if w is INT8:

@@ -49,13 +49,15 @@ class Given:
         own = {"axis": self.axis, "mask_block": self.mask_block, "max_blocks": self.max_blocks, "mode": mode}
         refuse(what, transposed=transposed, **own)
 
-    def weight(self, dtype: DType, paired: bool, axis: Axis | None) -> tuple[Weight, tuple[int, ...], Pit | None]:
+    def weight(
+        self, dtype: DType, paired: bool, axis: Axis | None, operator: Operator
+    ) -> tuple[Weight, tuple[int, ...], Pit | None]:
         """The weight, the parts of its Y where a list came, and mode="pit"'s.  ArgumentError, PatternError."""
         if self.transposed and paired:
             raise UnsupportedError("transposed=True with swiglu or geglu: give W.T itself")
         W: Any = empty(self.shape, self.blocksize) if self.W is None else self.W
         if axis:
-            weight, pit = pit_weight(W, dtype, axis, self.blocksize, self.shape, self.mask_block)
+            weight, pit = pit_weight(W, dtype, axis, self.blocksize, self.shape, self.mask_block, operator)
             return weight, (), pit
         several = are_several(W)
         each: list[Any] = list(W) if several else [W]

@@ -122,8 +122,8 @@ def as_pit(mode: str, axis: Any, mask_block: Any, operator: Operator) -> Axis | 
         raise ArgumentError(f"mode='pit' with axis={axis!r}: one of {', '.join(AXES)}")
     row = AXES[axis]
     lacks = [letter for letter in row.permuted if letter not in operator.permutable]
-    if lacks or operator.token_axis:
-        why = f"its axis {lacks[0]!r} must not be permuted" if lacks else "its tokens are not rows of X"
+    if lacks:
+        why = f"its axis {lacks[0]!r} must not be permuted"
         raise UnsupportedError(f"mode='pit', axis={axis!r} with operator {operator.name!r}: {why}; use 'linear'")
     if (mask_block is None) == (axis == "outputs"):
         raise ArgumentError(f"mask_block={mask_block!r} with axis={axis!r}: (tokens, features) of a block of the mask, "

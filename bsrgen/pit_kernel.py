@@ -92,6 +92,8 @@ class PitKernel(Selecting):
         """k experts for each token: as many tokens more, whose results are summed."""
         m, x = self.artifact.manifest, np.asarray(x)
         routing: Array = np.asarray(operands["routing"])
+        if self._token_axis:
+            raise UnsupportedError(f"{self.name}: routing to several experts with operator 'spmm': use 'linear'")
         once = [step.name for step in m.steps if step is ACCUMULATE or any(o.kind == "element" for o in step.operands)]
         if once or self.out_dtype == np.int8:
             what = f"epilogue {once[0]!r}" if once else "results of int8"

@@ -145,6 +145,30 @@ INLINE vec get_y(const y_t *p, int count) { return GET(Y_KIND)(p, count); }
 INLINE vec get_e(const e_t *p, int count) { return GET(E_KIND)(p, count); }
 INLINE void put_y(y_t *p, vec v, int count) { PUT(Y_KIND)(p, v, count); }
 
+/* `count` tokens of a list; whether they are neighbours, and then lie side by side from the first on. */
+INLINE int are_neighbours(const int32_t *list, int count) { return list[count - 1] - list[0] == count - 1; }
+
+#define GET_LISTED(name, type, get) \
+    INLINE vec name(const type *p, const int32_t *list, int count) \
+    { \
+        if (are_neighbours(list, count)) return get(p + list[0], count); \
+        type row[LANES] = {0}; \
+        for (int i = 0; i < count; i++) row[i] = p[list[i]]; \
+        return get(row, LANES); \
+    }
+GET_LISTED(get_y_listed, y_t, get_y)
+GET_LISTED(get_e_listed, e_t, get_e)
+GET_LISTED(load_listed, real, load_part)
+#undef GET_LISTED
+
+INLINE void put_y_listed(y_t *p, const int32_t *list, vec v, int count)
+{
+    if (are_neighbours(list, count)) { put_y(p + list[0], v, count); return; }
+    y_t row[LANES];
+    put_y(row, v, LANES);
+    for (int i = 0; i < count; i++) p[list[i]] = row[i];
+}
+
 /* `count` elements of Y, or of an operand like it, that lie `stride` apart. */
 INLINE vec get_y_strided(const y_t *p, int64_t stride, int count)
 {

@@ -186,5 +186,6 @@ def token_tiles(blank: CPlan) -> Iterator[TokenTile]:
             for panel in dict.fromkeys([*whole, *(min(fit, features) for fit in fits)]):
                 if panel * vector_bytes <= max(PANEL_BYTES, p.C * vector_bytes):
                     yield TokenTile(rows, vectors, panel)
-            if blank.problem.operator.token_axis == 1 and blank.same_x and blank.product.group == 1:
+            as_it_lies = blank.problem.operator.token_axis == 1 and blank.problem.pit is None
+            if as_it_lies and blank.same_x and blank.product.group == 1:
                 yield TokenTile(rows, vectors, features, pack=False)

@@ -141,7 +141,7 @@ def features_plans(problem: Problem, target: Target) -> Iterator[FeaturesPlan]:
         p.C >= p.K and p.C % F_BATCH == 0 and p.nnzb == p.block_rows and p.R % target.lanes(problem.real.bytes) == 0
     )
     pit = problem.pit
-    if pit is None or not strips or (pit.axis.listed and problem.dtype is INT8):
+    if pit is None or not strips or (pit.axis.listed and (problem.dtype is INT8 or problem.operator.token_axis)):
         return
     if pit.axis.name == "outputs" and not pit.by_tiles:
         return

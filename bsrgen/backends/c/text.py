@@ -231,7 +231,7 @@ def _kernel(part: Part, level: dict[str, Any]) -> dict[str, Any]:
         "finish_rows": part.weight is not None or linear or part.single,
         "gate_by_token": part.weight is not None or linear,
         "listed": len(problem.operands) if plan.listed else None, "masked": _masked(plan),
-        "finish_tokens": not linear and part.weight is None,
+        "finish_tokens": not linear and (part.weight is None or isinstance(plan, FeaturesPlan)),
     }  # fmt: skip
     if plan.matrix:
         return shared | {"matrix": matrix_view(plan.matrix_packing), "bits": None, "features": None, "stage": None}
