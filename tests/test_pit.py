@@ -37,6 +37,12 @@ CASES = [
     ("outputs", "float32", {"epilogue": ("scale", "accumulate")}),
     ("outputs", "bfloat16", {"mask_block": (3, 8)}),
     ("outputs", "int8", {"mask_block": (1, 16)}),
+    ("tokens", "float32", {"operator": "spmm"}),
+    ("tokens", "int8", {"operator": "spmm"}),
+    ("features", "float32", {"operator": "spmm", "epilogue": ("bias", "relu")}),
+    ("features", "bfloat16", {"operator": "spmm"}),
+    ("experts", "float32", {"operator": "spmm", "epilogue": ("bias", "token_scale", "residual", "accumulate")}),
+    ("outputs", "bfloat16", {"operator": "spmm", "mask_block": (3, 8), "epilogue": ("scale", "accumulate")}),
 ]
 _KERNELS: dict[str, tuple[PitKernel, Weight]] = {}
 
@@ -167,6 +173,47 @@ def test_each_token_goes_to_several_experts():
         adds(x, routing=routing.reshape(18, 2))
 
 
+def test_columns_of_x_are_tokens():
+    """spmm: a selection has one entry for each column; several experts for each are refused."""
+    kernel, _ = made("tokens", operator="spmm")
+    x = np.random.default_rng(0).standard_normal((SHAPE[1], 7)).astype(np.float32)
+    live = np.arange(7) % 3 > 0
+    y = kernel(x, live)
+    assert y.shape == (SHAPE[0], 7)
+    assert not y[:, ~live].any()
+    np.testing.assert_array_equal(y[:, live], kernel(x)[:, live])
+    np.testing.assert_allclose(kernel(x[:, 1], live=live[1:2]), y[:, 1], rtol=1e-4)
+    grouped, _ = made("experts", operator="spmm", epilogue=("bias", "token_scale", "residual", "accumulate"))
+    with pytest.raises(bsrgen.UnsupportedError, match="several experts with operator 'spmm'"):
+        grouped(x, routing=np.zeros((7, 2), int))
+
+
+def same(kernel, x, given):
+    """The short way, which calls without threads= take, and the careful one: results are equal."""
+    short, careful = kernel(x, **given), kernel(x, threads=1, **given)
+    np.testing.assert_array_equal(short, careful)
+    return short
+
+
+def test_the_short_way_is_the_careful_one():
+    """Selections and operands of every kind, and those that only the careful way takes."""
+    x = np.random.default_rng(0).standard_normal((9, SHAPE[1])).astype(np.float32)
+    tokens, (experts, _) = made("tokens")[0], made("experts", epilogue=("bias", "token_scale"))
+    live, routing = np.arange(9) % 2 == 0, np.arange(9) % 4 - 1
+    for chosen in (live, np.flatnonzero(live), live.tolist(), np.flatnonzero(live).astype(np.uint8), None):
+        same(tokens, x, {"live": chosen})
+    given = {"bias": np.ones(144, np.float32), "token_scale": np.linspace(1, 2, 9, dtype=np.float32)}
+    for ids in (routing, routing.astype(np.int32), routing.astype(np.int16), routing[::-1]):
+        for scale in (given["token_scale"], 0.5, given["token_scale"][::-1], given["token_scale"][:, None]):
+            same(experts, x, given | {"routing": ids, "token_scale": scale})
+    for wrong in (np.array([2**32] * 9), np.full(9, 3), np.full(9, 3, np.int32)):
+        with pytest.raises(bsrgen.ArgumentError, match="routing sends a token to expert"):
+            experts(x, routing=wrong, **given)
+    out = np.zeros((9, SHAPE[0]), np.float32)
+    assert tokens(x, out=out, live=out.view(bool).reshape(-1)[:9]) is out  # overlapping, and all zero
+    assert not out.any()
+
+
 @pytest.mark.parametrize("options", [{"mask_block": (3, 8)}, {"mask_block": (1, 16)}], ids=str)
 def test_fine_masks_that_want_nearly_all(options):
     """All of Y is computed then, and what nobody wants is not stored."""
@@ -258,7 +305,7 @@ def test_from_c():
 REFUSED = [
     ({"axis": "rows"}, bsrgen.ArgumentError, "one of tokens"),
     ({}, bsrgen.ArgumentError, "one of tokens"),
-    ({"axis": "tokens", "operator": "spmm"}, bsrgen.UnsupportedError, "use 'linear'"),
+    ({"axis": "tokens", "operator": "spmm", "backend": "cuda"}, bsrgen.UnsupportedError, "or backend='c'"),
     ({"axis": "tokens", "mask_block": (1, 8)}, bsrgen.ArgumentError, "axis='outputs'"),
     ({"axis": "outputs"}, bsrgen.ArgumentError, "mask_block"),
     ({"axis": "outputs", "mask_block": (0, 8)}, bsrgen.ArgumentTypeError, "from 1 up"),

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from bsrgen.backends.c.covers import columns, covers
-from bsrgen.backends.c.features import features_plans
+from bsrgen.backends.c.features import FeaturesPlan, features_plans
 from bsrgen.backends.c.layout import PANEL_BYTES
 from bsrgen.backends.c.matrix_candidates import matrix_plans
 from bsrgen.backends.c.plan import CPlan
@@ -36,7 +36,7 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
     listed = problem.pit is None or problem.pit.axis.listed
     matrix = list(matrix_plans(problem, target, reblock=reblock)) if listed else []
     if strips := list(features_plans(problem, target)):
-        yield from (*matrix, *strips)
+        yield from (*matrix, *(_whole(strips) or strips))
         return
     filled = problem.pattern.R >= 8  # enough rows of a tile for a good guess
     yield from matrix if filled else ()
@@ -51,6 +51,19 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
             if code.fits_code:
                 yield code
     yield from matrix if not filled else ()
+
+
+def _whole(strips: list[FeaturesPlan]) -> list[CPlan]:
+    """The same tiles for lists of tokens, which need not look for zeros, where X of a tile stays in L1: 3 to 7 % less
+    time in float32 and bfloat16, 11 % more at K = 4096, where it does not (Zen 5, 2026-11-21)."""
+    found = []
+    for strip in strips:
+        assert strip.weight is not None
+        plan = CPlan(strip.problem, strip.target, None, strip.weight, product=strip.product)
+        x_bytes = strip.weight.tokens * plan.pattern.block_cols * plan.pattern.C * plan.cell_bytes
+        if strip.listed and x_bytes <= strip.target.l1_bytes:
+            found.append(replace(plan, weight=replace(strip.weight, chunk=CHUNK if _streams(plan) else 1)))
+    return found
 
 
 def _tables(problem: Problem, target: Target, cover: Cover | None) -> Iterator[CPlan]:

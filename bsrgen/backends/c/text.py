@@ -67,7 +67,7 @@ def emit(plans: tuple[CPlan, ...], weight: Weight) -> Source:
     tiles = _AMX if any(plan.on_tiles for plan in plans) else ()
     expand = ("bsrgen_expand.h",) if any(plan.bits for plan in plans) else ()
     prepare = ("bsrgen_tvm_ffi.h",) if known else ("bsrgen_prepare.h",)
-    live = ("bsrgen_live.h",) if isinstance(plans[0], FeaturesPlan) else ()
+    live = ("bsrgen_live.h",) if any(isinstance(plan, FeaturesPlan) for plan in plans) else ()
     for runtime in (*RUNTIME_FILES, *live, *tiles, *expand, *math, *prepare):
         files[runtime] = runtime_file(runtime)
     values = tuple(f"{level['data']}.bin" if known else "" for level in levels)
