@@ -157,8 +157,8 @@ def compile(
         return compile_pattern(of_pattern, chosen.targets(target), _own_digest(), threads)
     along = given.along(row := as_operator(operator))
     if along and row.token_axis and chosen.name != "c":
-        raise UnsupportedError(f"mode='pit' with operator {operator!r} and backend {chosen.name!r}: its lists are of rows "
-                               "of X; use operator='linear', or backend='c'")  # fmt: skip
+        where = f"mode='pit' with operator {operator!r} and backend {chosen.name!r}"
+        raise UnsupportedError(f"{where}: its lists are of rows of X; use operator='linear', or backend='c'")
     paired = pair_of(as_epilogues(epilogue)) is not None
     targets = chosen.targets(target)
     chosen.tools(targets)  # UnsupportedError where something is not installed

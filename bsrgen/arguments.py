@@ -146,8 +146,7 @@ class Call:
         if operand.kind in SELECTING and self.pit:
             n = shape[self.operator.token_axis]
             own = self.pit.selection_shape(n, self.stacked)
-            linear = self.operator.token_axis == 0
-            tokens = own if operand.kind == "mask" or not linear else () if batch is None else batch
+            tokens = own if operand.kind == "mask" or self.operator.token_axis else () if batch is None else batch
             return selected(self.name, operand, value, own, tokens, self.pit.groups(self.stacked))
         if value is None and operand.default is None:
             raise ArgumentTypeError(f"{self.name}: operand {operand.name!r} is missing: k(x, {operand.name}=...)")

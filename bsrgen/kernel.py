@@ -78,7 +78,7 @@ class Kernel:
         self._foreign: IncompatibleCPUError | None = None
         self._tramp = trampoline()
         self._shortcut = Shortcut(self._call, self._tramp.ffi)
-        self._new = np.zeros if self._call.partial else np.empty
+        self._fresh = np.zeros if self._call.partial else np.empty
         try:
             self._values = self._with(artifact.arrays(OPERANDS_FILE) if m.bound else {}, m.weight_scale, None)
         except (ArgumentError, ArgumentTypeError) as e:
@@ -182,8 +182,13 @@ class Kernel:
                 if operands:
                     records, _kept = self._shortcut.records(values.template, values.missing, operands, n, full, out)
                 if records is not None and out is None:
-                    out = self._new(full, self._out_dtype)
-                if records is not None and type(out) is np.ndarray and out.dtype is self._out_dtype and out.shape == full:
+                    out = self._fresh(full, self._out_dtype)
+                if (
+                    records is not None
+                    and type(out) is np.ndarray
+                    and out.dtype is self._out_dtype
+                    and out.shape == full
+                ):
                     path = self._tramp
                     view = path.ffi.from_buffer
                     try:

@@ -41,6 +41,10 @@ class Operator:
         """The shape of an operand that holds `features` features of `n` tokens."""
         return (n, features) if self.token_axis == 0 else (features, n)
 
+    def turned(self, v: Array) -> Array:
+        """From token after token to the order that X and Y have here, and back."""
+        return v if self.token_axis == 0 else v.T
+
 
 LINEAR = Operator(
     "linear",

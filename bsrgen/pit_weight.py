@@ -18,8 +18,13 @@ WORDS = 16  # columns of a strip come in so many: whole batches of words
 
 
 def pit_weight(
-    W: Any, dtype: DType, axis: Axis, blocksize: tuple[int, int] | None, shape: tuple[int, int] | None,
-    mask_block: Any, operator: Operator,
+    W: Any,
+    dtype: DType,
+    axis: Axis,
+    blocksize: tuple[int, int] | None,
+    shape: tuple[int, int] | None,
+    mask_block: Any,
+    operator: Operator,
 ) -> tuple[Weight, Pit]:
     """W as the kernel keeps it, and what a call leaves out.  ArgumentError, PatternError."""
     if axis.name == "experts":

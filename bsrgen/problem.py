@@ -148,7 +148,7 @@ class Problem:
         if pit.axis.name == "experts" and selection is None:
             raise ArgumentError(f"{self}: routing= says which expert each token goes to")
         y, bound = self._computed(weight, x, given, out, selection)
-        kept = self._turned(pit.kept(selection, y.shape[self.operator.token_axis], self.pattern.M))
+        kept = self.operator.turned(pit.kept(selection, y.shape[self.operator.token_axis], self.pattern.M))
         old = np.zeros(y.shape) if out is None else np.asarray(out, np.float64)
         return np.where(kept, y, old), np.where(kept, bound, 0.0)
 
@@ -159,7 +159,7 @@ class Problem:
         x, scale = _quantized(x, self.operator.token_axis) if self.quantizes_x else (x, None)
         y, bound = self._sums(weight, np.asarray(x, np.float64))
         if self.pit:
-            y, bound = (self._turned(self.pit.routed(self._turned(v), selection)) for v in (y, bound))
+            y, bound = (self.operator.turned(self.pit.routed(self.operator.turned(v), selection)) for v in (y, bound))
         given = {**(given or {}), **({} if scale is None else {QUANTIZED_X.operands[0].name: scale})}
         for step in self.epilogue:
             off: Any = 0.0
@@ -222,18 +222,13 @@ class Problem:
     def _is_half(self, dtype: DType) -> bool:
         return dtype.unit_roundoff > self.real.unit_roundoff
 
-    def _turned(self, v: Array) -> Array:
-        """From token after token to the operator's order, and back."""
-        return v if self.operator.token_axis == 0 else v.T
-
     def _per_row(self, v: Array) -> Array:
-        return v if self.operator.token_axis == 0 else v[:, None]
+        return self.operator.turned(v if v.ndim > 1 else v[None])
 
     def _operand(self, operand: Operand, value: Any, selection: Any) -> Array:
         v: Array = np.asarray(value, np.float64)
         if self.pit and operand.kind == "row":
-            routed = self.pit.routed(v, selection)
-            return self._per_row(routed) if routed.ndim == 1 else self._turned(routed)
+            return self._per_row(self.pit.routed(v, selection))
         if operand.kind in ("token", "inside") and v.ndim:
             return v.reshape((-1, 1) if self.operator.token_axis == 0 else (1, -1))
         return self._per_row(v) if operand.kind == "row" else v

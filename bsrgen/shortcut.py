@@ -21,7 +21,7 @@ _NONE = None, None
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """One operand of the kernel: how it is taken, where its record is, its type, values of a row operand or a mask's row."""
+    """One operand of the kernel: how it is taken, its record's index, its type, values of it, or of a mask's row."""
 
     operand: Operand
     take: Callable[["Shortcut", "_Place", Any, Any, int, tuple[int, int]], Taken]
@@ -42,7 +42,9 @@ class Shortcut:
         pit = call.pit
         tokens, groups = (pit.tokens, pit.groups(call.stacked)) if pit else (1, 0)
         self._places = {
-            o.name: _Place(o, _TAKES[o.kind], index, call.dtypes[o.name], call.count(o) if o.kind == "row" else groups, tokens)
+            o.name: _Place(
+                o, _TAKES[o.kind], index, call.dtypes[o.name], call.count(o) if o.kind == "row" else groups, tokens
+            )
             for index, o in enumerate(call.operands)
         }
 
@@ -86,7 +88,7 @@ class Shortcut:
         kept = self.lies(record, value, place.dtype, (n,), 1)
         if kept is None or not (place.operand.positive and n):
             return kept
-        return kept if 0 < np.minimum.reduce(value) and np.maximum.reduce(value) < np.inf else None
+        return kept if np.minimum.reduce(value) > 0 and np.maximum.reduce(value) < np.inf else None
 
     def row(self, place: _Place, record: Any, value: Any, n: int, full: tuple[int, int]) -> Taken:
         """A number for each output feature."""

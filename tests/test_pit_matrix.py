@@ -49,7 +49,9 @@ def planned(operator: str, axis: str, dtype: str, mask: tuple[int, int] | None) 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_right_and_nothing_else_is_written(case, tmp_path: Path) -> None:
     plan, weight = planned(*case)
-    kernel = PitKernel(build_emulated(replace(plan, target=emulated()), weight, tmp_path / "kernel").artifact, threads=1)
+    kernel = PitKernel(
+        build_emulated(replace(plan, target=emulated()), weight, tmp_path / "kernel").artifact, threads=1
+    )
     rng = np.random.default_rng(1)
     for n in (0, 1, 5, 16, 33, 131):
         x, given = plan.problem.sample(rng, n)

@@ -52,7 +52,9 @@ def _tiles(problem: Problem, p: Pattern, product: Product) -> Iterator[MatrixTil
     if p.C % (8 * product.group) == 0:
         if linear:
             for T, V in dict.fromkeys((shapes[0], (4, 1), *(((1, 4),) if rows > 3 else ()))):
-                yield from (MatrixTile("direct", T, V, copy_x=copy) for copy in ((True,) if problem.pit else (False, True)))
+                yield from (
+                    MatrixTile("direct", T, V, copy_x=copy) for copy in ((True,) if problem.pit else (False, True))
+                )
         yield from (MatrixTile("panel", *shape) for shape in shapes)
     if linear and row_bytes in (16, 32):
         yield MatrixTile("joined", *shapes[0])
