@@ -2,7 +2,8 @@
  *   GROUP      neighbouring k in one lane: 1 multiplies and adds, 2 and 4 are dot products of pairs and quads
  *   DOT        for GROUP > 1: bf16 (vdpbf16ps), s16 (vpmaddwd), u8 (vpdpbusd: X + 128 is unsigned, what that adds to the
  *              sums is known with W and taken back at the end); amx_bf16 and amx_s8: on tiles, which read memory as it lies;
- *              s8: words that tiles multiply, which vectors look through and move
+ *              s8: words that tiles multiply, which vectors look through and move; x8 (vpdpbusd): W + 128 is unsigned, what
+ *              that adds is 128 times a token's sum of X
  *   INTEGER    1: sums are int32, exact
  *   GATHER     1: columns of W are paired as they occur, X is kept feature by feature and paired when it is read
  * It defines  acc, avec   sums;  unit, xvec   what is multiplied;  w_t   packed W;  cell   X in panels and copies. */
@@ -15,6 +16,7 @@
 #define DOT_amx_bf16 4
 #define DOT_amx_s8 5
 #define DOT_s8 6
+#define DOT_x8 7
 #define DOT_IS(kind) (NAME_OF(DOT_, DOT) == NAME_OF(DOT_, kind))
 
 #if INTEGER
@@ -98,12 +100,21 @@ INLINE avec mac_x(avec sum, xvec w, xvec x) { return sum + (avec)MM(madd_epi16)(
 typedef int8_t element;
 INLINE element x_element(x_t x) { return x; }
 #else
+#if defined __AVX512VNNI__
+INLINE avec dot(avec sum, xvec u, xvec s) { return (avec)MM(dpbusd_epi32)((mm)sum, (mm)u, (mm)s); }
+#else
+INLINE avec dot(avec sum, xvec u, xvec s) { return (avec)MM(dpbusd_avx_epi32)((mm)sum, (mm)u, (mm)s); }
+#endif
+#if DOT_IS(x8)
+typedef int8_t element;
+INLINE element x_element(x_t x) { return x; }
+INLINE avec mac(avec sum, xvec w, xvec x) { return dot(sum, w ^ 0x80808080, x); }
+/* sum += the elements of the words. */
+INLINE avec add_elements(avec sum, xvec x) { return dot(sum, (xvec){0} + 0x01010101, x); }
+#else
 typedef uint8_t element;
 INLINE element x_element(x_t x) { return (element)(x ^ 0x80); }
-#if defined __AVX512VNNI__
-INLINE avec mac(avec sum, xvec w, xvec x) { return (avec)MM(dpbusd_epi32)((mm)sum, (mm)x, (mm)w); }
-#else
-INLINE avec mac(avec sum, xvec w, xvec x) { return (avec)MM(dpbusd_avx_epi32)((mm)sum, (mm)x, (mm)w); }
+INLINE avec mac(avec sum, xvec w, xvec x) { return dot(sum, x, w); }
 #endif
 INLINE avec mac_x(avec sum, xvec w, xvec x) { return mac(sum, w, x); }
 #endif

@@ -10,7 +10,7 @@ from typing import Any
 
 from bsrgen.backends.c.count import FITTED, epilogue_cycles
 from bsrgen.backends.c.plan import CPlan
-from bsrgen.backends.c.products import AMX_BF16, AMX_S8, BF16, S8, Product, matrix_product, products
+from bsrgen.backends.c.products import AMX_BF16, AMX_S8, BF16, S8, X8, Product, matrix_product, strip_products
 from bsrgen.backends.c.tiles import WeightTile
 from bsrgen.dtypes import INT8
 from bsrgen.plan import Counts
@@ -148,9 +148,8 @@ def features_plans(problem: Problem, target: Target) -> Iterator[FeaturesPlan]:
     unit = matrix_product(problem, target)
     if unit and not pit.axis.listed:
         yield _plan(problem, target, UNITS[unit][0], unit)
-    for product in products(problem, target):
-        if not product.corrections:
-            yield _plan(problem, target, product)
+    for product in strip_products(problem, target):
+        yield _plan(problem, target, product)
 
 
 def _plan(problem: Problem, target: Target, product: Product, unit: Product | None = None) -> FeaturesPlan:
@@ -179,6 +178,6 @@ def features_view(plan: CPlan) -> dict[str, Any] | None:
     assert pit is not None
     sizes = {"panel": plan.panel, "part": plan.part, "small": SMALL, "chunk": plan.chunk}
     return sizes | {"tiles": plan.tiles, "rates": plan.rates, "vectors": plan.vectors,
-            "dot": plan.unit.intrinsic if plan.unit else "",
+            "dot": plan.unit.intrinsic if plan.unit else "", "totals": plan.product is X8,
             "tile_index": None if pit.axis.listed else last,
             "mask": {"index": last, "tokens": pit.tokens, "rows": pit.rows} if plan.masked else None}  # fmt: skip

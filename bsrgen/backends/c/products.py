@@ -21,7 +21,7 @@ class Product:
     corrections: bool = False  # X is multiplied as X + 128: the rows' sums of W take that back
     features: tuple[str, ...] = ()  # of the CPU, one of which is enough; none: every x86
     intrinsic: str = ""  # on tiles of the matrix unit; "": of vectors
-    vectors: bool = True  # whether an instruction multiplies vectors of its words
+    vectors: bool = True  # whether all tiles of vectors multiply it; False: the strips of mode="pit" alone
 
     def __str__(self) -> str:
         return self.name
@@ -38,7 +38,7 @@ class Product:
         """Instructions of this kind a cycle, whole vectors."""
         if self is BF16:
             return target.bf16_dot_per_cycle
-        return target.int8_dot_per_cycle if self is U8 else target.fma_per_cycle
+        return target.int8_dot_per_cycle if self in (U8, X8) else target.fma_per_cycle
 
     def latency(self, target: Target) -> float:
         """Cycles from one to the next on the same sums."""
@@ -52,8 +52,9 @@ U8 = Product("u8", 4, INT8, "int8_t", 1, corrections=True, features=("avx512vnni
 AMX_BF16 = Product("amx_bf16", 2, BFLOAT16, "uint16_t", 2, False, ("amx-bf16",), "_tile_dpbf16ps")
 AMX_S8 = Product("amx_s8", 4, INT8, "int8_t", 1, False, ("amx-int8",), "_tile_dpbssd")  # both signed: exact as they are
 S8 = Product("s8", 4, INT8, "int8_t", 1, False, AMX_S8.features, vectors=False)  # its words in vectors, to be found
+X8 = Product("x8", 4, INT8, "int8_t", 1, False, U8.features, vectors=False)  # W + 128 by X: what it adds X alone tells
 
-PRODUCTS = (FMA, BF16, S16, U8, AMX_BF16, AMX_S8, S8)
+PRODUCTS = (FMA, BF16, S16, U8, AMX_BF16, AMX_S8, S8, X8)
 
 
 def _row(name: str) -> Product:
@@ -63,6 +64,12 @@ def _row(name: str) -> Product:
 def products(problem: Problem, target: Target) -> list[Product]:
     """Those of vectors that work for a problem on a target, the one of the most FLOP an instruction first."""
     return [row for row in _working(problem, target) if not row.tiles and row.vectors][::-1]
+
+
+def strip_products(problem: Problem, target: Target) -> list[Product]:
+    """The same of strips, which leave out words of X: what is left out must add nothing."""
+    rows = _working(problem, target)
+    return [row for row in rows if not (row.tiles or row.corrections or row is S8)][::-1]
 
 
 def matrix_product(problem: Problem, target: Target) -> Product | None:
