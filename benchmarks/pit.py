@@ -56,12 +56,14 @@ class Point:
 def points() -> Iterator[Point]:
     """The grid."""
     square = (1024, 1024)
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "int8"):
         yield Point("tokens", square, 1024, (1, 1), TENTHS, dtype)
         yield Point("tokens", (3072, 768), 512, (1, 1), TENTHS, dtype)
+    yield Point("tokens", (256, 256), 128, (1, 1), TENTHS)
     for dtype in ("float32", "bfloat16"):
         for block in ((1, 1), (1, 16)):
             yield Point("features", square, 1024, block, RELU, dtype)
+    yield Point("features", square, 1024, (1, 16), RELU, "int8")
     for size in (1024, 4096):
         for block in ((32, 1), (1, 64), (32, 64)):
             yield Point("features", (size, size), size, block, (*FIG15, 0.0))
@@ -72,6 +74,7 @@ def points() -> Iterator[Point]:
         yield Point("experts", (512, 512), 2048, (1, 1), (1.0,), "bfloat16", experts)
     for block in ((32, 64), (1, 64)):
         yield Point("outputs", square, 1024, block, TENTHS)
+    yield Point("outputs", square, 1024, (1, 64), TENTHS, "int8")
 
 
 @click.command()

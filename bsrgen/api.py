@@ -119,6 +119,7 @@ def compile(
         axis="features"  k(x): only columns of W are read that x is not zero in; always takes W as dense
         axis="experts"   W a list or [E, M, K]; k(x, routing=): each token meets its expert's weight alone
         axis="outputs"   k(x, mask=): only blocks of Y, mask_block=(tokens, features), are computed
+        With operator="spmm" tokens are columns of X, by backend "c".
     backend: "c", which "auto" stands for; "mlir", which needs the extra of that name (UnsupportedError without it); or
         "cuda", which needs nvcc, from the extra or elsewhere (CompilerNotFoundError): such kernels take device arrays.
         "mlir" makes them too, for targets of "cuda", with both extras.

@@ -73,7 +73,7 @@ class PitKernel(Selecting):
         tokens: live, bool like x without its features, or indices of tokens; None: all.
         experts: routing, integers like x without its features: the expert of each token; negative: none.  With one axis
             more, [..., k], each token goes to k experts and their results are summed in that order, in the type of the
-            sums; token_scale [..., k] weighs them.  Not with residual, accumulate or results of int8.
+            sums; token_scale [..., k] weighs them.  Not with spmm, residual, accumulate or results of int8.
         outputs: mask, bool [blocks of tokens, blocks of features] of compile's mask_block; None: everywhere.
         features: none; what counts is which elements of x are zero.  tile=: so many tokens share the columns that any
             of them needs, a size of `tiles`; 0 takes for each few tokens what a table of rates likes best.
