@@ -6,7 +6,7 @@ from typing import Any
 from bsrgen.dtypes import DType
 from bsrgen.errors import ArgumentError, UnsupportedError
 from bsrgen.even import empty, planned
-from bsrgen.operators import Operator
+from bsrgen.operators import LINEAR, Operator
 from bsrgen.pattern import Pattern, Weight, as_weight
 from bsrgen.pattern_problem import refuse
 from bsrgen.pit import Axis, Pit, as_pit
@@ -50,7 +50,7 @@ class Given:
         refuse(what, transposed=transposed, **own)
 
     def weight(
-        self, dtype: DType, paired: bool, axis: Axis | None, operator: Operator
+        self, dtype: DType, paired: bool, axis: Axis | None, operator: Operator = LINEAR
     ) -> tuple[Weight, tuple[int, ...], Pit | None]:
         """The weight, the parts of its Y where a list came, and mode="pit"'s.  ArgumentError, PatternError."""
         if self.transposed and paired:
