@@ -13,8 +13,9 @@ import numpy as np
 from bsrgen.device_arrays import DeviceArray, device_array, empty, stream_of, zeros
 from bsrgen.epilogues import Operand
 from bsrgen.errors import ArgumentError, ArgumentTypeError, DeviceError
-from bsrgen.kernel import Array, Kernel, _Values
+from bsrgen.kernel import Kernel
 from bsrgen.trampoline import STRUCTS
+from bsrgen.valued import Array, _Values
 from bsrgen.workspaces import WORKSPACE_BYTES, workspaces
 
 CDefinition = tuple[int, int, float]  # struct bsrgen_operand with an address of the device: data, ld, scalar

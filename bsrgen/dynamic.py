@@ -21,10 +21,11 @@ from bsrgen.errors import (
     UnsupportedError,
 )
 from bsrgen.foreign import integers, read
-from bsrgen.kernel import Array, Kernel, _Values, aligned
+from bsrgen.kernel import Kernel
 from bsrgen.pattern import Weight
 from bsrgen.quantize import quantized
 from bsrgen.stack import are_several
+from bsrgen.valued import Array, _Values, aligned
 
 _NO_MEMORY, _TOO_MANY, _BAD_INDPTR, _BAD_INDEX, _DUPLICATE = -2, -3, -4, -5, -6  # runtime/bsrgen.h
 

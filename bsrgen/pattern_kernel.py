@@ -18,10 +18,11 @@ from bsrgen.errors import (
     OutOfMemoryError,
     UnsupportedError,
 )
-from bsrgen.kernel import Kernel, _Values
+from bsrgen.kernel import Kernel
 from bsrgen.operators import ATTENTION, PATTERN_OPERATORS
 from bsrgen.pattern_problem import PatternProblem
 from bsrgen.trampoline import trampoline
+from bsrgen.valued import _Values
 
 Array = NDArray[Any]
 _NO_MEMORY = 3  # enum bsrgen_status in runtime/bsrgen.h

@@ -9,8 +9,8 @@ from bsrgen.device import CDefinition, DeviceKernel
 from bsrgen.device_arrays import DeviceArray, device_array
 from bsrgen.epilogues import SELECTING, Operand
 from bsrgen.errors import ArgumentError, ArgumentTypeError
-from bsrgen.kernel import _Values
 from bsrgen.pit_kernel import Selecting
+from bsrgen.valued import _Values
 
 
 class PitDeviceKernel(Selecting, DeviceKernel):
