@@ -38,9 +38,8 @@ from bsrgen.problem import Problem, as_problem
 from bsrgen.quantize import quantized
 from bsrgen.store import Store
 from bsrgen.targets import Target, native
-from bsrgen.tracks import CpuTrack, Track, gpu_of, track_of
+from bsrgen.tracks import UNCHECKED, CpuTrack, Track, gpu_of, track_of
 
-UNCHECKED = "not checked by execution: no GPU that was there runs it"
 NOT_RACED = "tune='measure' without a GPU that runs it: the model chose"
 CHECK_N = (3, 35)  # tokens of the check: fewer than a vector, and two vectors with a rest
 

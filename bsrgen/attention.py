@@ -147,7 +147,9 @@ def compile_softmax(
 def _kernel(sample: PatternProblem, target: str | tuple[str, ...], threads: int | None) -> PatternKernel:
     default_threads(threads)
     build.prepare_calls()
-    return compile_pattern(sample, as_targets(target), api._own_digest(), threads)
+    kernel = compile_pattern(sample, as_targets(target), api._own_digest(), threads)
+    assert isinstance(kernel, PatternKernel)
+    return kernel
 
 
 def _blocks(tokens: int | tuple[int, int], rule: Rule | Array, blocksize: tuple[int, int]) -> tuple[Pattern, Mask]:

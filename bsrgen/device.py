@@ -41,12 +41,9 @@ class DeviceKernel(Kernel):
     """One compiled kernel for NVIDIA GPUs.  Calls take and give device arrays: torch CUDA tensors, CuPy arrays, or what
     speaks __cuda_array_interface__ or DLPack.  All else is as in Kernel."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def _bind(self) -> None:
         self._residents: dict[int, _Resident] = {}
         self._lock = threading.Lock()  # no memory is released between where it is looked up and the launch
-        super().__init__(*arguments, **options)
-
-    def _bind(self) -> None:
         super()._bind()
         self._launch = self._in_library("call", "int (*)(const struct bsrgen_call *)")
         self._upload = self._in_library("upload", "int (*)(const void *, int64_t, int, void **)")
@@ -119,15 +116,23 @@ class DeviceKernel(Kernel):
         self, x: DeviceArray, y: DeviceArray, n: int, packed: int, records: list[CDefinition],
         bound: Mapping[int, int], stream: int, device: int,
     ) -> None:  # fmt: skip
+        where = [(bound.get(i, data), ld, scalar) for i, (data, ld, scalar) in enumerate(records)]
+        ldx, ldy = x.leading(f"{self.name}: x"), y.leading(f"{self.name}: out")
+        self._start_with(n, (x.pointer, ldx), (y.pointer, ldy), packed, where, stream, device)
+
+    def _start_with(
+        self, n: int, x: tuple[int, int], y: tuple[int, int], packed: int, records: list[CDefinition], stream: int,
+        device: int,
+    ) -> None:  # fmt: skip
+        """One launch; x and y are addresses and leading dimensions."""
         ffi = _interface()
         operands = ffi.new("struct bsrgen_operand[]", max(len(records), 1))
         for i, (data, ld, scalar) in enumerate(records):
-            operands[i].data, operands[i].ld = ffi.cast("void *", bound.get(i, data)), ld
-            operands[i].scalar = scalar
+            operands[i].data, operands[i].ld, operands[i].scalar = ffi.cast("void *", data), ld, scalar
         call = ffi.new("struct bsrgen_call *")
-        call.n, call.x, call.ldx = n, ffi.cast("void *", x.pointer), x.leading(f"{self.name}: x")
-        call.y, call.ldy = ffi.cast("void *", y.pointer), y.leading(f"{self.name}: out")
-        call.values, call.operands = ffi.cast("void *", packed), operands
+        call.n, (pointer, call.ldx) = n, x
+        call.x, (pointer, call.ldy) = ffi.cast("void *", pointer), y
+        call.y, call.values, call.operands = ffi.cast("void *", pointer), ffi.cast("void *", packed), operands
         call.parallel, call.threads = ffi.cast("void *", stream), device
         self._must(self._launch(call))
 
@@ -251,13 +256,15 @@ class DeviceKernel(Kernel):
     def _resident(self, values: _Values, device: int) -> _Resident:
         found = self._residents.get(device)
         if found is None or found.values is not values:
-            rows = [o.name for o in self._call.operands if o.kind == "row" and o.name in values.bound]
-            bound = {name: self._to_device(self._bound(name, values), device) for name in rows}
+            bound = {name: self._to_device(self._bound(name, values), device) for name in self._rows_bound(values)}
             packed = self._to_device(values.packed, device)
             old, self._residents[device] = found, (found := _Resident(values, packed, bound))
             if old:
                 _release_all({device: old}, self._release)
         return found
+
+    def _rows_bound(self, values: _Values) -> list[str]:
+        return [o.name for o in self._call.operands if o.kind == "row" and o.name in values.bound]
 
     def _bound(self, name: str, values: _Values) -> Array:
         return np.ascontiguousarray(values.bound[name], self._call.dtypes[name])

@@ -9,6 +9,7 @@ from bsrgen.dynamic import DynamicKernel
 from bsrgen.dynamic_device import DynamicDeviceKernel
 from bsrgen.kernel import Kernel
 from bsrgen.operators import PATTERN_OPERATORS
+from bsrgen.pattern_device import PatternDeviceKernel
 from bsrgen.pattern_kernel import PatternKernel
 from bsrgen.pit_device import PitDeviceKernel
 from bsrgen.pit_kernel import PitKernel
@@ -28,7 +29,7 @@ def kernel_of(artifact: Artifact, *, threads: int | None = None, may_be_foreign:
     m = artifact.manifest
     kind: type[Kernel] = DynamicKernel if m.mode == "dynamic" else PitKernel if m.pit else Kernel
     if m.operator in PATTERN_OPERATORS:
-        kind = PatternKernel
+        kind = PatternDeviceKernel if m.device == "cuda" else PatternKernel
     elif m.device == "cuda":
         kind = DynamicDeviceKernel if m.mode == "dynamic" else PitDeviceKernel if m.pit else DeviceKernel
     return kind(artifact, threads=threads, may_be_foreign=may_be_foreign)

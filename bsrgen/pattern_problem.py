@@ -231,8 +231,9 @@ def as_pattern_problem(
 
 def refuse_values(operator: str, backend: str, operands: Mapping[str, Any], **options: Any) -> None:
     """Refuse what `compile` has for weights, but not for PRODUCTS.  UnsupportedError, ArgumentTypeError."""
-    if backend not in ("auto", "c"):
-        raise UnsupportedError(f"operator {operator!r} with backend={backend!r}: only 'c' has it")
+    able = ("c",) if PATTERN_OPERATORS[operator].headed else ("c", "cuda")
+    if backend not in ("auto", *able):
+        raise UnsupportedError(f"operator {operator!r} with backend={backend!r}: it is of {', '.join(able)}")
     refuse(f"operator {operator!r}", **options)
     if operands:
         raise ArgumentTypeError(f"operator {operator!r}: {', '.join(operands)} come with the call")

@@ -21,6 +21,7 @@ from bsrgen.targets import Target, native
 from bsrgen.trampoline import trampoline
 
 Array = NDArray[Any]
+UNCHECKED = "not checked by execution: no GPU that was there runs it"  # a manifest's note
 Contender = Callable[..., Any]  # called as a kernel for the CPU is
 
 
@@ -92,6 +93,16 @@ class HostCalls:
 def on_device(given: Mapping[str, Any]) -> dict[str, Any]:
     """Operands with their arrays on the current GPU."""
     return {name: driver.Buffer(np.asarray(a)) if np.ndim(a) else a for name, a in given.items()}
+
+
+def sampled(kernel: Any, arrays: Iterable[Array], shape: tuple[int, ...], numbers: Mapping[str, Any]) -> Array:
+    """The result of a kernel of a pattern, from numpy arrays: on one thread of this CPU, or on the current GPU."""
+    if kernel.artifact.manifest.device == "cpu":
+        found: Array = kernel(*arrays, threads=1, **numbers)
+        return found
+    y = driver.Buffer(np.full(shape, np.nan, kernel.out_dtype))
+    kernel(*map(driver.Buffer, arrays), out=y, **numbers)
+    return y.fetch()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,13 @@ from bsrgen.kernel import Kernel
 from bsrgen.loading import load
 from bsrgen.manifest import LevelRecord
 from bsrgen.pattern import Weight
-from bsrgen.pattern_kernel import PatternKernel
+from bsrgen.pattern_kernel import OfPattern
 from bsrgen.problem import Problem
-from bsrgen.tracks import HostCalls, gpu_of
+from bsrgen.tracks import CpuTrack, HostCalls, gpu_of, sampled
 
 Array = NDArray[Any]
 CHECK_N = (1, 3, 35, 128)  # one, fewer than a vector, a rest, several tiles
+NO_GPU = "not checked: there is no GPU here that runs it"
 SAMPLED_N = ((1, 35, 300), (1, 2))  # of products at a pattern; heads of attention
 
 
@@ -47,7 +48,7 @@ def verify(folder: str | Path, *, expect_sha256: str | None = None) -> tuple[Ker
     findings.append(Finding("cpu", True, f"runs {kernel.plan.target}; the library holds {_names(m.levels)}"))
     problem = kernel.problem  # raises where pattern.npz is not the manifest's pattern
     findings.append(Finding("pattern", True, str(problem.pattern)))
-    if isinstance(kernel, PatternKernel):
+    if isinstance(kernel, OfPattern):
         return kernel, [*findings, *_sampled(kernel)]
     if isinstance(planned := kernel.pattern, PlannedPattern):
         findings.append(Finding("values", True, "none: they come with the call"))
@@ -113,7 +114,7 @@ def _checked(kernel: Kernel, problem: Problem, weight: Weight) -> list[Finding]:
     if not isinstance(kernel, DeviceKernel):
         return _results(kernel, problem, weight)
     if (track := gpu_of(kernel.artifact.manifest.levels[0].requires)) is None:
-        return [Finding("results", True, "not checked: there is no GPU here that runs it")]
+        return [Finding("results", True, NO_GPU)]
     with track.entered():
         return [_judged(Exam(problem, weight, CHECK_N).worst(HostCalls(kernel, weight))[0], track.where)]
 
@@ -140,19 +141,24 @@ def _judged(worst: float, where: str = "") -> Finding:
     return Finding("results", worst <= 1, f"{said}; on {where}" if where else said)
 
 
-def _sampled(kernel: PatternKernel) -> list[Finding]:
+def _sampled(kernel: OfPattern) -> list[Finding]:
     """The same of a kernel without values."""
     rng, worst, same, threads = np.random.default_rng(), 0.0, True, default_threads(None)
-    numbers: dict[str, Any] = dict(kernel.problem.numbers)
-    for n in SAMPLED_N[kernel.problem.operator.headed]:
-        arrays = kernel.problem.sample(rng, n)
-        one = kernel(*arrays, threads=1, **numbers)
-        worst = max(worst, error_share(one, *kernel.problem.reference(arrays, numbers.get("scale", 1.0))))
-        same &= kernel(*arrays, threads=threads, **numbers).tobytes() == one.tobytes()
-    return [
-        Finding("results", worst <= 1, f"largest error {100 * worst:.2g} % of the float64 bound"),
-        Finding("threads", same, f"1 and {threads} threads give {'equal' if same else 'different'} bits"),
-    ]
+    problem, on_gpu = kernel.problem, isinstance(kernel, DeviceKernel)
+    numbers: dict[str, Any] = dict(problem.numbers)
+    track = gpu_of(kernel.artifact.manifest.levels[0].requires) if on_gpu else CpuTrack()
+    if track is None:
+        return [Finding("results", True, NO_GPU)]
+    with track.entered():
+        for n in SAMPLED_N[problem.operator.headed]:
+            arrays = problem.sample(rng, n)
+            expected, bound = problem.reference(arrays, numbers.get("scale", 1.0))
+            one = sampled(kernel, arrays, expected.shape, numbers)
+            worst = max(worst, error_share(one, expected, bound))
+            same &= on_gpu or kernel(*arrays, threads=threads, **numbers).tobytes() == one.tobytes()
+    said = f"1 and {threads} threads give {'equal' if same else 'different'} bits"
+    results = Finding("results", worst <= 1, f"largest error {100 * worst:.2g} % of the float64 bound")
+    return [results] if on_gpu else [results, Finding("threads", same, said)]
 
 
 def _names(levels: tuple[LevelRecord, ...]) -> str:

@@ -31,9 +31,16 @@ def emulated(
     plan: CudaPlan, weight: Weight, folder: Path, change: Callable[[str], str] = lambda text: text
 ) -> DeviceKernel:
     """Print `plan`, compile it for the CPU and load it; `change` may alter the device's text before."""
-    source, name = emit((plan,), weight), plan.problem.name
+    return emulated_source(emit((plan,), weight), weight, folder, change)
+
+
+def emulated_source(
+    source: Source, weight: Weight, folder: Path, change: Callable[[str], str] = lambda text: text
+) -> DeviceKernel:
+    """The same of text that has been printed."""
+    name = source.name
     device = change(source.files[f"{name}_device.cu"].decode())
-    compiler = build.find_compiler(plan.target)
+    compiler = build.find_compiler(source.plans[0].target)
     build_emulated(replace(source, files={**source.files, f"{name}_device.cu": device.encode()}), folder, compiler)
     manifest = package.describe(source, weight, compiler, (), folder, {})
     write_manifest(folder, replace_notes(manifest))

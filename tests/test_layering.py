@@ -29,8 +29,9 @@ FLOORS = """
     backends.mlir
     backends.mlir.gpu_candidates  backends.mlir.gpu_text
     backends.mlir.gpu_plan  backends.cuda
-    backends.cuda.candidates  backends.cuda.hopper_text  backends.cuda.trial
-    backends.cuda.text  backends.cuda.hopper
+    backends.cuda.pattern_candidates
+    backends.cuda.candidates  backends.cuda.hopper_text  backends.cuda.trial  backends.cuda.pattern_text
+    backends.cuda.text  backends.cuda.hopper  backends.cuda.pattern_plan
     backends.cuda.dynamic
     backends.cuda.matrix  backends.cuda.hopper_count
     backends.cuda.plan  backends.cuda.hopper_packing
@@ -54,7 +55,7 @@ FLOORS = """
     verify  model
     tracks
     loading
-    pit_device  dynamic_device
+    pit_device  dynamic_device  pattern_device
     device  pattern_kernel  dynamic  pit_kernel
     exam  instance
     kernel  plan  files  picture
@@ -81,9 +82,9 @@ ROOMS = ("cli", "bench", "integrations")  # their own files may import each othe
 DEPLOY = [
     "model", "loading", "device", "device_arrays", "workspaces", "dynamic", "dynamic_device", "even", "kernel",
     "valued", "described", "pattern_problem", "pattern_kernel", "arguments", "strides", "problem", "quantize",
-    "pit_kernel", "selection", "pit", "shortcut", "stack", "pattern", "canonical", "foreign", "artifact", "manifest", "folder",
-    "pit_device", "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors", "verdict",
-    "machine", "_paths",
+    "pit_kernel", "selection", "pit", "shortcut", "stack", "pattern", "canonical", "foreign", "artifact", "manifest",
+    "folder", "pit_device", "pattern_device", "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors",
+    "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {
     "api", "attention", "pattern_compile", "advice", "build", "choose", "clock", "calibration", "cover", "emit", "nvcc",

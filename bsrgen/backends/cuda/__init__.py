@@ -6,12 +6,17 @@ from bsrgen.backends.cuda import hopper_text, text
 from bsrgen.backends.cuda.candidates import LACKS, candidates
 from bsrgen.backends.cuda.hopper import HopperPlan
 from bsrgen.backends.cuda.matrix import MatrixPlan
+from bsrgen.backends.cuda.pattern_candidates import plan_pattern
+from bsrgen.backends.cuda.pattern_text import emit_pattern
 from bsrgen.backends.cuda.plan import CudaPlan, Lanes
 from bsrgen.backends.cuda.trial import trial
 from bsrgen.emit import Source
 from bsrgen.pattern import Weight
 
-__all__ = ["LACKS", "CudaPlan", "HopperPlan", "Lanes", "MatrixPlan", "candidates", "emit", "trial"]
+__all__ = [
+    "LACKS", "CudaPlan", "HopperPlan", "Lanes", "MatrixPlan", "candidates", "emit", "emit_pattern", "plan_pattern",
+    "trial",
+]  # fmt: skip
 
 
 def emit(plans: tuple[Any, ...], weight: Weight) -> Source:

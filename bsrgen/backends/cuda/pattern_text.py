@@ -1,0 +1,92 @@
+"""From plans of products at a block pattern to CUDA text: all that templates/pattern_cuda may see is computed here."""
+
+import json
+from typing import Any
+
+from bsrgen.backends.cuda.pattern_plan import CoresPlan, PatternCudaPlan, UnitsPlan
+from bsrgen.backends.cuda.text import ERRORS
+from bsrgen.emit import Source, Unit, banner, render, runtime_file
+from bsrgen.gpus import GpuTarget
+from bsrgen.pattern_problem import PatternProblem
+
+_IN_C = {
+    "row": ("const {type} *{name}", "[M] of the device, one for each row of the pattern; NULL: ones"),
+    "scalar": ("{type} {name}", "one number"),
+}
+
+
+def emit_pattern(plans: tuple[PatternCudaPlan, ...]) -> Source:
+    """Sources and tables of one artifact.  Pure: equal plans, equal bytes."""
+    (plan,) = plans
+    s, name, target = plan.problem, plan.problem.name, plan.target
+    assert isinstance(target, GpuTarget)
+    tables = b"".join(part.astype("<i4").tobytes() for part in (plan.tiles, s.pattern.indices)) or bytes(4)
+    head, kernel = banner(s, plans), _kernel(plan)
+    entry = _entry(s, plan, len(tables))
+    files = {
+        f"{name}_values.bin": tables,
+        f"{name}_device.cu": render("pattern_cuda/kernel.cu.j2", k=kernel, banner=head).encode(),
+        f"{name}.c": render("pattern_cuda/main.c.j2", a=entry, banner=head).encode(),
+        f"{name}.h": render("pattern_cuda/header.h.j2", a=entry, banner=head).encode(),
+    }
+    for runtime in ("bsrgen.h", "bsrgen_cuda.h", *(["bsrgen_mma.h"] if plan.matrix else [])):
+        files[runtime] = runtime_file(runtime)
+    units = (Unit(f"{name}.c", ()), Unit(f"{name}_device.cu", target.flags))
+    return Source(name, plans, files, units, entry["prototype"], (f"{name}_values.bin",), entry)
+
+
+def _operands(s: PatternProblem) -> list[dict[str, str]]:
+    """What a C program gives behind the arrays."""
+    return [
+        {"name": o.name, "kind": o.kind, "text": _IN_C[o.kind][1],
+         "c": _IN_C[o.kind][0].format(type=s.real.c, name=o.name)}
+        for step in s.epilogue for o in step.operands if o.kind != "out"
+    ]  # fmt: skip
+
+
+def _entry(s: PatternProblem, plan: PatternCudaPlan, table_bytes: int) -> dict[str, Any]:
+    """What the host's text and the companions of the library see."""
+    p, name, x, operands = s.pattern, s.name, s.dtype.c, _operands(s)
+    inputs = [
+        {"name": array, "shape": f"[{','.join(letters)}]", "least": {"M": p.M, "K": p.K, "N": "n"}[letters[1]],
+         "rows": {"M": p.M, "K": p.K, "N": "n"}[letters[0]]}
+        for array, letters in s.operator.inputs
+    ]  # fmt: skip
+    arrays = "".join(f"const {x} *{i['name']}, int64_t ld_{i['name']}, " for i in inputs)
+    numbers = "".join(f"{o['c']}, " for o in operands)
+    manifest = {"name": name, "problem": str(s), "pattern": p.digest}
+    return {
+        "name": name, "inputs": inputs, "operands": operands, "language": "pattern_cuda", "formula": s.operator.formula,
+        "result": s.operator.result, "x_type": x, "y_type": s.real.c, "M": p.M, "K": p.K, "nnz": p.nnz,
+        "prototype": f"int {name}(int64_t n, {arrays}{numbers}{s.real.c} *y, const void *tables, void *stream)",
+        "manifest_lines": [json.dumps(line + "\n") for line in json.dumps(manifest, indent=1).splitlines()],
+        "blobs": [{"symbol": f"{name}_values", "file": f"{name}_values.bin", "c": "unsigned char"}],
+        "data": f"{name}_values", "values_bytes": table_bytes, "errors": ERRORS, "target": plan.target.name,
+        "prepare": None, "workspace_bytes": 0,
+    }  # fmt: skip
+
+
+def _kernel(plan: PatternCudaPlan) -> dict[str, Any]:
+    """What the device's text sees."""
+    s, p = plan.problem, plan.problem.pattern
+    names = [o["name"] for o in _operands(s)]
+    of_the_plan: dict[str, Any] = {}
+    if isinstance(plan, CoresPlan):
+        of_the_plan = {
+            "rows": plan.rows, "columns": plan.columns, "side_rows": plan.side_rows, "side_columns": plan.side_columns,
+            "slices": plan.slices, "panels": (plan.shared_bytes - 4 * (plan.tile_rows + plan.tile_columns))
+            // s.real.bytes, "strides": plan.strides,
+        }  # fmt: skip
+    elif isinstance(plan, UnitsPlan):
+        vectors = (p.R % 8 == 0, p.C % 8 == 0) if plan.linear else (True, True)
+        of_the_plan = {
+            "tiles_of_16": plan.tiles_of_16, "stages": plan.stages, "panel": plan.panel, "strides": plan.strides,
+            "by_vector": vectors,
+        }  # fmt: skip
+    return of_the_plan | {
+        "name": s.name, "kernels": ["product"], "split": None, "matrix": plan.matrix, "linear": plan.linear,
+        "real_bytes": s.real.bytes, "x": s.dtype.short, "y": s.real.short, "formula": s.operator.formula,
+        "M": p.M, "K": p.K, "R": p.R, "C": p.C, "row_pieces": plan.row_pieces, "tiles": len(plan.tiles),
+        "tile_rows": plan.tile_rows, "tile_columns": plan.tile_columns, "step": plan.step, "threads": plan.threads,
+        "operands": names, "scale": "scale" in names, "accumulate": "alpha" in names,
+    }  # fmt: skip
