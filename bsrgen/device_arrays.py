@@ -31,6 +31,8 @@ class DeviceArray:
     def contiguous(self) -> bool:
         """Whether it is row-major without gaps."""
         expected = 1
+        if 0 in self.shape:
+            return True
         for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if size > 1 and stride != expected:
                 return False

@@ -24,7 +24,9 @@ def problem_of(kind, shape, block, operator, dtype, epilogue=()):
 
 def emulated(plan, folder, change=lambda text: text):
     p = plan.problem.pattern
-    kernel = emulated_source(emit_pattern((plan,)), Weight(p, np.zeros((p.nnzb, *p.blocksize), np.int8)), folder, change)
+    kernel = emulated_source(
+        emit_pattern((plan,)), Weight(p, np.zeros((p.nnzb, *p.blocksize), np.int8)), folder, change
+    )
     assert isinstance(kernel, PatternDeviceKernel)
     return kernel
 
@@ -54,18 +56,21 @@ def check(kernel, problem, rng, lengths):
         y = call(kernel, arrays, old.copy(), **given)
         error = np.abs(y.astype(np.float64) - expected)
         assert (error <= bound).all(), f"n = {n}: {(~(error <= bound)).sum()} of {y.size} wrong"
-        if n:
+        if n and old.size:
             out = framed(old.reshape(1, -1), (1, 4), (1, 4), fill=CANARY)
             inside = GpuArray(kernel, out)
             memory = inside.__cuda_array_interface__
             inside.__cuda_array_interface__ = memory | {"shape": old.shape, "strides": None}
-            kernel(*[GpuArray(kernel, framed(a)) for a in arrays], out=inside,
+            near = [
+                framed(a, (1, 8), (2, 8 + -a.shape[1] % 8)) if n % 2 else framed(a) for a in arrays
+            ]  # vectors, or not
+            kernel(*[GpuArray(kernel, a) for a in near], out=inside,
                    **{name: GpuArray(kernel, a) if np.ndim(a) else a for name, a in given.items()})  # fmt: skip
             np.testing.assert_array_equal(inside.fetch().reshape(y.shape), y)
             assert frame_is_intact(out)
 
 
-CORES, UNITS = (4, 4, 4, 8, 4), (16, 1)
+CORES = (4, 4, 4, 8, 4)
 CASES = {  # kind, shape, blocks, operator, type, epilogue, plan, knobs, lengths
     "nothing is a multiple": ("uniform", (23, 50), (3, 5), "sddmm", "float32", (), CoresPlan, (3, 2, 1, 16, 8), (0, 1, 37)),
     "linear, pieces": ("uniform", (70, 40), (37, 4), "linear_grad", "float64", ("scale",), CoresPlan, CORES, (1, 70)),
@@ -73,8 +78,8 @@ CASES = {  # kind, shape, blocks, operator, type, epilogue, plan, knobs, lengths
                         (1, 4, 1, 8, 16), (0, 5, 130)),
     "one slice": ("full", (20, 12), (2, 8), "sddmm", "float16", (), CoresPlan, (2, 4, 4, 32, 1), (33,)),
     "one block": ("one", (33, 64), (1, 32), "linear_grad", "bfloat16", (), CoresPlan, (1, 2, 1, 16, 8), (9,)),
-    "units, linear": ("uniform", (70, 90), (16, 16), "linear_grad", "bfloat16", (), UnitsPlan, (16, 1), (0, 1, 40, 150)),
-    "units, gathered": ("uniform", (70, 90), (32, 1), "linear_grad", "float16", ("scale",), UnitsPlan, (32, 2), (3, 100)),
+    "units, linear": ("uniform", (70, 90), (16, 16), "linear_grad", "bfloat16", (), UnitsPlan, (16, 1), (0, 1, 40, 151)),
+    "units, gathered": ("uniform", (70, 90), (32, 1), "linear_grad", "float16", ("scale",), UnitsPlan, (32, 2), (4, 101)),
     "units, sddmm": ("banded", (70, 90), (8, 8), "sddmm", "float16", ("accumulate",), UnitsPlan, (8, 1), (1, 72, 133)),
     "units, odd": ("uniform", (50, 60), (20, 12), "sddmm", "bfloat16", (), UnitsPlan, (24, 1, 64, 2), (5, 65)),
     "empty": ("empty", (20, 12), (4, 4), "sddmm", "float32", (), CoresPlan, CORES, (4,)),
@@ -86,3 +91,72 @@ def test_products_match_numpy(name, rng, tmp_path):
     kind, shape, block, operator, dtype, epilogue, plan, knobs, lengths = CASES[name]
     problem = problem_of(kind, shape, block, operator, dtype, epilogue)
     check(emulated(plan(problem, SM80, *knobs), tmp_path), problem, rng, lengths)
+
+
+# ── every line matters ───────────────────────────────────────────────────────────────────────────────────────────────
+
+MUTATIONS = {
+    "cores": {
+        "a feature too far": (
+            "const int r = tile.within + f, t = tile.first + f - TILE_ROWS;",
+            "const int r = tile.within + f, t = tile.first + f - TILE_ROWS + 1;",
+        ),
+        "padding is not zero": ("if (listed[f] < 0 || listed[TILE_ROWS + g] < 0) v = 0;\n    else v *=", "v *="),
+        "wrong place": ("((int64_t)(t / C) * R + r) * C", "((int64_t)(t / C) * R + r + 1) * C"),
+        "columns of others": ("|| g >= tile.count) return", ") return"),
+        "past the end of N": ("k >= 0 && n0 + t < n ?", "k >= 0 && n0 + t <= n ?"),
+        "no barrier": ("        __syncthreads(); /* nobody", "        /* nobody"),
+        "one panel": ("other = panel, panel = next", "other = next"),
+        "a step twice": ("listed, n0 + STEP, a.n);\n            fetch", "listed, n0, a.n);\n            fetch"),
+        "a slice left out": ("s < SLICES - 1; s++", "s < SLICES - 2; s++"),
+        "slices too early": ("    __syncthreads(); /* the panels", "    /* the panels"),
+        "sums too early": ("    __syncthreads();\n    if (slice) return false;", "    if (slice) return false;"),
+        "scale of another row": ("a.scale[listed[f]]", "a.scale[tile.within + f]"),
+        "no alpha": ("    v *= a.alpha;\n", ""),
+    },
+    "units": {
+        "one group too few": ("copies_wait<STAGES - 2>", "copies_wait<STAGES - 1>"),
+        "no barrier": ("        __syncthreads();\n        if (n0", "        if (n0"),
+        "ring too short": ("now + 1 < STAGES ?", "now + 2 < STAGES ?"),
+        "a step left out": ("if (n0 + (STAGES - 1) * STEP < a.n)", "if (n0 + STAGES * STEP < a.n)"),
+        "halves exchanged": ("rows[j] + 2 * half", "rows[j] + 2 - 2 * half"),
+        "tokens of rows": ("panel + (t + lane) * A_STRIDE", "panel + (t + (lane ^ 8)) * A_STRIDE"),
+        "columns exchanged": ("lane / 8 % 2 * 8);", "(1 - lane / 8 % 2) * 8);"),
+        "tokens past the end": ("k >= 0 && n0 + t < n ? (size", "k >= 0 ? (size"),
+        "wrong row": ("lane % 4 * 2 + e % 2", "lane % 4 * 2 + e / 2"),
+        "no columns": ("if (c0 < tile.count)", "if (c0 + 16 < tile.count)"),
+    },
+}
+VICTIMS = {  # in which all of them matter
+    "cores": (
+        ("uniform", (27, 41), (5, 3), "linear_grad", "float32", ("scale", "accumulate")),
+        CoresPlan,
+        (2, 2, 2, 8, 8),
+    ),
+    "units": (("uniform", (50, 92), (16, 16), "linear_grad", "float16"), UnitsPlan, (16, 1)),
+}
+
+
+def victim(name, folder, change=lambda text: text):
+    of, plan, knobs = VICTIMS[name]
+    problem = problem_of(*of)
+    return emulated(plan(problem, SM80, *knobs), folder, change), problem
+
+
+@pytest.mark.parametrize(("name", "mutation"), [(name, m) for name, rows in MUTATIONS.items() for m in rows])
+def test_mutation_is_found(name, mutation, rng, tmp_path):
+    old, new = MUTATIONS[name][mutation]
+
+    def change(text):
+        assert text.count(old) >= 1
+        return text.replace(old, new)
+
+    kernel, problem = victim(name, tmp_path, change)
+    with pytest.raises((AssertionError, DeviceError)) as found:
+        check(kernel, problem, rng, (129, 40))
+    assert found.type is not DeviceError or said(kernel.artifact)
+
+
+@pytest.mark.parametrize("name", VICTIMS)
+def test_victim_is_right(name, rng, tmp_path):
+    check(*victim(name, tmp_path), rng, (129, 40))
