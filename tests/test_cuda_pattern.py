@@ -5,12 +5,10 @@ import pytest
 from device_emulation import GpuArray, emulated_source, said
 from support import CANARY, frame_is_intact, framed, make_weight
 
-import bsrgen
 from bsrgen.backends.cuda import emit_pattern
-from bsrgen.backends.cuda.pattern_candidates import pattern_candidates
 from bsrgen.backends.cuda.pattern_plan import CoresPlan, UnitsPlan
-from bsrgen.errors import ArgumentError, ArgumentTypeError, DeviceError
-from bsrgen.gpus import GPUS, as_gpus
+from bsrgen.errors import DeviceError
+from bsrgen.gpus import GPUS
 from bsrgen.pattern import Weight
 from bsrgen.pattern_device import PatternDeviceKernel
 from bsrgen.pattern_problem import as_pattern_problem
@@ -72,14 +70,17 @@ def check(kernel, problem, rng, lengths):
 
 CORES = (4, 4, 4, 8, 4)
 CASES = {  # kind, shape, blocks, operator, type, epilogue, plan, knobs, lengths
-    "nothing is a multiple": ("uniform", (23, 50), (3, 5), "sddmm", "float32", (), CoresPlan, (3, 2, 1, 16, 8), (0, 1, 37)),
+    "nothing is a multiple": ("uniform", (23, 50), (3, 5), "sddmm", "float32", (),
+        CoresPlan, (3, 2, 1, 16, 8), (0, 1, 37)),
     "linear, pieces": ("uniform", (70, 40), (37, 4), "linear_grad", "float64", ("scale",), CoresPlan, CORES, (1, 70)),
     "single elements": ("powerlaw", (20, 90), (1, 1), "linear_grad", "float32", ("scale", "accumulate"), CoresPlan,
                         (1, 4, 1, 8, 16), (0, 5, 130)),
     "one slice": ("full", (20, 12), (2, 8), "sddmm", "float16", (), CoresPlan, (2, 4, 4, 32, 1), (33,)),
     "one block": ("one", (33, 64), (1, 32), "linear_grad", "bfloat16", (), CoresPlan, (1, 2, 1, 16, 8), (9,)),
-    "units, linear": ("uniform", (70, 90), (16, 16), "linear_grad", "bfloat16", (), UnitsPlan, (16, 1), (0, 1, 40, 151)),
-    "units, gathered": ("uniform", (70, 90), (32, 1), "linear_grad", "float16", ("scale",), UnitsPlan, (32, 2), (4, 101)),
+    "units, linear": ("uniform", (70, 90), (16, 16), "linear_grad", "bfloat16", (),
+        UnitsPlan, (16, 1), (0, 1, 40, 151)),
+    "units, gathered": ("uniform", (70, 90), (32, 1), "linear_grad", "float16", ("scale",),
+        UnitsPlan, (32, 2), (4, 101)),
     "units, sddmm": ("banded", (70, 90), (8, 8), "sddmm", "float16", ("accumulate",), UnitsPlan, (8, 1), (1, 72, 133)),
     "units, odd": ("uniform", (50, 60), (20, 12), "sddmm", "bfloat16", (), UnitsPlan, (24, 1, 64, 2), (5, 65)),
     "empty": ("empty", (20, 12), (4, 4), "sddmm", "float32", (), CoresPlan, CORES, (4,)),

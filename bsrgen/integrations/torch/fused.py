@@ -6,7 +6,6 @@ The layers keep their parameters; a kernel of all patterns is made of them, with
 """
 
 import functools
-import weakref
 from typing import Any
 
 import msgspec
@@ -14,14 +13,12 @@ import torch
 from torch import nn
 
 from bsrgen.errors import ArgumentError, ArgumentTypeError
-from bsrgen.foreign import view
-from bsrgen.instance import Instance
 from bsrgen.integrations.torch.config import Spec, parsed
 from bsrgen.integrations.torch.kernels import compiled, pattern_of
 from bsrgen.integrations.torch.layer import BsrLinear, transformed, watched
 from bsrgen.integrations.torch.ops import library
+from bsrgen.integrations.torch.packed import Packed, find, keep, plain
 from bsrgen.kernel import Kernel
-from bsrgen.pattern import Weight
 
 ACTIVATIONS: dict[str, Any] = {
     "relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "sigmoid": torch.sigmoid,
@@ -61,46 +58,13 @@ def fused_kernel(text: str, crow: Any, col: Any) -> Kernel:
 
 
 _kernels: dict[str, Kernel] = {}
-_packed: dict[tuple[int, str], Any] = {}  # weak references, state of the tensors, _Packed
 
 
-class _Packed:
-    """The values of all layers as the kernel keeps them; their biases one after the other."""
-
-    def __init__(self, kernel: Kernel, values: Any, bias: Any) -> None:
-        data = torch.cat([tensor.detach() for tensor in values])
-        self.instance = Instance(kernel, Weight(kernel._given, view(data)))
-        real = getattr(torch, kernel.problem.real.name)
-        self.bias = torch.cat([tensor.detach().to(real) for tensor in bias]) if bias else None
-        known = {} if self.bias is None else {"bias": self.bias.data_ptr()}
-        added = {"residual": 0} if "residual" in kernel.artifact.manifest.epilogue else {}
-        self.operands = self.instance.operands(**known, **added)
-        self.place = self.instance.place("residual") if added else 0
-        self.rows, self.features = kernel.artifact.manifest.rows, kernel.shape[1]
-
-    def run(self, x: Any, residual: Any, y: Any) -> Any:
-        """y, written; all three are contiguous and of the kernel's type."""
-        operands, n = self.operands, y.numel() // self.rows if self.rows else 0
-        if residual is not None:
-            operands = self.instance.with_address(operands, self.place, residual.data_ptr(), self.rows)
-        self.instance.run(n, x.data_ptr(), self.features, y.data_ptr(), self.rows, operands, torch.get_num_threads())
-        return y
-
-
-def _state(tensors: Any) -> list[tuple[int, Any]]:
-    """What changes when a tensor does; those made in inference mode, which count no versions, change each time."""
-    return [(t.data_ptr(), object() if t.is_inference() else t._version) for t in tensors]
-
-
-def packed(text: str, values: Any, crow: Any, col: Any, bias: Any) -> _Packed:
+def packed(text: str, values: Any, crow: Any, col: Any, bias: Any) -> Packed:
     """The values as the kernel takes them, packed now if they have changed since the last call."""
-    key, tensors = (id(values[0]), text), (*values, *bias)
-    found: _Packed | None
-    refs, state, found = _packed.get(key, ((), [], None))
-    if found is None or state != _state(tensors) or any(r() is not t for r, t in zip(refs, tensors, strict=True)):
-        found = _Packed(fused_kernel(text, crow, col), values, bias)
-        refs = tuple(weakref.ref(tensor, lambda ref: _packed.pop(key, None)) for tensor in tensors)
-        _packed[key] = refs, _state(tensors), found
+    found = find(values[0], (text, "fused"))
+    if found is None or not found.holds((*values, *bias)):
+        found = keep(Packed(fused_kernel(text, crow, col), values, bias, (text, "fused")), values)
     return found
 
 
@@ -108,7 +72,7 @@ def product(x: Any, values: Any, crow: Any, col: Any, bias: Any, residual: Any, 
     """x[..., K] -> y[..., rows of all layers] on the CPU, by torch's number of threads."""
     have = packed(text, values, crow, col, bias)
     shape = _checked(parsed_fused(text)[0][0], x, have.features, have.rows, residual)
-    return have.run(x.contiguous(), None if residual is None else residual.contiguous(), x.new_empty(shape))
+    return have.run(plain(x), None if residual is None else plain(residual), x.new_empty(shape))
 
 
 def _checked(spec: Spec, x: Any, features: int, rows: int, residual: Any) -> tuple[int, ...]:
@@ -156,7 +120,7 @@ class BsrFused(nn.Module):  # type: ignore[misc]  # torch is not typed here
         self.parts = [] if self.paired or len(layers) == 1 else [layer.out_features for layer in layers]
         each = [self._own(dtype) for dtype in layers[0]._specs]
         self._texts = {own: self._text(own) for own in each if all(own)}
-        self._kept: tuple[Any, ...] = ()  # of the last call: its type, the tensors that were packed, what came of them
+        self._kept: tuple[Any, ...] = ()  # of the last call: its type, where the tensors are, what was packed of them
 
     def forward(self, x: torch.Tensor, residual: Any = None) -> Any:
         """x [..., K]; residual like the result."""
@@ -170,25 +134,20 @@ class BsrFused(nn.Module):  # type: ignore[misc]  # torch is not typed here
                 y = have.run(x, residual, x.new_empty((*x.shape[:-1], have.rows)))
         return y.split(self.parts, -1) if self.parts and type(y) is not tuple else y
 
-    def _ready(self, x: torch.Tensor, residual: Any) -> _Packed | None:
+    def _ready(self, x: torch.Tensor, residual: Any) -> Packed | None:
         """What was packed in the last call, if it is right for this one, and nothing needs a second look."""
         if not self._kept or torch.is_autocast_enabled("cpu") or x.shape[-1:] != (self.features,):
             return None
-        dtype, watch, have = self._kept
-        if x.dtype is not dtype or not x.is_contiguous():
+        dtype, slots, have = self._kept
+        if x.dtype is not dtype or not x.is_contiguous() or x.is_neg():
             return None
         if self.residual and not (
             type(residual) is torch.Tensor and residual.dtype is dtype and residual.is_contiguous()
-            and residual.shape[:-1] == x.shape[:-1] and residual.shape[-1] == self.rows
+            and not residual.is_neg() and residual.shape[:-1] == x.shape[:-1] and residual.shape[-1] == self.rows
         ):  # fmt: skip
             return None
-        for parameters, name, tensor, pointer, version in watch:
-            now = parameters[name]
-            if now is None and tensor is None:
-                continue
-            if now is not tensor or now._version != version or now.data_ptr() != pointer:
-                return None
-        return have  # type: ignore[no-any-return]
+        now = [tensor for parameters, name in slots if (tensor := parameters[name]) is not None]
+        return have if have.holds(now) else None
 
     def _by_operator(self, x: torch.Tensor, residual: Any, call: Any) -> Any:
         """The careful way, through the dispatcher or past it; layer by layer where the kernel does not fit."""
@@ -201,8 +160,7 @@ class BsrFused(nn.Module):  # type: ignore[misc]  # torch is not typed here
         if call is product and not any(tensor.is_inference() for tensor in (*values, *bias)):
             have = packed(text, values, crow, col, bias)
             slots = [(f._parameters, name) for name in ("values", "bias") for f in self._layers]
-            watch = [(p, n, p[n], *((0, 0) if p[n] is None else _state([p[n]])[0])) for p, n in slots]
-            self._kept = x.dtype, watch, have
+            self._kept = x.dtype, slots, have
         return call(x, values, crow, col, bias, residual, text)
 
     def __getstate__(self) -> dict[str, Any]:

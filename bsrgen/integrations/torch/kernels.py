@@ -1,4 +1,4 @@
-"""The kernels of this process by their specs, and packed values by the tensors that hold them."""
+"""The kernels of this process by their specs, and the values of the tensors that they are called with."""
 
 import functools
 import weakref
@@ -8,15 +8,15 @@ import torch
 
 from bsrgen.errors import ArgumentError, UnsupportedError
 from bsrgen.foreign import host, view
-from bsrgen.instance import Instance
 from bsrgen.integrations.torch.config import Spec, parsed
+from bsrgen.integrations.torch.packed import Packed, find, keep
+from bsrgen.integrations.torch.packed import forget as forget_packed
 from bsrgen.kernel import Kernel
 from bsrgen.loading import kernel_of as kernel_from
 from bsrgen.pattern import Pattern, Weight, with_random_values
 
 Role = Literal["forward", "dx", "dw"]  # y = x @ W.T, dx = dy @ W, dW = dy.T @ x at the pattern
 _kernels: dict[tuple[str, Role, str], Kernel] = {}
-_packed: dict[int, dict[tuple[str, Role], "Packed"]] = {}  # by the id of values
 _seen: dict[int, tuple[Any, Any, Any]] = {}  # copies of values and biases that train
 _resident: dict[int, dict[tuple[str, Role], tuple[Any, int, int, Kernel]]] = {}  # of tensors on GPUs
 
@@ -60,7 +60,7 @@ def _made(spec: Spec, role: Role, pattern: Pattern, device: str) -> Kernel:
     weight, x = with_random_values(pattern, _rng(pattern)), spec.x_dtype
     common: dict[str, Any] = {"n": spec.n, "tune": spec.tune, **_place(spec, device)}
     if role == "dw":
-        return api.compile(weight, operator="linear_grad", dtype=x, **common | {"backend": "auto"})
+        return api.compile(weight, operator="linear_grad", dtype=x, n=spec.n, **_gradients(spec, device))
     return api.compile(weight, transposed=True, dtype=x, strict=spec.strict, **common)
 
 
@@ -74,6 +74,12 @@ def compiled(spec: Spec, patterns: list[Pattern], epilogue: tuple[str, ...], dev
         quantize_x=spec.quantize_x, strict=spec.strict, epilogue=epilogue, n=spec.n, tune=spec.tune,
         **_place(spec, device),
     )  # fmt: skip
+
+
+def _gradients(spec: Spec, device: str) -> dict[str, Any]:
+    """_place for the gradient of values, which is not of every backend: C stands in for MLIR."""
+    place = _place(spec, device)
+    return place | {"backend": "cuda" if device == "cuda" else "auto"}
 
 
 def _rng(pattern: Pattern) -> Any:
@@ -96,60 +102,11 @@ def _place(spec: Spec, device: str) -> dict[str, Any]:
     return {"backend": "cuda", "target": f"sm_{major}{minor}" if spec.target == "native" else spec.target}
 
 
-class Packed:
-    """The values of one tensor as a kernel keeps them, and the bias; made anew when either has changed.
-
-    A tensor is known by itself, its address and its version, which every in-place change counts up; tensors made in
-    inference mode have none and are compared with a copy.  Changes through `.data` are not counted: see `recheck`.
-    """
-
-    __slots__ = (
-        "__weakref__", "bias", "bias_at", "bias_version", "copies", "dtype", "features", "instance", "operands",
-        "pointer", "ref", "rows", "version",
-    )  # fmt: skip
-
-    def __init__(self, kernel: Kernel, values: Any, bias: Any, ref: Any) -> None:
-        self.ref, self.pointer, self.bias_at = ref, values.data_ptr(), 0 if bias is None else bias.data_ptr()
-        self.copies = None
-        if values.is_inference() or (bias is not None and bias.is_inference()):
-            self.copies = values.clone(), None if bias is None else bias.clone()
-        else:
-            self.version, self.bias_version = values._version, 0 if bias is None else bias._version
-        data = view(values.detach().resolve_neg().contiguous())
-        self.instance = Instance(kernel, Weight(kernel._given, data))
-        (self.rows, self.features), self.dtype = kernel.shape, getattr(torch, kernel.x_dtype.name)
-        self._take(kernel, bias)
-
-    def _take(self, kernel: Kernel, bias: Any) -> None:
-        """Where C finds the bias: where it lies if it has the kernel's type, else in a copy."""
-        self.bias = None
-        if bias is None:
-            self.operands = self.instance.operands()
-            return
-        if tuple(bias.shape) != (self.rows,):
-            raise ArgumentError(f"{kernel.name}: bias has shape {tuple(bias.shape)}, expected ({self.rows},)")
-        self.bias = bias.detach().to(getattr(torch, kernel.problem.real.name)).contiguous()
-        self.operands = self.instance.operands(bias=self.bias.data_ptr())
-
-    def holds(self, values: Any, bias: Any) -> bool:
-        """Whether it is still right."""
-        if self.ref() is not values or self.pointer != values.data_ptr():
-            return False
-        if self.bias_at != (0 if bias is None else bias.data_ptr()):
-            return False
-        if self.copies is not None:
-            return torch.equal(self.copies[0], values) and _same(self.copies[1], bias)
-        return bool(self.version == values._version and (bias is None or self.bias_version == bias._version))
-
-
 def packed(text: str, role: Role, values: Any, crow: Any, col: Any, bias: Any) -> Packed:
     """The values as the kernel takes them, packed now if they have changed since the last call."""
-    known = _packed.get(id(values))
-    found = None if known is None else known.get((text, role))
-    if found is None or not found.holds(values, bias):
-        kernel, ref = kernel_of(text, role, crow, col), weakref.ref(values, functools.partial(_forget, id(values)))
-        found = Packed(kernel, values, bias, ref)
-        _packed.setdefault(id(values), {})[text, role] = found
+    found, biases = find(values, (text, role)), () if bias is None else (bias,)
+    if found is None or not found.holds((values, *biases)):
+        found = keep(Packed(kernel_of(text, role, crow, col), (values,), biases, (text, role)), (values,))
     return found
 
 
@@ -172,22 +129,13 @@ def _same(one: Any, other: Any) -> bool:
 
 def forget(values: Any) -> None:
     """Pack `values` and the bias anew in the next call, for every type and device."""
-    _packed.pop(id(values), None)
+    forget_packed(values)
     _resident.pop(id(values), None)
 
 
 def _unsee(key: int, ref: Any) -> None:
     if _seen.get(key, (None,))[0] is ref:
         del _seen[key]
-
-
-def _forget(key: int, ref: Any) -> None:
-    """Drop what was packed of a tensor that is gone, unless the place has been taken since."""
-    known = _packed.get(key, {})
-    for which in [which for which, found in known.items() if found.ref is ref]:
-        del known[which]
-    if not known:
-        _packed.pop(key, None)
 
 
 def on_device(text: str, role: Role, values: Any, crow: Any, col: Any) -> Kernel:
@@ -197,7 +145,7 @@ def on_device(text: str, role: Role, values: Any, crow: Any, col: Any) -> Kernel
     if found is None or found[0]() is not values or found[1:3] != (values.data_ptr(), values._version):
         kernel = kernel_of(text, role, crow, col, "cuda") if found is None else found[3]
         own = found[3] if found is not None and found[0]() is values else kernel_from(kernel.artifact)
-        own.update(Weight(own._given, view(values.detach().cpu().contiguous())))
+        own.update(Weight(own._given, view(values.detach().resolve_neg().cpu().contiguous())))
         ref = weakref.ref(values, functools.partial(_drop, id(values)))
         known[text, role] = ref, values.data_ptr(), values._version, own
     return known[text, role][3]

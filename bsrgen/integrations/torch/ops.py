@@ -23,6 +23,7 @@ from bsrgen.errors import ArgumentError, ArgumentTypeError
 from bsrgen.foreign import view
 from bsrgen.integrations.torch.config import Spec, parsed, written
 from bsrgen.integrations.torch.kernels import Role, kernel_of, on_device, packed
+from bsrgen.integrations.torch.packed import plain
 
 library = torch.library.Library("bsrgen", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -50,12 +51,8 @@ def product(role: Role, x: Any, values: Any, crow: Any, col: Any, bias: Any, tex
     shape, features, rows = x.shape, have.features, have.rows
     if x.dtype is not have.dtype or not shape or shape[-1] != features:
         _check(parsed(text), "x" if role == "forward" else "dy", x, features)
-    if not x.is_contiguous():
-        x = x.contiguous()
-    y = x.new_empty(shape[0], rows) if len(shape) == 2 else x.new_empty((*shape[:-1], rows))
-    n = x.numel() // features if features else prod(shape[:-1])
-    have.instance.run(n, x.data_ptr(), features, y.data_ptr(), rows, have.operands, torch.get_num_threads())
-    return y
+    x = plain(x)
+    return have.run(x, None, x.new_empty(shape[0], rows) if len(shape) == 2 else x.new_empty((*shape[:-1], rows)))
 
 
 def _linear_cpu(x: Any, values: Any, crow: Any, col: Any, bias: Any, spec: str) -> Any:
@@ -67,8 +64,8 @@ def _dx_cpu(dy: Any, values: Any, crow: Any, col: Any, spec: str) -> Any:
 
 
 def _rows(t: Any) -> Any:
-    """t [..., F] as [N, F]."""
-    return t.detach().reshape(prod(t.shape[:-1]), t.shape[-1])
+    """t [..., F] as [N, F], row by row."""
+    return plain(t.detach().reshape(prod(t.shape[:-1]), t.shape[-1]))
 
 
 def _dw_cpu(dy: Any, x: Any, crow: Any, col: Any, spec: str) -> Any:
@@ -82,29 +79,38 @@ def _dw_cpu(dy: Any, x: Any, crow: Any, col: Any, spec: str) -> Any:
 
 
 def _dw_cuda(dy: Any, x: Any, crow: Any, col: Any, spec: str) -> Any:
-    """By torch's dense product, of which the stored blocks are kept: there is no kernel for it on GPUs."""
-    (M, K), (R, C) = parsed(spec).shape, parsed(spec).blocksize
+    """By the kernel, or where the model expects more of that by torch's dense product; the stored blocks are kept."""
+    M, K = parsed(spec).shape
     _check(parsed(spec), "dy", dy, M)
     _check(parsed(spec), "x", x, K)
-    real = getattr(torch, DTYPES[parsed(spec).x_dtype].real)
-    dense = _rows(dy).to(real).T @ _rows(x).to(real)
+    kernel = kernel_of(spec, "dw", crow, col, "cuda")
+    if kernel.cost.speedup >= 1:
+        return kernel(_rows(dy), _rows(x))
+    return dense_dw(_rows(dy), _rows(x), crow, col, parsed(spec))
+
+
+def dense_dw(dy: Any, x: Any, crow: Any, col: Any, spec: Spec) -> Any:
+    """dy[N, M].T @ x[N, K], and of that the stored blocks; waits for nothing."""
+    (M, K), (R, C) = spec.shape, spec.blocksize
+    real = getattr(torch, DTYPES[spec.x_dtype].real)
+    dense = dy.to(real).T @ x.to(real)
     dense = torch.nn.functional.pad(dense, (0, -K % C, 0, -M % R)).reshape(-(-M // R), R, -(-K // C), C)
     counts = crow.diff().long()
     numbers = torch.arange(len(counts), device=counts.device)
-    rows = torch.repeat_interleave(numbers, counts, output_size=len(col))  # so nothing is waited for
+    rows = torch.repeat_interleave(numbers, counts, output_size=len(col))
     return dense[rows, :, col.long()]
 
 
 def _linear_cuda(x: Any, values: Any, crow: Any, col: Any, bias: Any, spec: str) -> Any:
     _check(parsed(spec), "x", x, parsed(spec).shape[1])
     kernel = on_device(spec, "forward", values, crow, col)
-    given = {} if bias is None else {"bias": bias.to(getattr(torch, kernel.problem.real.name))}
-    return kernel(x.contiguous(), **given)
+    given = {} if bias is None else {"bias": plain(bias.detach().to(getattr(torch, kernel.problem.real.name)))}
+    return kernel(plain(x.detach()), **given)
 
 
 def _dx_cuda(dy: Any, values: Any, crow: Any, col: Any, spec: str) -> Any:
     _check(parsed(spec), "dy", dy, parsed(spec).shape[0])
-    return on_device(spec, "dx", values, crow, col)(dy.contiguous())
+    return on_device(spec, "dx", values, crow, col)(plain(dy.detach()))
 
 
 library.impl("linear", _linear_cpu, "CPU")
