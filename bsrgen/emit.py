@@ -5,9 +5,11 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from bsrgen._paths import RUNTIME, TEMPLATES
+from bsrgen.dtypes import DType
 from bsrgen.epilogues import CHOICES, QUANTIZED_X
 from bsrgen.pattern_problem import PatternProblem
 from bsrgen.plan import Plan
@@ -152,3 +154,25 @@ def operands_in_c(problem: Problem, text: Mapping[str, str]) -> list[dict[str, A
 def arguments_in_c(operands: Sequence[Mapping[str, Any]]) -> str:
     """Their part of a prototype, each with the comma behind it."""
     return "".join(f"{_C_KIND[o['kind']].format(type=o['type'], name=o['name'])}, " for o in operands)
+
+
+def ffi_in_c(problem: Problem) -> dict[str, Any]:
+    """What runtime/bsrgen_tvm_ffi.h wants to know: types as DLPack has them, and how each operand may come."""
+    operands = [
+        {"name": o.name, "letter": "g" if o.kind == "routing" else o.kind[0],
+         "type": _ffi_type(problem.operand_dtype(o)), "otherwise": _c_number(o.default),
+         "optional": int(o.kind in ("scalar", "live", "mask"))}
+        for o in problem.operands
+    ]  # fmt: skip
+    tokens, rows = (problem.pit.tokens, problem.pit.rows) if problem.pit else (1, 1)
+    return {"x": _ffi_type(problem.x_dtype), "y": _ffi_type(problem.out_dtype), "operands": operands,
+            "tokens": max(tokens, 1), "rows": max(rows, 1)}  # fmt: skip
+
+
+def _ffi_type(row: DType) -> str:
+    code, bits = row.dlpack
+    return f'{{"{row.name}", {code}, {bits}}}'
+
+
+def _c_number(value: float | None) -> str:
+    return "0" if value is None else repr(value) if isfinite(value) else f"{'-' if value < 0 else ''}HUGE_VAL"

@@ -215,8 +215,8 @@ def test_autocast_runs_the_kernel_of_its_type():
 def test_torchs_thread_count_is_honoured(monkeypatch):
     layer, x = bt.BsrLinear.from_linear(sparse_linear(), CONFIG), torch.randn(4, 13)
     asked = []
-    run = kernels.Instance.run
-    monkeypatch.setattr(kernels.Instance, "run", lambda self, *a: (asked.append(a[-1]), run(self, *a)))
+    run = packed.Instance.run
+    monkeypatch.setattr(packed.Instance, "run", lambda self, *a: (asked.append(a[-1]), run(self, *a)))
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
@@ -473,8 +473,8 @@ def test_gradients_are_those_of_the_dense_layer(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_of_values_on_gpus_are_those_of_the_kernel(dtype):
-    """By the function that CUDA tensors get, which needs no GPU."""
+def test_gradients_of_values_by_a_dense_product(dtype):
+    """What CUDA tensors get where the model expects more of that; it needs no GPU."""
     layer = bt.BsrLinear.from_linear(sparse_linear(dtype), CONFIG)
     x, dy = (torch.randn(2, 3, size).to(dtype) for size in (13, 22))
     at = layer.crow_indices, layer.col_indices, layer._spec(dtype)

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from math import isfinite
 from typing import Any
 
 from bsrgen.backends.c import dynamic
@@ -12,8 +11,17 @@ from bsrgen.backends.c.levels import level_of, offset_type
 from bsrgen.backends.c.matrix_text import matrix_view
 from bsrgen.backends.c.plan import CPlan
 from bsrgen.backends.c.vector_text import Part, needs_math, vectors_view
-from bsrgen.dtypes import DType
-from bsrgen.emit import Source, Unit, arguments_in_c, banner, epilogue_formula, operands_in_c, render, runtime_file
+from bsrgen.emit import (
+    Source,
+    Unit,
+    arguments_in_c,
+    banner,
+    epilogue_formula,
+    ffi_in_c,
+    operands_in_c,
+    render,
+    runtime_file,
+)
 from bsrgen.pattern import Weight
 from bsrgen.problem import Problem
 from bsrgen.targets import baseline
@@ -106,33 +114,11 @@ def _artifact(
         "bytes_per_part": dynamic.BYTES_PER_PART,
         "flop_per_token": max(2 * max(plan.pattern.nnz for plan in plans), 1), "flop_per_part": FLOP_PER_PART,
         "language": "c", "dynamic": not p.known, "values_name": values,
-        "ffi": _ffi(problem), "pit": pit, "columns": problem.pit.groups(p.M) if problem.pit else 0,
+        "ffi": ffi_in_c(problem), "pit": pit, "columns": problem.pit.groups(p.M) if problem.pit else 0,
         "missing_bytes": 1 + sum(len(f) + 1 for f in (*levels[-1]["requires"], PERMISSION)), "permission": PERMISSION,
         "formula": problem.operator.formula, "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
         "epilogue_formula": epilogue_formula(problem),
     }  # fmt: skip
-
-
-def _ffi(problem: Problem) -> dict[str, Any]:
-    """What runtime/bsrgen_tvm_ffi.h wants to know: types as DLPack has them, and how each operand may come."""
-    operands = [
-        {"name": o.name, "letter": "g" if o.kind == "routing" else o.kind[0],
-         "type": _ffi_type(problem.operand_dtype(o)), "otherwise": _c_number(o.default),
-         "optional": int(o.kind in ("scalar", "live", "mask"))}
-        for o in problem.operands
-    ]  # fmt: skip
-    tokens, rows = (problem.pit.tokens, problem.pit.rows) if problem.pit else (1, 1)
-    return {"x": _ffi_type(problem.x_dtype), "y": _ffi_type(problem.out_dtype), "operands": operands,
-            "tokens": max(tokens, 1), "rows": max(rows, 1)}  # fmt: skip
-
-
-def _ffi_type(row: DType) -> str:
-    code, bits = row.dlpack
-    return f'{{"{row.name}", {code}, {bits}}}'
-
-
-def _c_number(value: float | None) -> str:
-    return "0" if value is None else repr(value) if isfinite(value) else f"{'-' if value < 0 else ''}HUGE_VAL"
 
 
 def _pit(plan: CPlan) -> dict[str, Any] | None:

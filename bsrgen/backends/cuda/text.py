@@ -16,7 +16,17 @@ from bsrgen.backends.cuda.pit import features_view, pit_tables, pit_view, stream
 from bsrgen.backends.cuda.plan import CudaPlan
 from bsrgen.backends.cuda.split import COUNTERS, Sharing
 from bsrgen.backends.cuda.stream import Stream, parts, runs
-from bsrgen.emit import Source, Unit, arguments_in_c, banner, epilogue_formula, operands_in_c, render, runtime_file
+from bsrgen.emit import (
+    Source,
+    Unit,
+    arguments_in_c,
+    banner,
+    epilogue_formula,
+    ffi_in_c,
+    operands_in_c,
+    render,
+    runtime_file,
+)
 from bsrgen.epilogues import SELECTING
 from bsrgen.gpus import GpuTarget
 from bsrgen.pattern import Weight
@@ -80,7 +90,8 @@ def source_of(
     files[f"{name}_device.cu"] = device.encode()
     files[f"{name}.c"] = render("cuda/main.c.j2", a=entry, banner=head).encode()
     files[f"{name}.h"] = render("cuda/header.h.j2", a=entry, banner=head).encode()
-    for runtime in ("bsrgen.h", "bsrgen_cuda.h", *headers):
+    ffi = ["bsrgen_tvm_ffi.h"] if problem.pattern.known else []
+    for runtime in ("bsrgen.h", "bsrgen_cuda.h", *ffi, *headers):
         files[runtime] = runtime_file(runtime)
     units = (Unit(f"{name}.c", ()), Unit(f"{name}_device.cu", target.flags))
     values = f"{name}_values.bin" if data else ""
@@ -126,7 +137,7 @@ def entry_of(
         "columns": problem.pit.groups(p.M) if problem.pit else 0,
         "errors": ERRORS, "target": target.name, "formula": problem.operator.formula,
         "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
-        "epilogue_formula": epilogue_formula(problem),
+        "epilogue_formula": epilogue_formula(problem), "ffi": ffi_in_c(problem),
     }  # fmt: skip
 
 

@@ -45,6 +45,11 @@ int linear_f32_18x24_b5x3_c8cf43a9_release(void *memory);
  * Returns the bytes of `packed` (NULL: only count).  level: 0 or -1. */
 int64_t linear_f32_18x24_b5x3_c8cf43a9_pack(const float *data, void *packed, int level);
 
+/* A function of TVM FFI, (x, operands ..., y[, stream]), all arrays on one NVIDIA GPU: tvm_ffi.load_module(library)["linear_f32_18x24_b5x3_c8cf43a9"].
+ * Values are those of this library; its first call on a GPU uploads them there, outside of any graph. */
+struct ffi_value;
+int __tvm_ffi_linear_f32_18x24_b5x3_c8cf43a9(void *self, const struct ffi_value *args, int32_t count, struct ffi_value *result);
+
 /* A status in words. */
 const char *linear_f32_18x24_b5x3_c8cf43a9_error(int status);
 

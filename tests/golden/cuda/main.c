@@ -13,6 +13,8 @@
  */
 #include "linear_f32_18x24_b5x3_c8cf43a9.h"
 #include "bsrgen.h"
+#define FFI_ON_GPU
+#include "bsrgen_tvm_ffi.h"
 #include <stddef.h>
 #include <stdint.h>
 
@@ -107,4 +109,21 @@ const char *linear_f32_18x24_b5x3_c8cf43a9_info(int what)
         "}\n"
         "";
     return what == 0 ? manifest : what == 2 ? "sm_80" : "";
+}
+
+int __tvm_ffi_linear_f32_18x24_b5x3_c8cf43a9(void *self, const struct ffi_value *args, int32_t count, struct ffi_value *result)
+{
+    static void *values[FFI_DEVICES];
+    static const struct ffi_kernel kernel = {
+        "linear_f32_18x24_b5x3_c8cf43a9", linear_f32_18x24_b5x3_c8cf43a9_call, linear_f32_18x24_b5x3_c8cf43a9_info, {"float32", 2, 32}, {"float32", 2, 32}, .features = 24, .rows = 18,
+        .mask_tokens = 1, .mask_rows = 1, .by_token = 1, .operands = 1,
+        .upload = linear_f32_18x24_b5x3_c8cf43a9_upload, .release = linear_f32_18x24_b5x3_c8cf43a9_release, .error = linear_f32_18x24_b5x3_c8cf43a9_error, .values = values,
+    };
+    static const struct ffi_operand operands[] = {
+        {"bias", 'r', {"float32", 2, 32}, 0, 0},
+        {0},
+    };
+    struct bsrgen_operand given[2] = {{.data = NULL}};
+    (void)self, (void)result;
+    return ffi_call(&kernel, operands, given, args, count);
 }
