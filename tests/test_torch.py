@@ -227,6 +227,21 @@ def test_torchs_thread_count_is_honoured(monkeypatch):
     assert asked == [1, 2]
 
 
+def test_negated_views_are_read_as_what_they_stand_for():
+    """A view that says the negative of its memory: of x, of values and of a bias."""
+    layer = bt.BsrLinear.from_linear(sparse_linear(), CONFIG)
+    x, dense = torch._neg_view(torch.randn(4, 13)), layer.to_linear()
+    assert x.is_neg()
+    with torch.no_grad():
+        close(layer(x), dense(x.resolve_neg()))
+        layer.values, layer.bias = (nn.Parameter(torch._neg_view(t.data)) for t in (layer.values, layer.bias))
+        assert layer.bias.is_neg()
+        close(layer(x.resolve_neg()), -dense(x.resolve_neg()))
+    layer(x).square().sum().backward()
+    dense = nn.functional.linear(x.resolve_neg(), layer.weight, layer.bias).square().sum()
+    close(layer.values.grad, torch.autograd.grad(dense, layer.values)[0])
+
+
 def test_errors_name_the_way_out():
     layer = bt.BsrLinear.from_linear(sparse_linear(), CONFIG)
     for x in (torch.randn(4, 12), torch.tensor(1.0)):
