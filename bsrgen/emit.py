@@ -127,7 +127,7 @@ def _request(problem: Problem | PatternProblem, plans: Sequence[Plan]) -> str:
         if pit := problem.pit:
             options |= {"mode": "pit", "axis": pit.axis.name}
             options["mask_block"] = (pit.tokens, pit.rows) if pit.masked else ()
-        options["backend"] = plans[0].backend if plans[0].backend != "c" else ""
+    options["backend"] = plans[0].backend if plans[0].backend != "c" else ""
     options["target"] = tuple(plan.target.name for plan in plans)
     return ", ".join([call, *(f"{name}={value!r}" for name, value in options.items() if value)]) + ")"
 

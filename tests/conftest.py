@@ -27,6 +27,7 @@ THINNED = {
     "test_cuda_dynamic.py": {"test_any_pattern_in_any_order": 3, "test_mutation_is_found": 3},
     "test_cuda_matrix.py": {"test_table": 2, "test_mutation_is_found": 2},
     "test_cuda_pairs.py": {"test_cases": 2, "test_mutation_is_found": 2, "test_mutation_on_units_is_found": 2},
+    "test_cuda_pattern.py": {"test_products_match_numpy": 2, "test_mutation_is_found": 5, "test_nothing_is_spilled": 2},
     "test_cuda_split.py": {"test_shared_launches": 3, "test_mutation_is_found": 3},
     "test_cuda_stream.py": {"test_on_ordinary_cores": 2, "test_mutation_is_found": 2},
     "test_epilogues.py": {"test_every_ordered_pair": 4, "test_alone": 2, "test_activation_over_the_whole_range": 3},

@@ -1,17 +1,27 @@
 """Products at a block pattern by CUDA text without a GPU, under tests/cuda/cuda_runtime.h; and their machine code."""
 
+import re
+import subprocess
+
 import numpy as np
 import pytest
-from device_emulation import GpuArray, emulated_source, said
+from device_emulation import GpuArray, build_emulated, emulated_source, said
+from programs import tool
 from support import CANARY, frame_is_intact, framed, make_weight
+from test_cuda_compile import check_sass, disassembled
 
+import bsrgen
+from bsrgen import build, nvcc
 from bsrgen.backends.cuda import emit_pattern
+from bsrgen.backends.cuda.pattern_candidates import pattern_candidates
 from bsrgen.backends.cuda.pattern_plan import CoresPlan, UnitsPlan
-from bsrgen.errors import DeviceError
-from bsrgen.gpus import GPUS
+from bsrgen.errors import ArgumentError, ArgumentTypeError, CompilerNotFoundError, DeviceError
+from bsrgen.gpus import GPUS, as_gpus
 from bsrgen.pattern import Weight
 from bsrgen.pattern_device import PatternDeviceKernel
 from bsrgen.pattern_problem import as_pattern_problem
+from bsrgen.tracks import UNCHECKED
+from bsrgen.verify import verify
 
 SM80 = GPUS["sm_80"]
 
@@ -161,3 +171,94 @@ def test_mutation_is_found(name, mutation, rng, tmp_path):
 @pytest.mark.parametrize("name", VICTIMS)
 def test_victim_is_right(name, rng, tmp_path):
     check(*victim(name, tmp_path), rng, (129, 40))
+
+
+# ── machine code, the library, what is refused ───────────────────────────────────────────────────────────────────────
+
+GATES = {  # shape, blocks, operator, type, plan, knobs, architectures, instructions
+    "units": ((200, 300), (64, 8), "linear_grad", "bfloat16", UnitsPlan, (64, 2), ("sm_80", "sm_90"),
+              ("HMMA.16816.F32.BF16", "LDSM.16.MT88", "LDGSTS.E.BYPASS.128")),
+    "units, gathered": ((200, 300), (32, 1), "linear_grad", "float16", UnitsPlan, (32, 2), ("sm_75",),
+                        ("HMMA.1688.F32", "LDSM.16.MT88")),
+    "cores": ((200, 300), (16, 16), "sddmm", "float32", CoresPlan, (8, 8, 2, 16, 4), ("sm_75", "sm_90"),
+              ("FFMA", "LDS.128")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_nothing_is_spilled(name, tmp_path):
+    shape, block, operator, dtype, plan, knobs, archs, wanted = GATES[name]
+    needs_nvcc()
+    (target,) = as_gpus(archs)
+    problem = problem_of("uniform", shape, block, operator, dtype, ("scale", "accumulate"))
+    source = emit_pattern((plan(problem, target, *knobs),))
+    library = build.build(source, tmp_path, build.find_compiler(target))
+    log = (tmp_path / "build.log").read_text()
+    assert log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(archs)
+    assert "warning" not in log
+    assert {int(size) for size in re.findall(r"(\d+) bytes smem", log)} == {source.plans[0].shared_bytes}
+    check_sass(disassembled(library), wanted)
+
+
+def needs_nvcc():
+    try:
+        nvcc.find_nvcc()
+    except CompilerNotFoundError as e:
+        pytest.skip(f"no nvcc: {e}")
+
+
+def test_compile_and_load(tmp_path, monkeypatch):
+    """By the front door, the compiler that of the emulation: store, folder, verify, example in C."""
+    monkeypatch.setattr("bsrgen.build.build", build_emulated)
+    monkeypatch.setattr(nvcc, "identity", lambda: "emulated")
+    weight = make_weight("uniform", (48, 40), (8, 8), "float32")
+    kernel = bsrgen.compile(weight, "linear_grad", dtype="float16", backend="cuda", target="sm_80", epilogue="scale")
+    m = kernel.artifact.manifest
+    assert (m.device, m.check, kernel.plan.knobs["matrix"]) == ("cuda", None, True)
+    assert m.notes == (UNCHECKED,)
+    assert "__global__" in kernel.source
+    assert "backend='cuda'" in kernel.source
+    loaded = bsrgen.load(kernel.save(tmp_path / "k"))
+    assert all(finding.ok for finding in verify(tmp_path / "k")[1])
+    rng = np.random.default_rng(0)
+    check(loaded, kernel.problem, rng, (9,))
+    a, b = kernel.problem.sample(rng, 9)
+    y = call(loaded, (a, b), np.empty(kernel.problem.result_shape(9), np.float32), scale=0.5)
+    error = np.abs(y - kernel.problem.reference((a, b), 0.5)[0])
+    assert (error <= kernel.problem.reference((a, b), 0.5)[1]).all()
+    run = [tool("gcc"), "-Wall", "-Wextra", "-Werror", "example.c", "-I.", "-L.", f"-l{m.name}", "-Wl,-rpath,$ORIGIN"]
+    for command in ([*run, "-o", "example"], ["./example"]):
+        result = subprocess.run(command, cwd=tmp_path / "k", capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stderr) == (0, "")
+    assert "no error" in result.stdout
+    gpu, x, y = (lambda array, **how: GpuArray(loaded, array, **how)), a.T.copy().T, y.copy()
+    for arguments, given, error, says in (
+        ((gpu(a),), {"scale": 1.0}, ArgumentTypeError, "takes a, b"),
+        ((gpu(a), gpu(b[:8])), {"scale": 1.0}, ArgumentError, r"b has shape \(8, 40\), expected \[9, 40\]"),
+        ((gpu(a), gpu(b)), {}, ArgumentTypeError, "'scale' is missing"),
+        ((gpu(a), gpu(b)), {"scale": gpu(np.ones(40, np.float32))}, ArgumentError, "scale has shape"),
+        ((gpu(a), gpu(b)), {"scale": 1.0, "out": gpu(y[:1])}, ArgumentError, "out has shape"),
+        ((gpu(x), gpu(b)), {"scale": 1.0, "out": gpu(y)}, ArgumentError, "rows must be contiguous"),
+        ((gpu(a), gpu(b)), {"scale": 1.0, "threads": 2}, ArgumentError, "give stream="),
+        ((gpu(a), gpu(b)), {"scale": 1.0, "beta": 1.0}, ArgumentTypeError, "unexpected operand 'beta'"),
+        ((a, b), {"scale": 1.0}, ArgumentTypeError, "not on an NVIDIA GPU"),
+        ((gpu(a.astype(np.float32)), gpu(b)), {"scale": 1.0}, ArgumentTypeError, "float32"),
+    ):
+        with pytest.raises(error, match=says):
+            loaded(*arguments, **{"out": gpu(y)} | given)
+    with pytest.raises(bsrgen.UnsupportedError, match="it is of c"):
+        bsrgen.compile(weight, "softmax", backend="cuda", target="sm_80")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plans(dtype):
+    """Matrix units where blocks are tall enough and the architecture has them; all fit; the model has an opinion."""
+    for block in ((1, 1), (32, 1), (8, 8), (37, 53)):
+        problem = problem_of("uniform", (300, 400), block, "linear_grad", dtype)
+        for arch in ("sm_75", "sm_80"):
+            plans = list(pattern_candidates(problem, GPUS[arch]))
+            assert any(plan.matrix for plan in plans) == (dtype == "bfloat16" and block[0] >= 8 and arch == "sm_80")
+            assert not all(plan.matrix for plan in plans)
+            for plan in plans:
+                assert plan.shared_bytes <= 48 << 10
+                assert plan.counts(300).cycles > plan.counts(3).cycles > 0

@@ -12,8 +12,13 @@ from bsrgen.integrations.torch import kernels, ops  # noqa: E402
 from bsrgen.pattern_device import PatternDeviceKernel  # noqa: E402
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("store"))
+
+
 @pytest.fixture
-def on_gpu(monkeypatch, tmp_path):
+def on_gpu(monkeypatch, store):
     """The operators' CUDA side for tensors of the CPU, whose memory is what the emulation can reach; builds are
     emulated, into a store of their own."""
     plain = device_arrays._of_torch
@@ -31,7 +36,7 @@ def on_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(nvcc, "identity", lambda: "emulated")
     monkeypatch.setattr(kernels, "_kernels", {})
     monkeypatch.setattr(kernels, "_resident", {})
-    monkeypatch.setenv("BSRGEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("BSRGEN_CACHE_DIR", store)
     library = torch.library.Library("bsrgen", "IMPL")
     for name in ("linear", "linear_dx", "linear_dw"):
         library.impl(name, getattr(ops, f"_{name.replace('linear_', '')}_cuda"), "CPU", allow_override=True)
@@ -43,7 +48,7 @@ def layer_of(dtype, block):
     torch.manual_seed(0)
     linear = torch.nn.Linear(40, 48)
     bt.prune_(torch.nn.Sequential(linear), block, density=0.4)
-    return bt.BsrLinear.from_linear(linear, bt.BsrConfig(block, backend="cuda", min_speedup=0)).to(dtype)
+    return bt.BsrLinear.from_linear(linear, bt.BsrConfig(block, backend="cuda", min_speedup=0, tune="off")).to(dtype)
 
 
 @pytest.mark.parametrize(("dtype", "block"), [(torch.float32, (4, 4)), (torch.bfloat16, (16, 8))], ids=["f32", "bf16"])
