@@ -82,11 +82,11 @@ class OfPattern(Kernel):
             want = (*heads, *tail[1:]) if headed else tail
             if a.shape != want:
                 raise ArgumentError(
-                    f"{self.name}: {name} has shape {a.shape}, expected {self._words(letters, heads, n)}"
+                    f"{self.name}: {name} has shape {a.shape}, expected {self._expected(letters, heads, n)}"
                 )
         return heads, n
 
-    def _words(self, letters: str, heads: tuple[int, ...], n: int) -> str:
+    def _expected(self, letters: str, heads: tuple[int, ...], n: int) -> str:
         sizes = {**{letter: str(size) for letter, size in self._sizes.items()}, "N": str(n) if n >= 0 else "N"}
         if self._operator.headed:
             sizes["N"] = ", ".join(map(str, heads)) or "..."
