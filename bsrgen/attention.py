@@ -14,14 +14,14 @@ from numpy.typing import DTypeLike, NDArray
 
 from bsrgen import api, build
 from bsrgen.arguments import default_threads
+from bsrgen.backends import backend_of
 from bsrgen.errors import ArgumentError, UnsupportedError
 from bsrgen.foreign import count, pair
 from bsrgen.operators import ATTENTION, SOFTMAX
 from bsrgen.pattern import Pattern
 from bsrgen.pattern_compile import compile_pattern
-from bsrgen.pattern_kernel import PatternKernel
-from bsrgen.pattern_problem import Mask, PatternProblem, as_pattern_problem
-from bsrgen.targets import as_targets
+from bsrgen.pattern_kernel import OfPattern
+from bsrgen.pattern_problem import Mask, PatternProblem, as_pattern_problem, refuse_values
 
 Array = NDArray[Any]
 KEYS_STEP = 16  # keys of a block are whole vectors of every target
@@ -107,9 +107,10 @@ def compile(
     *,
     blocksize: tuple[int, int] = (64, 64),
     dtype: DTypeLike = "float32",
+    backend: str = "auto",
     target: str | tuple[str, ...] = "native",
     threads: int | None = None,
-) -> PatternKernel:
+) -> OfPattern:
     """The kernel Y = softmax(scale * Q @ K.T where `rule` allows it) @ V of heads of `head` elements.
 
     y = k(q, key, value, scale=...): q, y [..., tokens, head], key, value the same; tokens=(queries, keys) where they
@@ -118,12 +119,13 @@ def compile(
     within 1 ulp (runtime/bsrgen_math.h), sums in float32 (float64 for float64), results in that type.
     rule: causal(), sliding_window(w), global_(n), their & and |, or bool[queries, keys].  Only blocks of which an
     element counts are computed, elements that do not count are masked; Inf or NaN in the values of such keys may show.
+    backend: "c", or "cuda" for arrays of a GPU, whose softmax goes along with the sums: exponentials are CUDA's.
     blocksize: queries x keys, keys in multiples of 16.  dtype: float32, float64, bfloat16 or float16, of Q, K and V.
     Errors: ArgumentError, ArgumentTypeError, UnsupportedError, BuildError, StoreError.
     """
     pattern, mask = _blocks(tokens, rule, blocksize)
     sample = as_pattern_problem(ATTENTION.name, pattern, dtype, head=count("head", head, 1), mask=mask)
-    return _kernel(sample, target, threads)
+    return _kernel(sample, backend, target, threads)
 
 
 def compile_softmax(
@@ -132,24 +134,25 @@ def compile_softmax(
     *,
     blocksize: tuple[int, int] = (64, 64),
     dtype: DTypeLike = "float32",
+    backend: str = "auto",
     target: str | tuple[str, ...] = "native",
     threads: int | None = None,
-) -> PatternKernel:
+) -> OfPattern:
     """The kernel of the softmax alone, over elements that `rule` allows: p = k(s, scale=...), [..., nnzb, R, C] both.
 
     Arguments, numerics and errors are those of `compile`; p is zero where an element does not count.  The stored
     blocks are k.pattern: `bsrgen.compile(k.pattern, "sddmm")` gives scores in that order.
     """
     pattern, mask = _blocks(tokens, rule, blocksize)
-    return _kernel(as_pattern_problem(SOFTMAX.name, pattern, dtype, mask=mask), target, threads)
+    return _kernel(as_pattern_problem(SOFTMAX.name, pattern, dtype, mask=mask), backend, target, threads)
 
 
-def _kernel(sample: PatternProblem, target: str | tuple[str, ...], threads: int | None) -> PatternKernel:
+def _kernel(sample: PatternProblem, backend: str, target: str | tuple[str, ...], threads: int | None) -> OfPattern:
+    refuse_values(sample.operator.name, backend, {})
+    targets = backend_of(backend, "static").targets(target)
     default_threads(threads)
     build.prepare_calls()
-    kernel = compile_pattern(sample, as_targets(target), api._own_digest(), threads)
-    assert isinstance(kernel, PatternKernel)
-    return kernel
+    return compile_pattern(sample, targets, api._own_digest(), threads)
 
 
 def _blocks(tokens: int | tuple[int, int], rule: Rule | Array, blocksize: tuple[int, int]) -> tuple[Pattern, Mask]:

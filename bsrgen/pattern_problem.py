@@ -19,6 +19,7 @@ Array = NDArray[Any]
 EXP_FLOP = 20  # what an exponential counts as
 STRIP = 256  # queries of attention that the reference takes together
 PRODUCTS = (SDDMM.name, LINEAR_GRAD.name, SOFTMAX.name)  # what `compile` makes of a pattern alone
+BACKENDS = ("c", "cuda")  # that have them
 STEPS = (SCALE, ACCUMULATE)  # epilogues that make sense of sums that are a weight's gradient, each once
 
 
@@ -231,9 +232,8 @@ def as_pattern_problem(
 
 def refuse_values(operator: str, backend: str, operands: Mapping[str, Any], **options: Any) -> None:
     """Refuse what `compile` has for weights, but not for PRODUCTS.  UnsupportedError, ArgumentTypeError."""
-    able = ("c",) if PATTERN_OPERATORS[operator].headed else ("c", "cuda")
-    if backend not in ("auto", *able):
-        raise UnsupportedError(f"operator {operator!r} with backend={backend!r}: it is of {', '.join(able)}")
+    if backend not in ("auto", *BACKENDS):
+        raise UnsupportedError(f"operator {operator!r} with backend={backend!r}: it is of {', '.join(BACKENDS)}")
     refuse(f"operator {operator!r}", **options)
     if operands:
         raise ArgumentTypeError(f"operator {operator!r}: {', '.join(operands)} come with the call")

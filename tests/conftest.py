@@ -32,6 +32,7 @@ THINNED = {
     "test_cuda_stream.py": {"test_on_ordinary_cores": 2, "test_mutation_is_found": 2},
     "test_epilogues.py": {"test_every_ordered_pair": 4, "test_alone": 2, "test_activation_over_the_whole_range": 3},
     "test_expand.py": {"test_every_type": 3, "test_panels_and_patterns": 3},
+    "test_cuda_attention.py": {"test_matches_numpy": 2, "test_mutation_is_found": 5, "test_nothing_is_spilled": 2},
     "test_cuda_compile.py": {
         "test_nothing_is_spilled_where_calls_leave_something_out": 2,
         "test_nothing_is_spilled_by_what_prepares_weights": 2,

@@ -43,7 +43,7 @@ def emulated_source(
     compiler = build.find_compiler(source.plans[0].target)
     build_emulated(replace(source, files={**source.files, f"{name}_device.cu": device.encode()}), folder, compiler)
     manifest = package.describe(source, weight, compiler, (), folder, {})
-    write_manifest(folder, replace_notes(manifest))
+    write_manifest(folder, replace_notes(manifest, head=getattr(source.plans[0].problem, "head", 0)))
     kernel = kernel_of(read_artifact(folder))
     assert isinstance(kernel, DeviceKernel)
     return kernel
@@ -71,11 +71,11 @@ def build_emulated(source: Source, folder: Path, compiler: build.Compiler) -> Pa
     return folder / library
 
 
-def replace_notes(manifest: Any) -> Any:
+def replace_notes(manifest: Any, **changes: Any) -> Any:
     """The manifest of what is not for a GPU."""
     import msgspec
 
-    return msgspec.structs.replace(manifest, notes=("emulated",))
+    return msgspec.structs.replace(manifest, notes=("emulated",), **changes)
 
 
 def said(artifact: Artifact) -> str:

@@ -31,7 +31,7 @@ FLOORS = """
     backends.mlir.gpu_plan  backends.cuda
     backends.cuda.pattern_candidates
     backends.cuda.candidates  backends.cuda.hopper_text  backends.cuda.trial  backends.cuda.pattern_text
-    backends.cuda.text  backends.cuda.hopper  backends.cuda.pattern_plan
+    backends.cuda.text  backends.cuda.hopper  backends.cuda.pattern_plan  backends.cuda.pattern_rows
     backends.cuda.dynamic
     backends.cuda.matrix  backends.cuda.hopper_count
     backends.cuda.plan  backends.cuda.hopper_packing

@@ -135,7 +135,7 @@ def test_what_makes_no_sense_is_refused(rng):
         ({"dtype": "bfloat16", "out_dtype": "bfloat16"}, bsrgen.UnsupportedError, "writes float32"),
         ({"epilogue": "relu"}, bsrgen.UnsupportedError, "takes scale, accumulate"),
         ({"epilogue": ("accumulate", "scale")}, bsrgen.UnsupportedError, "before"),
-        ({"backend": "mlir"}, bsrgen.UnsupportedError, "only 'c'"),
+        ({"backend": "mlir"}, bsrgen.UnsupportedError, "it is of c, cuda"),
         ({"transposed": True}, bsrgen.UnsupportedError, "transposed=True: the two do not go together"),
         ({"mode": "dynamic"}, bsrgen.UnsupportedError, "mode='dynamic'"),
         ({"mode": "pit", "axis": "tokens"}, bsrgen.UnsupportedError, "axis='tokens'"),

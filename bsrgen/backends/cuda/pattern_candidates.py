@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from bsrgen.backends.cuda.candidates import LEAST_ROWS, NOT_ON, rows_of_tiles
 from bsrgen.backends.cuda.pattern_plan import CoresPlan, PatternCudaPlan, UnitsPlan
+from bsrgen.backends.cuda.pattern_rows import RowsPlan, plan_rows
 from bsrgen.errors import UnsupportedError
 from bsrgen.gpus import GpuTarget
 from bsrgen.pattern_problem import PatternProblem
@@ -33,10 +34,15 @@ def pattern_candidates(problem: PatternProblem, target: GpuTarget) -> Iterator[P
                         yield cores
 
 
-def plan_pattern(problem: PatternProblem, target: GpuTarget) -> PatternCudaPlan:
+def plan_pattern(problem: PatternProblem, target: GpuTarget) -> PatternCudaPlan | RowsPlan:
     """The plan that the model likes best.  UnsupportedError where there is none."""
     if problem.operator.headed:
-        raise UnsupportedError(f"operator {problem.operator.name!r} with backend='cuda': only 'c' has it")
+        rows = plan_rows(problem, target)
+        if rows is None:
+            raise UnsupportedError(
+                f"{problem}: heads of {problem.head} do not fit the shared memory of a GPU; use backend='c'"
+            )
+        return rows
     plans = list(pattern_candidates(problem, target))
     if not plans:
         raise UnsupportedError(f"{problem}: too many stored columns for one kernel on a GPU; use several")

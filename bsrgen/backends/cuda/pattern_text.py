@@ -1,9 +1,11 @@
 """From plans of products at a block pattern to CUDA text: all that templates/pattern_cuda may see is computed here."""
 
 import json
+import math
 from typing import Any
 
 from bsrgen.backends.cuda.pattern_plan import CoresPlan, PatternCudaPlan, UnitsPlan
+from bsrgen.backends.cuda.pattern_rows import WARPS, RowsPlan
 from bsrgen.backends.cuda.text import ERRORS
 from bsrgen.emit import Source, Unit, banner, render, runtime_file
 from bsrgen.gpus import GpuTarget
@@ -15,17 +17,17 @@ _IN_C = {
 }
 
 
-def emit_pattern(plans: tuple[PatternCudaPlan, ...]) -> Source:
+def emit_pattern(plans: tuple[PatternCudaPlan | RowsPlan, ...]) -> Source:
     """Sources and tables of one artifact.  Pure: equal plans, equal bytes."""
     (plan,) = plans
     s, name, target = plan.problem, plan.problem.name, plan.target
     assert isinstance(target, GpuTarget)
-    tables = b"".join(part.astype("<i4").tobytes() for part in (plan.tiles, s.pattern.indices)) or bytes(4)
-    head, kernel = banner(s, plans), _kernel(plan)
+    tables, head = _tables(plan), banner(s, plans)
+    template, kernel = ("rows", _rows(plan)) if isinstance(plan, RowsPlan) else ("kernel", _kernel(plan))
     entry = _entry(s, plan, len(tables))
     files = {
         f"{name}_values.bin": tables,
-        f"{name}_device.cu": render("pattern_cuda/kernel.cu.j2", k=kernel, banner=head).encode(),
+        f"{name}_device.cu": render(f"pattern_cuda/{template}.cu.j2", k=kernel, banner=head).encode(),
         f"{name}.c": render("pattern_cuda/main.c.j2", a=entry, banner=head).encode(),
         f"{name}.h": render("pattern_cuda/header.h.j2", a=entry, banner=head).encode(),
     }
@@ -35,8 +37,21 @@ def emit_pattern(plans: tuple[PatternCudaPlan, ...]) -> Source:
     return Source(name, plans, files, units, entry["prototype"], (f"{name}_values.bin",), entry)
 
 
+def _tables(plan: PatternCudaPlan | RowsPlan) -> bytes:
+    """What lies on the device: numbers of 32 bits, and then the bits of masks."""
+    s, p = plan.problem, plan.problem.pattern
+    if not isinstance(plan, RowsPlan):
+        parts, bits = [plan.tiles, p.indices], b""
+    else:
+        parts = [plan.order, p.indptr, p.indices, *([s.mask.kinds] if s.mask else [])]
+        bits = s.mask.bits.tobytes() if s.mask else b""
+    return b"".join(part.astype("<i4").tobytes() for part in parts) + bits or bytes(4)
+
+
 def _operands(s: PatternProblem) -> list[dict[str, str]]:
     """What a C program gives behind the arrays."""
+    if s.operator.headed:
+        return [{"name": "scale", "kind": "scalar", "text": _IN_C["scalar"][1], "c": f"{s.real.c} scale"}]
     return [
         {"name": o.name, "kind": o.kind, "text": _IN_C[o.kind][1],
          "c": _IN_C[o.kind][0].format(type=s.real.c, name=o.name)}
@@ -44,12 +59,13 @@ def _operands(s: PatternProblem) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-def _entry(s: PatternProblem, plan: PatternCudaPlan, table_bytes: int) -> dict[str, Any]:
+def _entry(s: PatternProblem, plan: PatternCudaPlan | RowsPlan, table_bytes: int) -> dict[str, Any]:
     """What the host's text and the companions of the library see."""
     p, name, x, operands = s.pattern, s.name, s.dtype.c, _operands(s)
+    size, headed = {"M": p.M, "K": p.K, "N": "n", "D": s.head, "C": p.C}, s.operator.headed
     inputs = [
-        {"name": array, "shape": f"[{','.join(letters)}]", "least": {"M": p.M, "K": p.K, "N": "n"}[letters[1]],
-         "rows": {"M": p.M, "K": p.K, "N": "n"}[letters[0]]}
+        {"name": array, "shape": f"[{','.join(letters)}]", "least": size[letters[-1]], "rows": size[letters[0]],
+         "of_one": math.prod(s.shape(letters, 1))}
         for array, letters in s.operator.inputs
     ]  # fmt: skip
     arrays = "".join(f"const {x} *{i['name']}, int64_t ld_{i['name']}, " for i in inputs)
@@ -57,7 +73,9 @@ def _entry(s: PatternProblem, plan: PatternCudaPlan, table_bytes: int) -> dict[s
     manifest = {"name": name, "problem": str(s), "pattern": p.digest}
     return {
         "name": name, "inputs": inputs, "operands": operands, "language": "pattern_cuda", "formula": s.operator.formula,
-        "result": s.operator.result, "x_type": x, "y_type": s.real.c, "M": p.M, "K": p.K, "nnz": p.nnz,
+        "result": s.operator.result, "x_type": x, "y_type": s.real.c, "nothing": (p.M if s.head else p.nnz) == 0,
+        "headed": headed, "result_of_one": math.prod(s.result_shape(1)),
+        "n_is": "heads, of all sequences of a batch" if headed else "length of the sums",
         "prototype": f"int {name}(int64_t n, {arrays}{numbers}{s.real.c} *y, const void *tables, void *stream)",
         "manifest_lines": [json.dumps(line + "\n") for line in json.dumps(manifest, indent=1).splitlines()],
         "blobs": [{"symbol": f"{name}_values", "file": f"{name}_values.bin", "c": "unsigned char"}],
@@ -89,4 +107,17 @@ def _kernel(plan: PatternCudaPlan) -> dict[str, Any]:
         "M": p.M, "K": p.K, "R": p.R, "C": p.C, "row_pieces": plan.row_pieces, "tiles": len(plan.tiles),
         "tile_rows": plan.tile_rows, "tile_columns": plan.tile_columns, "step": plan.step, "threads": plan.threads,
         "operands": names, "scale": "scale" in names, "accumulate": "alpha" in names,
+    }  # fmt: skip
+
+
+def _rows(plan: RowsPlan) -> dict[str, Any]:
+    """The same of softmax and attention."""
+    s, p = plan.problem, plan.problem.pattern
+    return {
+        "name": s.name, "kernels": ["rows"], "split": None, "real_bytes": s.real.bytes, "x": s.dtype.short,
+        "y": s.real.short, "formula": s.operator.formula, "M": p.M, "K": p.K, "R": p.R, "C": p.C,
+        "block_rows": p.block_rows, "blocks": p.nnzb, "masked": s.mask is not None, "warps": WARPS,
+        "row_pieces": plan.row_pieces if s.head else -(-p.R // WARPS),
+        "inputs": [name for name, _ in s.operator.inputs],
+        "head": s.head, "padded": plan.head, "queries": plan.queries,
     }  # fmt: skip
