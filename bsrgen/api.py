@@ -82,7 +82,7 @@ def compile(
         Of a pattern, W's or a Pattern, for k(a, b) (see PatternKernel): "sddmm", data[nnzb, R, C] = A[M, N] @ B[K, N].T
         at the stored blocks, the gradient of spmm's weight; "linear_grad", that of linear's, A[N, M].T @ B[N, K]; and
         "softmax" of such data by rows.  dtype is that of the arrays, the result has that of the sums; epilogues of
-        products "scale" and "accumulate"; backend "c", of products "cuda" too (PatternDeviceKernel); no tuning.
+        products "scale" and "accumulate"; backend "c" or "cuda" (PatternDeviceKernel); no tuning.
     transposed: the product with W.T, where W is given, and later updated, as it is: Y[N, K] = X[N, M] @ W, or of
         "spmm" Y[K, N] = W.T @ X[M, N].  All else, the kernel's shape and pattern, scales and operands, is that of W.T.
         Of a list of weights, X holds what is multiplied with each, side by side, and the result is their sum.

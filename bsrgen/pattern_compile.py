@@ -45,7 +45,7 @@ class PatternBackend:
 
 PATTERN_BACKENDS = {
     "c": PatternBackend(c.plan_pattern, c.emit_pattern),
-    "cuda": PatternBackend(cuda.plan_pattern, cuda.emit_pattern, nvcc.identity),
+    "cuda": PatternBackend(cuda.plan_pattern, cuda.emit_pattern, lambda: nvcc.identity()),
 }
 
 
