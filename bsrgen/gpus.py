@@ -8,6 +8,16 @@ from bsrgen.errors import ArgumentError, ArgumentTypeError, DeviceError, Unsuppo
 from bsrgen.targets import Target
 
 WARP = 32
+ERRORS = (  # of the CUDA runtime that a caller can do something about (driver_types.h)
+    (2, "out of memory on the GPU"),
+    (35, "no usable NVIDIA driver"),
+    (98, "no code in this library for this GPU: build it for its architecture"),
+    (100, "no GPU"),
+    (101, "no such GPU"),
+    (209, "no code in this library for this GPU: build it for its architecture"),
+    (222, "the code for newer GPUs in this library needs a newer driver"),
+    (700, "an address that is not on this GPU, or outside of its array"),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,8 +184,7 @@ class CoresPlan(PatternCudaPlan):
     @property
     def strides(self) -> tuple[int, int]:
         """Elements from one of N to the next in the panels of A and B: 4 more keep transposed writes apart."""
-        rows, columns = (-(-size // 4) * 4 + 4 for size in (self.tile_rows, self.tile_columns))
-        return rows, columns
+        return -(-self.tile_rows // 4) * 4 + 4, -(-self.tile_columns // 4) * 4 + 4
 
     @property
     def shared_bytes(self) -> int:
@@ -212,8 +211,7 @@ class CoresPlan(PatternCudaPlan):
 
     @property
     def fits(self) -> bool:
-        """As above, and what a thread brings of a step does not push its sums out of the registers: of 32 elements, the
-        most that there were without this, ptxas spilled 96 bytes (sm_90, nvcc 13.0)."""
+        """And what a thread brings of a step leaves room for its sums: with 32 ptxas spilled (sm_90, nvcc 13.0)."""
         return super().fits and self.held <= HELD
 
     @property

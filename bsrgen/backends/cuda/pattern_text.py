@@ -6,9 +6,8 @@ from typing import Any
 
 from bsrgen.backends.cuda.pattern_plan import CoresPlan, PatternCudaPlan, UnitsPlan
 from bsrgen.backends.cuda.pattern_rows import WARPS, RowsPlan
-from bsrgen.backends.cuda.text import ERRORS
 from bsrgen.emit import Source, Unit, banner, render, runtime_file
-from bsrgen.gpus import GpuTarget
+from bsrgen.gpus import ERRORS, GpuTarget
 from bsrgen.pattern_problem import PatternProblem
 
 _IN_C = {

@@ -28,7 +28,7 @@ from bsrgen.emit import (
     runtime_file,
 )
 from bsrgen.epilogues import SELECTING
-from bsrgen.gpus import GpuTarget
+from bsrgen.gpus import ERRORS, GpuTarget
 from bsrgen.pattern import Weight
 from bsrgen.plan import Plan
 from bsrgen.problem import Problem
@@ -45,16 +45,6 @@ _KIND_TEXT = {
     "where y is computed; NULL: everywhere.  Other results stay as they are",
 }
 _C_TABLE = {"int32": "int", "uint16": "unsigned short", "uint8": "unsigned char"}
-ERRORS = (  # of the CUDA runtime that a caller can do something about (driver_types.h)
-    (2, "out of memory on the GPU"),
-    (35, "no usable NVIDIA driver"),
-    (98, "no code in this library for this GPU: build it for its architecture"),
-    (100, "no GPU"),
-    (101, "no such GPU"),
-    (209, "no code in this library for this GPU: build it for its architecture"),
-    (222, "the code for newer GPUs in this library needs a newer driver"),
-    (700, "an address that is not on this GPU, or outside of its array"),
-)
 MADE_HERE = ("out", "inside", "gate")  # kinds of operands that no caller gives
 UNROLLED_COLUMNS = 8
 RESIDENT_WARPS = 16  # of an SM, at least, while W streams: so many registers a thread may have
