@@ -29,7 +29,9 @@ class DType:
     @property
     def dlpack(self) -> tuple[int, int]:
         """DLPack's code of the kind (DLDataTypeCode) and the bits."""
-        return {"bfloat16": 4, "uint8": 1}.get(self.name, 0 if self.name.startswith("int") else 2), 8 * self.bytes
+        return {"bfloat16": 4, "uint8": 1, "float8_e4m3fn": 10}.get(
+            self.name, 0 if self.name.startswith("int") else 2
+        ), 8 * self.bytes
 
     @property
     def numpy(self) -> np.dtype[Any]:

@@ -14,6 +14,7 @@ from programs import tool
 from support import REPOSITORY, assert_right, problem_of
 from test_cuda import plan_of
 
+from bsrgen.dtypes import DTYPES, HOPPER
 from bsrgen.pattern import random_weight
 
 STEPS = ("bias", "clamp", "residual")
@@ -85,6 +86,13 @@ def kernel(tmp_path_factory):
     weight = random_weight(7, (37, 24), (4, 1), 0.3)
     problem = problem_of(weight, epilogue=STEPS)
     return emulated(plan_of(problem, rows=4), weight, tmp_path_factory.mktemp("ffi")), problem, weight
+
+
+def test_types_are_dlpacks():
+    """Codes of DLDataTypeCode in DLPack 1.1, those of the types that no CPU kernel has among them."""
+    codes = {name: row.dlpack for name, row in (DTYPES | HOPPER).items()}
+    assert (codes["float8_e4m3fn"], codes["bfloat16"]) == ((10, 8), (4, 16))
+    assert (codes["int8"], codes["float16"]) == ((0, 8), (2, 16))
 
 
 def test_arrays_of_a_gpu(kernel, rng):
