@@ -104,9 +104,10 @@ def _place(spec: Spec, device: str) -> dict[str, Any]:
 
 def packed(text: str, role: Role, values: Any, crow: Any, col: Any, bias: Any) -> Packed:
     """The values as the kernel takes them, packed now if they have changed since the last call."""
-    found, biases = find(values, (text, role)), () if bias is None else (bias,)
-    if found is None or not found.holds((values, *biases)):
-        found = keep(Packed(kernel_of(text, role, crow, col), (values,), biases, (text, role)), (values,))
+    which, tensors = (text, role), (values,) if bias is None else (values, bias)
+    found = find(values, which)
+    if found is None or not found.holds(tensors):
+        found = keep(Packed(kernel_of(text, role, crow, col), (values,), tensors[1:], which), (values,))
     return found
 
 

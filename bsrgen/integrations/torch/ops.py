@@ -51,7 +51,8 @@ def product(role: Role, x: Any, values: Any, crow: Any, col: Any, bias: Any, tex
     shape, features, rows = x.shape, have.features, have.rows
     if x.dtype is not have.dtype or not shape or shape[-1] != features:
         _check(parsed(text), "x" if role == "forward" else "dy", x, features)
-    x = plain(x)
+    if not x.is_contiguous() or x.is_neg():
+        x = plain(x)
     return have.run(x, None, x.new_empty(shape[0], rows) if len(shape) == 2 else x.new_empty((*shape[:-1], rows)))
 
 

@@ -56,10 +56,13 @@ class Packed:
         """Whether it is still right for these: values first, biases then."""
         if self.stale or len(tensors) != len(self.seen):
             return False
-        for (ref, pointer, version, copy), tensor in zip(self.seen, tensors, strict=True):
+        for (ref, pointer, version, copy), tensor in zip(self.seen, tensors):  # noqa: B905  # strict takes its time
             if ref() is not tensor or tensor.data_ptr() != pointer:
                 return False
-            if tensor._version != version if copy is None else not torch.equal(copy, tensor):
+            if copy is None:
+                if tensor._version != version:
+                    return False
+            elif not torch.equal(copy, tensor):
                 return False
         return True
 
