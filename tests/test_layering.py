@@ -83,8 +83,8 @@ DEPLOY = [
     "model", "loading", "device", "device_arrays", "workspaces", "dynamic", "dynamic_device", "even", "kernel",
     "valued", "described", "pattern_problem", "pattern_kernel", "arguments", "strides", "problem", "quantize",
     "pit_kernel", "selection", "pit", "shortcut", "stack", "pattern", "canonical", "foreign", "artifact", "manifest",
-    "folder", "pit_device", "pattern_device", "trampoline", "store", "integrity", "dtypes", "operators", "epilogues", "errors",
-    "verdict", "machine", "_paths",
+    "folder", "pit_device", "pattern_device", "trampoline", "store", "integrity", "dtypes", "operators", "epilogues",
+    "errors", "verdict", "machine", "_paths",
 ]  # fmt: skip
 WORKSHOP = {
     "api", "attention", "pattern_compile", "advice", "build", "choose", "clock", "calibration", "cover", "emit", "nvcc",

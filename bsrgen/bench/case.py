@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bsrgen.dtypes import DTYPES, FLOAT32, INT8, DType, as_dtype, bound_factor
-from bsrgen.kernel import aligned
 from bsrgen.operators import as_operator
 from bsrgen.pattern import Weight, random_weight
 from bsrgen.problem import Problem, as_problem
+from bsrgen.valued import aligned
 
 Array = NDArray[Any]
 SEED = 20261120
