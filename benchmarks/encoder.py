@@ -36,8 +36,8 @@ def encoder_layer() -> Any:
     return Encoder().eval()
 
 
-def contenders(sequence: int, batch: int) -> dict[str, Any]:
-    """Models by name, checked against their dense twins."""
+def contenders(sequence: int, batch: int, train: bool) -> dict[str, Any]:
+    """Models by name, checked against their dense twins; to train: without those that are fused to infer."""
     import torch
 
     import bsrgen.integrations.torch as bt
@@ -51,14 +51,17 @@ def contenders(sequence: int, batch: int) -> dict[str, Any]:
         for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
             model = copy.deepcopy(pruned).to(dtype)
             bt.convert_(model, bt.BsrConfig(block, n=sequence * batch))
-            fused = copy.deepcopy(model)
-            bt.fuse_(fused)
-            for how, ours in (("", model), (", fused", fused)):
+            kinds = {"": model}
+            if not train:
+                kinds[", fused"] = copy.deepcopy(model)
+                bt.fuse_(kinds[", fused"])
+            for how, ours in kinds.items():
                 with torch.no_grad():
                     off = (ours(x.to(dtype)).float() - pruned(x)).abs().max().item()
                 assert off < (1e-4 if dtype == torch.float32 else 0.1), (block, name, how, off)
                 models[f"bsrgen {name}, {block[0]}x{block[1]}, {density:.0%} stored{how}"] = ours, dtype
-    return {name: _call(model, x.to(dtype)) for name, (model, dtype) in models.items()}
+    make = _step if train else _call
+    return {name: make(model, x.to(dtype)) for name, (model, dtype) in models.items()}
 
 
 def _call(model: Any, x: Any) -> Any:
@@ -67,6 +70,22 @@ def _call(model: Any, x: Any) -> Any:
     def call() -> Any:
         with torch.inference_mode():
             return model(x)
+
+    return call
+
+
+def _step(model: Any, x: Any) -> Any:
+    """Forward and backward, to x and to all parameters: what a step takes but for the optimizer's part."""
+    import torch
+
+    x = x.detach().clone().requires_grad_()
+    towards = torch.randn_like(x)
+
+    def call() -> Any:
+        for leaf in (x, *model.parameters()):
+            leaf.grad = None
+        model(x).backward(towards)
+        return x.grad
 
     return call
 
@@ -85,20 +104,22 @@ def table(times: dict[str, Timing]) -> str:
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=20.0, show_default=True, help="Of timing.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--train", is_flag=True, help="Forward and backward, at the fixed pattern.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for DATE-encoder.md.")
-def main(sequence: int, batch: int, seconds: float, threads: int, out: Path | None) -> None:
+def main(sequence: int, batch: int, seconds: float, threads: int, train: bool, out: Path | None) -> None:
     """Time an encoder layer of BERT-base's shape: torch float32 and bfloat16, and bsrgen's after pruning."""
     at_their_best(threads)
     with peer_threads(threads):
         cpus, settle_s = (None, 0.0) if threads == 1 else ((), 5e-3)
-        times = measure(contenders(sequence, batch), rounds=None, seconds=seconds, cpus=cpus, settle_s=settle_s)
+        times = measure(contenders(sequence, batch, train), rounds=None, seconds=seconds, cpus=cpus, settle_s=settle_s)
     here = machine()
     cores = "one core" if threads == 1 else f"{threads} cores"
     where = f"{cores} of {here['cpu']}, {here['date']}, torch {here['packages']['torch']}"
-    text = f"Encoder layer {WIDTH}, {INNER}, {HEADS} heads, {batch} x {sequence} tokens, {where}\n\n"
+    what = "forward and backward" if train else "inference"
+    text = f"Encoder layer {WIDTH}, {INNER}, {HEADS} heads, {batch} x {sequence} tokens, {what}, {where}\n\n"
     text += table(times)
     click.echo(text)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        stem = "encoder" if threads == 1 else f"encoder-{threads}"
+        stem = "encoder" + "-train" * train + (f"-{threads}" if threads > 1 else "")
         (out / f"{here['date']}-{stem}.md").write_text(text + "\n")
