@@ -1,33 +1,18 @@
 """DeviceKernel: load an artifact for NVIDIA GPUs and call it with arrays that lie on one."""
 
-import functools
 import math
-import threading
-import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from bsrgen.device_arrays import DeviceArray, device_array, empty, stream_of, zeros
+from bsrgen.device_memory import ResidentKernel, interface
 from bsrgen.epilogues import Operand
-from bsrgen.errors import ArgumentError, ArgumentTypeError, DeviceError
-from bsrgen.kernel import Kernel
-from bsrgen.trampoline import STRUCTS
-from bsrgen.valued import Array, _Values
-from bsrgen.workspaces import WORKSPACE_BYTES, workspaces
+from bsrgen.errors import ArgumentError, ArgumentTypeError
+from bsrgen.valued import _Values
 
 CDefinition = tuple[int, int, float]  # struct bsrgen_operand with an address of the device: data, ld, scalar
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Resident:
-    """What lies on one device for good: packed values, and the operands that are bound to the kernel."""
-
-    values: _Values  # those that it is a copy of
-    packed: int
-    bound: dict[str, int]
 
 
 class Prepared(Protocol):
@@ -37,28 +22,9 @@ class Prepared(Protocol):
     device: int
 
 
-class DeviceKernel(Kernel):
+class DeviceKernel(ResidentKernel):
     """One compiled kernel for NVIDIA GPUs.  Calls take and give device arrays: torch CUDA tensors, CuPy arrays, or what
     speaks __cuda_array_interface__ or DLPack.  All else is as in Kernel."""
-
-    def _bind(self) -> None:
-        self._residents: dict[int, _Resident] = {}
-        self._lock = threading.Lock()  # no memory is released between where it is looked up and the launch
-        super()._bind()
-        self._launch = self._in_library("call", "int (*)(const struct bsrgen_call *)")
-        self._upload = self._in_library("upload", "int (*)(const void *, int64_t, int, void **)")
-        self._release = self._in_library("release", "int (*)(void *)")
-        self._words = self._in_library("error", "const char *(*)(int)")
-        shares = self.artifact.manifest.workspace_bytes
-        self._capture = self._in_library("capture", "int (*)(void *, uint64_t *)") if shares else None
-        weakref.finalize(self, _release_all, self._residents, self._release).atexit = False
-
-    def _in_library(self, name: str, signature: str) -> Any:
-        """A function of the library, by its C type."""
-        path, m = self._tramp, self.artifact.manifest
-        library = path.library(self.artifact.library.absolute(), m.files[m.library])
-        address = int(path.ffi.cast("uintptr_t", path.function(library, f"{m.name}_{name}")))
-        return _interface().cast(signature, address)
 
     def __call__(
         self, x: Any, out: Any = None, *, threads: int | None = None, stream: Any = None, **operands: Any
@@ -72,7 +38,8 @@ class DeviceKernel(Kernel):
 
         The first call on a device, and the first after `update`, copies the values there and waits for that; `upload`
         does it ahead, for instance before a CUDA graph records calls.  The first call on a stream may make its
-        workspace, which it has in common with all kernels.
+        workspace, which it has in common with all kernels, and a larger call scratch memory.  CaptureError where a
+        graph that is being recorded needs more of it than is at hand.
         """
         return self._start(None, x, out, threads, stream, operands)
 
@@ -105,10 +72,13 @@ class DeviceKernel(Kernel):
             resident = self._resident(values, given.device)
             where = {i: resident.bound[o.name] for i, o in enumerate(self._call.operands) if o.name in resident.bound
                      and operands.get(o.name) is None}  # fmt: skip
-            if self._capture:
+            if self.artifact.manifest.workspace_bytes:
                 records.append((self._workspace(given.device, handle, n), 0, 0.0))
             packed = prepared.memory if prepared else resident.packed
-            self._enter(x2, y2, n, packed, records, where, handle, given.device)
+            with self._scratch(given.device, handle, n) as piece:
+                if self._scratch_of:
+                    records.append((piece.address, piece.bytes, 0.0))
+                self._enter(x2, y2, n, packed, records, where, handle, given.device)
         result = target.owner if out is None else out
         return self._parted(result) if hasattr(result, "__getitem__") else result
 
@@ -125,7 +95,7 @@ class DeviceKernel(Kernel):
         device: int,
     ) -> None:  # fmt: skip
         """One launch; x and y are addresses and leading dimensions."""
-        ffi = _interface()
+        ffi = interface()
         operands = ffi.new("struct bsrgen_operand[]", max(len(records), 1))
         for i, (data, ld, scalar) in enumerate(records):
             operands[i].data, operands[i].ld, operands[i].scalar = ffi.cast("void *", data), ld, scalar
@@ -135,11 +105,6 @@ class DeviceKernel(Kernel):
         call.y, call.values, call.operands = ffi.cast("void *", pointer), ffi.cast("void *", packed), operands
         call.parallel, call.threads = ffi.cast("void *", stream), device
         self._must(self._launch(call))
-
-    def _must(self, status: int) -> None:
-        if status:
-            words = _interface().string(self._words(status)).decode(errors="replace")
-            raise DeviceError(f"{self.name}: {words} (status {status}; built for {self.plan.target})")
 
     # ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -230,68 +195,5 @@ class DeviceKernel(Kernel):
             if not same and a.span[0] < y.span[1] and y.span[0] < a.span[1]:
                 raise ArgumentError(f"{self.name}: out overlaps an input; give another array")
 
-    # ── what stays on a device ───────────────────────────────────────────────────────────────────────────────────
-
-    def upload(self, device: int = -1) -> None:
-        """Copy the values, and operands that are bound, to a device (-1: the current one), unless they are there.
-
-        Kernels whose thread blocks share work find memory for it in the next CUDA graph, too."""
-        with self._lock:
-            self._resident(self._values, device)
-            if self._capture:
-                workspaces().reserve(device, functools.partial(self._zeros, device))
-
-    def _workspace(self, device: int, stream: int, n: int) -> int:
-        """Where thread blocks leave partial sums in a call on a stream; 0: nowhere, the same bits in more time."""
-        assert self._capture
-        if n > self.artifact.manifest.workspace_n:
-            return 0
-        capture = _interface().new("uint64_t *")
-        self._must(self._capture(_interface().cast("void *", stream), capture))
-        return workspaces().of(device, stream, int(capture[0]), functools.partial(self._zeros, device))
-
-    def _zeros(self, device: int) -> int:
-        return self._to_device(np.zeros(WORKSPACE_BYTES, np.uint8), device)
-
-    def _resident(self, values: _Values, device: int) -> _Resident:
-        found = self._residents.get(device)
-        if found is None or found.values is not values:
-            bound = {name: self._to_device(self._bound(name, values), device) for name in self._rows_bound(values)}
-            packed = self._to_device(values.packed, device)
-            old, self._residents[device] = found, (found := _Resident(values, packed, bound))
-            if old:
-                _release_all({device: old}, self._release)
-        return found
-
-    def _rows_bound(self, values: _Values) -> list[str]:
-        return [o.name for o in self._call.operands if o.kind == "row" and o.name in values.bound]
-
-    def _bound(self, name: str, values: _Values) -> Array:
-        return np.ascontiguousarray(values.bound[name], self._call.dtypes[name])
-
-    def _to_device(self, host: Array | None, device: int) -> int:
-        """New memory of a device with the bytes of `host`, or with the values of the library."""
-        ffi = _interface()
-        to = ffi.new("void **")
-        data = ffi.NULL if host is None else ffi.cast("void *", host.ctypes.data)
-        self._must(self._upload(data, 0 if host is None else host.nbytes, device, to))
-        return int(ffi.cast("uintptr_t", to[0]))
-
     def __repr__(self) -> str:
         return f"<bsrgen.Kernel {self.name} for {self.plan.target}>"
-
-
-def _release_all(residents: dict[int, _Resident], release: Callable[[Any], int]) -> None:
-    """Give the memory of a kernel back that is not called any more; cudaFree waits for what still runs."""
-    for resident in residents.values():
-        for memory in (resident.packed, *resident.bound.values()):
-            release(_interface().cast("void *", memory))
-
-
-@functools.cache
-def _interface() -> Any:
-    import cffi
-
-    ffi = cffi.FFI()
-    ffi.cdef(STRUCTS)
-    return ffi

@@ -8,8 +8,9 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from bsrgen.device import DeviceKernel, _interface
+from bsrgen.device import DeviceKernel
 from bsrgen.device_arrays import DeviceArray, device_array, stream_of
+from bsrgen.device_memory import interface
 from bsrgen.dynamic import refuse_more
 from bsrgen.errors import (
     ArgumentError,
@@ -206,14 +207,14 @@ class DynamicDeviceKernel(DeviceKernel):
         return array
 
     def _new_memory(self, nbytes: int, device: int) -> int:
-        ffi = _interface()
+        ffi = interface()
         self._must(self._upload(ffi.NULL, nbytes, device, to := ffi.new("void **")))
         return int(ffi.cast("uintptr_t", to[0]))
 
     @property
     def _give_back(self) -> Callable[[int], Any]:
         release = self._release  # the function alone: what is freed last must not keep the kernel
-        return lambda memory: release(_interface().cast("void *", memory))
+        return lambda memory: release(interface().cast("void *", memory))
 
     def _launch_prepare(
         self,
@@ -222,7 +223,7 @@ class DynamicDeviceKernel(DeviceKernel):
         stream: int,
     ) -> None:
         """The library's own preparation; without indices and indptr of the values alone."""
-        ffi, (data, indices, indptr) = _interface(), arrays
+        ffi, (data, indices, indptr) = interface(), arrays
         weight = ffi.new("struct bsrgen_weight *")
         weight.blocks, weight.data = data.shape[0], ffi.cast("void *", data.pointer)
         widths = [0, 0]
@@ -234,7 +235,7 @@ class DynamicDeviceKernel(DeviceKernel):
         self._must(self._prepare(weight, *widths, memory, int(indices is None), ready.device, handle))
 
     def _look(self, ready: PreparedDeviceWeight, stream: int) -> None:
-        ffi, where = _interface(), _interface().new("int64_t *")
+        ffi, where = interface(), interface().new("int64_t *")
         status = self._prepared(ffi.cast("void *", ready.memory), ready.device, ffi.cast("void *", stream), where)
         if status in (_BAD_INDPTR, _BAD_INDEX, _DUPLICATE):
             self._refuse(status, int(where[0]), ready.nnzb)

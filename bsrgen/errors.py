@@ -45,6 +45,10 @@ class DeviceError(BsrgenError, RuntimeError):
     """The GPU or its driver cannot do what was asked: no driver, no GPU, no code for it."""
 
 
+class CaptureError(DeviceError):
+    """A call that a CUDA graph records needs memory that can only be made outside of one."""
+
+
 class OutOfMemoryError(BsrgenError, MemoryError):
     """A library found no memory for its work; nothing has changed."""
 

@@ -173,6 +173,7 @@ class Manifest(_Record, frozen=True):
     transposed: bool = False  # W comes as the transpose of what is multiplied, when it is updated
     workspace_bytes: int = 0  # of a GPU, in which thread blocks leave partial sums; a call may do without
     workspace_n: int = 0  # and tokens of the largest call that may use it
+    scratch: bool = False  # calls bring memory of a GPU for X as the kernel turns it: NAME_scratch says how much
 
     def __post_init__(self) -> None:
         names = [self.library, *(level.values.file for level in self.levels if level.values)]

@@ -75,6 +75,7 @@ def describe(
         tuning=tuning, notes=weight.notes, bound=tuple(sorted(bound)),
         files={path.name: "" for path in folder.iterdir()},
         workspace_bytes=source.entry.get("workspace_bytes", 0), workspace_n=source.entry.get("workspace_n", 0),
+        scratch=bool(source.entry.get("scratch")),
     )  # fmt: skip
 
 

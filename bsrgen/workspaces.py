@@ -8,6 +8,7 @@ from contextlib import contextmanager
 WORKSPACE_BYTES = 20 << 20  # that no kernel exceeds
 IN_TURN = -1  # in the place of a capture's number
 PER_THREAD = 2  # cudaStreamPerThread: another stream in each thread, with one handle
+Key = tuple[int, int, int, int]
 Make = Callable[[], int]  # allocates WORKSPACE_BYTES of zeros on a device, waits, and says where
 
 
@@ -16,7 +17,7 @@ class Workspaces:
     graph may run beside the stream that it was recorded on.  Pieces are kept for the life of the process."""
 
     def __init__(self) -> None:
-        self._of: dict[tuple[int, int, int, int], int] = {}
+        self._of: dict[Key, int] = {}
         self._spare: dict[int, int] = {}
         self._lock = threading.Lock()
         self._here = threading.local()
@@ -27,9 +28,8 @@ class Workspaces:
         A stream's is made in its first call, and with it a spare one for the next graph: nothing can be allocated while
         one is recorded.  0 where there is no spare one: the kernel does without.
         """
-        capture = IN_TURN if capture and getattr(self._here, "in_turn", False) else capture
-        thread = threading.get_ident() if stream == PER_THREAD else 0
-        key = (device, 0 if capture else stream, thread, capture)
+        key = self.key(device, stream, capture)
+        capture = key[-1]
         with self._lock:
             if key not in self._of:
                 if capture and device not in self._spare:
@@ -38,6 +38,12 @@ class Workspaces:
             if not capture:
                 self._reserve(device, make)
             return self._of[key]
+
+    def key(self, device: int, stream: int, capture: int) -> Key:
+        """Who may not share memory with any other: streams, or graphs that are being recorded."""
+        capture = IN_TURN if capture and getattr(self._here, "in_turn", False) else capture
+        thread = threading.get_ident() if stream == PER_THREAD else 0
+        return device, 0 if capture else stream, thread, capture
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:

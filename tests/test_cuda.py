@@ -10,7 +10,7 @@ from device_emulation import GpuArray, Victim, check_device_calls, emulated, run
 from support import DTYPE_NAMES, OPERATOR_NAMES, REDUCED, assert_right, make_weight, problem_of, reduced_case, single
 
 import bsrgen
-from bsrgen import device, driver
+from bsrgen import device_memory, driver
 from bsrgen.backends import BACKENDS
 from bsrgen.backends.cuda import CudaPlan, Lanes, candidates
 from bsrgen.choose import allowed
@@ -122,14 +122,14 @@ def test_memory_of_a_device_is_given_back(rng, tmp_path):
     weight = make_weight("uniform", (24, 30), (4, 3), "float32")
     problem = problem_of(weight)
     kernel, released = emulated(plan_of(problem), weight, tmp_path), []
-    kernel._release = lambda memory: released.append(int(device._interface().cast("uintptr_t", memory))) or 0
+    kernel._release = lambda memory: released.append(int(device_memory.interface().cast("uintptr_t", memory))) or 0
     check_device_calls(kernel, problem, weight, rng, (3,))
     first = kernel._residents[-1].packed
     kernel.update(Weight(weight.pattern, 2 * weight.data))
     assert not released
     kernel.upload()
     assert released == [first]
-    device._release_all(kernel._residents, kernel._release)
+    device_memory.release_all(kernel._residents, kernel._release)
     assert len(released) == 2
 
 

@@ -15,7 +15,8 @@ import bsrgen
 from bsrgen import advice, cost, tune
 from bsrgen.backends import BACKENDS
 from bsrgen.backends.cuda import HopperPlan, candidates
-from bsrgen.backends.cuda.hopper import CLUSTER, SHARED_BYTES, Shape
+from bsrgen.backends.cuda.hopper import SHARED_BYTES, Shape
+from bsrgen.backends.cuda.hopper_candidates import CLUSTER
 from bsrgen.backends.cuda.hopper_packing import Cut, clustered, pack_hopper, pack_tiles
 from bsrgen.choose import allowed
 from bsrgen.dtypes import DTYPES
@@ -384,7 +385,7 @@ def test_rows_that_share_columns_share_x(rng):
 
 @pytest.mark.parametrize(("dtype", "block", "operator", "archs", "there"), [
     ("float16", (128, 64), "linear", ("sm_90a",), True), ("bfloat16", (64, 64), "spmm", ("sm_80", "sm_90a"), True),
-    ("bfloat16", (32, 1), "spmm", ("sm_90a",), True), ("bfloat16", (32, 1), "linear", ("sm_90a",), False),
+    ("bfloat16", (32, 1), "spmm", ("sm_90a",), True), ("bfloat16", (32, 1), "linear", ("sm_90a",), True),
     ("float16", (64, 64), "linear", ("sm_75", "sm_90a"), False), ("float16", (64, 64), "linear", ("sm_90",), False),
     ("float32", (64, 64), "linear", ("sm_90a",), False), ("float16", (4, 64), "linear", ("sm_90a",), False),
     ("int8", (64, 16), "linear", ("sm_80", "sm_90a"), True), ("int8", (64, 16), "spmm", ("sm_90a",), False),
@@ -406,7 +407,7 @@ def test_where_hopper_plans_serve(dtype, block, operator, archs, there):
             assert plan.shapes[-1].most == 0
             assert not plan.shapes[-1].few
             assert not plan.gathered or plan.down == 1 == max(s.across for s in plan.shapes)
-            assert all(s.few or operator == "linear" or s.width % (64 * plan.down) == 0 for s in plan.shapes)
+            assert all(s.few or plan.token_major or s.width % (64 * plan.down) == 0 for s in plan.shapes)
 
 
 def test_float8_is_for_hopper_alone(tmp_path):

@@ -32,6 +32,7 @@ class Gate:
     down: int
     others: tuple[str, ...]  # GPUs of the same library
     found: dict[str, int]
+    turned: bool = False
 
 
 MANY = Shape(256)
@@ -47,6 +48,9 @@ GATES = {
                      (Shape(64, 64, 2), Shape(64, 256, equal=True), Shape(256)), 1, (),
                      COPIED | MEETING | {r"HGMMA\.64x64x16\.F32": 4, r"HGMMA\.64x256x16\.F32": 4,
                                          r"LDGSTS\.E\.BYPASS\.128": 1}),
+    "turned": Gate((64, 1), "linear", "bfloat16", ("bias", "gelu"), 2, (Shape(4, 4, 1), Shape(256)), 1, ("sm_80",),
+                   COPIED | {r"HGMMA\.64x256x16\.F32": 4, r"UTMALDG\.2D": 0, r"LDGSTS\.E\.BYPASS\.128": 4, "ACQBULK": 4,
+                             "PREEXIT": 2, r"LDSM\.16\.MT88\.4": 4, r"STS\.128": 2}, True),
     "shared": Gate((64, 32), "spmm", "float16", ("residual",), 4, (Shape(128, across=2),), 2, ("sm_80",),
                    COPIED | {r"HGMMA\.64x128x16\.F32": 16, r"UTMALDG\.2D\.MULTICAST": 1,
                              r"UBLKCP\.S\.G\.MULTICAST": 1}),
@@ -82,12 +86,12 @@ def test_gates(name, needs_nvcc, tmp_path):  # noqa: F811
     weight = make_weight("uniform", (g.block[0] * 5 - 3, max(g.block[1] * 9, 64)), g.block, "float32")
     problem = problem_of(weight, g.operator, g.epilogue, (DTYPES | HOPPER)[g.dtype])
     (target,) = as_gpus((*g.others, "sm_90a"))
-    plan = HopperPlan(problem, target, g.slots, g.shapes, g.down)
+    plan = HopperPlan(problem, target, g.slots, g.shapes, g.down, g.turned)
     data = Weight(weight.pattern, np.rint(weight.data * 9).astype(problem.dtype.numpy))
     library = build.build(emit((plan,), data), tmp_path, build.find_compiler(plan.target))
     log = (tmp_path / "build.log").read_text()
     kernels = re.findall(r"Compiling entry function '\w+' for '(\w+)'", log)
-    assert sorted(kernels) == sorted(target.archs * (len(g.shapes) + 1))
+    assert sorted(kernels) == sorted(target.archs * (len(g.shapes) + 1 + g.turned))
     assert log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(kernels)
     assert "warning" not in log
     assert not nvcc.flaw(log)  # else there were no library

@@ -31,10 +31,12 @@ FLOORS = """
     backends.mlir.gpu_plan  backends.cuda
     backends.cuda.pattern_candidates
     backends.cuda.candidates  backends.cuda.hopper_text  backends.cuda.trial  backends.cuda.pattern_text
+    backends.cuda.hopper_candidates
     backends.cuda.text  backends.cuda.hopper  backends.cuda.pattern_plan  backends.cuda.pattern_rows
     backends.cuda.dynamic
     backends.cuda.matrix  backends.cuda.hopper_count
-    backends.cuda.plan  backends.cuda.hopper_packing
+    backends.cuda.hopper_tiles
+    backends.cuda.plan  backends.cuda.hopper_packing  backends.cuda.hopper_turn
     backends.cuda.count
     backends.cuda.hopper_schedule  backends.cuda.hopper_shape
     backends.cuda.packing  backends.cuda.stream  backends.cuda.split  backends.cuda.pit
@@ -57,7 +59,7 @@ FLOORS = """
     loading
     pit_device  dynamic_device  pattern_device
     device  pattern_kernel  dynamic  pit_kernel
-    exam  instance
+    exam  instance  device_memory
     kernel  plan  files  picture
     valued
     described
@@ -71,7 +73,7 @@ FLOORS = """
     store  llvm  gpus  gpu_clock
     pit
     operators  epilogues  targets  foreign  integrity
-    calibration  strides  bindings  device_arrays  nvcc  nvrtc  driver  backends.mlir.formula
+    calibration  strides  bindings  device_arrays  scratches  nvcc  nvrtc  driver  backends.mlir.formula
     dtypes  _paths  clock  verdict  workspaces
     errors  machine
 """
@@ -80,7 +82,8 @@ ROOMS = ("cli", "bench", "integrations")  # their own files may import each othe
 
 # What a machine needs that only loads and calls; it has no compiler and no templates.
 DEPLOY = [
-    "model", "loading", "device", "device_arrays", "workspaces", "dynamic", "dynamic_device", "even", "kernel",
+    "model", "loading", "device", "device_arrays", "device_memory", "workspaces", "scratches",
+    "dynamic", "dynamic_device", "even", "kernel",
     "valued", "described", "pattern_problem", "pattern_kernel", "arguments", "strides", "problem", "quantize",
     "pit_kernel", "selection", "pit", "shortcut", "stack", "pattern", "canonical", "foreign", "artifact", "manifest",
     "folder", "pit_device", "pattern_device", "trampoline", "store", "integrity", "dtypes", "operators", "epilogues",

@@ -53,10 +53,18 @@ static Meeting meetings[CLUSTER][NAMED];
 static uint8_t *rings[CLUSTER]; /* dynamic shared memory of each thread block */
 static Meeting cluster_meeting;
 static long products_run;
-static bool early, waited[MOST]; /* the launch may overlap the one ahead; a thread knows that that one is over */
 static bool at_once; /* products of this thread block */
-static size_t allowed_bytes = 48 << 10; /* of dynamic shared memory */
+static struct { const void *kernel; size_t bytes; } allowed[64]; /* dynamic shared memory of kernels that have asked for it */
 static uint64_t dice = 99194853094755497u;
+
+static size_t &allowed_bytes(const void *kernel)
+{
+    int i = 0;
+    while (allowed[i].kernel && allowed[i].kernel != kernel) i++;
+    if (i == 64) fail("more kernels than the emulation has room for");
+    if (!allowed[i].kernel) allowed[i] = {kernel, 48 << 10};
+    return allowed[i].bytes;
+}
 
 static void finish_block()
 {
@@ -109,7 +117,7 @@ static void show()
 static uint8_t *dynamic_shared(size_t bytes)
 {
     if (bytes > dynamic_bytes) fail("more shared memory than the launch gives");
-    if (dynamic_bytes > allowed_bytes) fail("more shared memory than the kernel was allowed");
+    if (dynamic_bytes > allowed_bytes(*(const void *const *)argument)) fail("more shared memory than the kernel was allowed");
     if (!at_end) { /* the first thread of a thread block */
         memset(warpgroups, 0, sizeof *warpgroups * threads * cluster), memset(meetings, 0, sizeof meetings);
         memset(rings, 0, sizeof rings), memset(hidden_by, 0, sizeof hidden_by), landed = hide, cluster_meeting = {};
@@ -433,10 +441,10 @@ static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what
     *value = what == cudaDevAttrMultiProcessorCount ? 3 : what == cudaDevAttrL2CacheSize ? 1 << 16 : emulation::capability[what == cudaDevAttrComputeCapabilityMinor];
     return cudaSuccess;
 }
-template <class F> static cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int bytes)
+template <class F> static cudaError_t cudaFuncSetAttribute(F *kernel, cudaFuncAttribute, int bytes)
 {
     if (bytes > 227 << 10) return cudaErrorInvalidValue;
-    emulation::allowed_bytes = (size_t)bytes;
+    emulation::allowed_bytes((const void *)kernel) = (size_t)bytes;
     return cudaSuccess;
 }
 static inline cudaError_t cudaGetDriverEntryPointByVersion(const char *, void **function, unsigned, int, cudaDriverEntryPointQueryResult *how)

@@ -58,6 +58,7 @@ static unsigned threads, current, cluster = 1; /* of a thread block; the one tha
 static unsigned waiting[CLUSTER]; /* at the barrier */
 static long progress, barriers[CLUSTER], met[CLUSTER], counted[CLUSTER], counted_at[CLUSTER]; /* of a thread block: times that all met who store, that it counted, and behind which meeting */
 static dim3 thread_index, block_index;
+static bool early, waited[MOST]; /* the launch may overlap the one ahead; a thread knows that that one is over */
 static size_t dynamic_bytes; /* of shared memory, that the launch gives */
 static void (*at_end)(); /* of a thread block: what else is to be checked */
 static void (*landed)(void *); /* who is told of copies that land */
@@ -420,6 +421,7 @@ static inline void copy_later(void *to, const void *from, int bytes)
 {
     emulation::Fiber &f = emulation::fibers[emulation::current];
     if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes < 0 || bytes > 16) emulation::fail("a copy that is not aligned");
+    if (emulation::early && !emulation::waited[emulation::current]) emulation::fail("a copy of X before the kernel ahead is over");
     if (f.copies == 256) emulation::fail("more copies on their way than the emulation has room for");
     memset(to, 0xff, 16);
     f.copy[f.copies++] = {to, from, bytes, f.groups};
@@ -431,18 +433,18 @@ static inline uint32_t __float_as_uint(float v) { uint32_t bits; memcpy(&bits, &
 static inline float normcdff(float v) { return (float)(0.5 * erfc(-(double)v * M_SQRT1_2)); }
 static inline double normcdf(double v) { return 0.5 * erfc(-v * M_SQRT1_2); }
 
-template <class A> struct Launch { void (*kernel)(A); A *a; };
+template <class A> struct Launch { void (*kernel)(A); A *a; }; /* the kernel first: cuda.h looks for it */
 template <class A> static void launched(void *l) { ((Launch<A> *)l)->kernel(*((Launch<A> *)l)->a); }
 template <class A> static cudaError_t cudaLaunchKernel(
     void (*kernel)(A), dim3 grid, dim3 block, void **parameters, size_t bytes, cudaStream_t stream);
-template <class A> struct Captured { void (*kernel)(A); dim3 grid, block; A a; size_t bytes; unsigned cluster; };
+template <class A> struct Captured { void (*kernel)(A); dim3 grid, block; A a; size_t bytes; unsigned cluster; bool early; };
 template <class A> static void captured(void *c)
 {
     Captured<A> &l = *(Captured<A> *)c;
     void *parameters[] = {&l.a};
-    emulation::cluster = l.cluster;
+    emulation::cluster = l.cluster, emulation::early = l.early;
     cudaLaunchKernel(l.kernel, l.grid, l.block, parameters, l.bytes, NULL);
-    emulation::cluster = 1;
+    emulation::cluster = 1, emulation::early = false;
 }
 template <class A> static cudaError_t cudaLaunchKernel(
     void (*kernel)(A), dim3 grid, dim3 block, void **parameters, size_t bytes, cudaStream_t stream)
@@ -451,7 +453,7 @@ template <class A> static cudaError_t cudaLaunchKernel(
     if (getenv(EMULATED_CAPTURE) && !s) return 900; /* cudaErrorStreamCaptureUnsupported */
     if (s && s->capturing) { /* run when the graph is launched */
         if (s->count == EMULATED_NODES) return cudaErrorMemoryAllocation;
-        s->node[s->count++] = {captured<A>, new Captured<A>{kernel, grid, block, *(A *)parameters[0], bytes, emulation::cluster}};
+        s->node[s->count++] = {captured<A>, new Captured<A>{kernel, grid, block, *(A *)parameters[0], bytes, emulation::cluster, emulation::early}};
         return cudaSuccess;
     }
     Launch<A> l = {kernel, (A *)parameters[0]};
@@ -480,11 +482,20 @@ static inline cudaError_t cudaMalloc(void **memory, size_t bytes)
     uint8_t *pages = (uint8_t *)mmap(NULL, room + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (pages == MAP_FAILED) return cudaErrorMemoryAllocation;
     memset(pages, 0xff, room);
+    memcpy(pages, &room, sizeof room); /* a page or more ahead of the array */
     mprotect(pages + room, page, PROT_NONE);
     *memory = pages + (room - bytes) / 16 * 16;
     return cudaSuccess;
 }
-static inline cudaError_t cudaFree(void *) { return cudaSuccess; } /* addresses are not used again */
+/* Nobody may touch it any more, and its addresses are not used again. */
+static inline cudaError_t cudaFree(void *memory)
+{
+    if (getenv(EMULATED_CAPTURE)) return 900;
+    const uintptr_t page = 4096, pages = (uintptr_t)memory / page * page - page;
+    size_t room;
+    if (memory) memcpy(&room, (const void *)pages, sizeof room), mprotect((void *)pages, room, PROT_NONE);
+    return cudaSuccess;
+}
 static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind)
 {
     memcpy(to, from, bytes);

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeVar
 
-from bsrgen.backends.cuda import dynamic, hopper
+from bsrgen.backends.cuda import dynamic, hopper, hopper_candidates
 from bsrgen.backends.cuda.matrix import MatrixFeaturesPlan, MatrixPlan, tokens
 from bsrgen.backends.cuda.pit import fits_selection
 from bsrgen.backends.cuda.plan import SHARED_BYTES, CudaPlan, Lanes
@@ -43,7 +43,7 @@ def candidates(problem: Problem, target: Target, *, reblock: bool = True) -> Ite
     if max(p.M, p.K) > INT_MAX:
         return
     if p.known and problem.pit is None:  # Hopper's tables are clustered: a preparation has no time for that
-        yield from hopper.candidates(problem, target)
+        yield from hopper_candidates.candidates(problem, target)
     if problem.dtype.name in HOPPER:
         return
     yield from _matrix(problem, target)

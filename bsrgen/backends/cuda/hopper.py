@@ -1,22 +1,19 @@
 """The plan of a Hopper kernel: products of warpgroups (wgmma), fed by copies that run by themselves (sm_90a)."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import gcd
 from typing import Any, ClassVar
 
-from bsrgen.backends.cuda.hopper_count import Tiles, clusters_of, counts, listing_of, tiles_of
+from bsrgen.backends.cuda.hopper_count import counts, listing_of
 from bsrgen.backends.cuda.hopper_packing import SLOT, Cut, HopperPacking, pack_hopper
-from bsrgen.backends.cuda.hopper_schedule import BAND, BUCKETS, Listing
-from bsrgen.backends.cuda.hopper_shape import STREAM_TOKENS, Shape
+from bsrgen.backends.cuda.hopper_schedule import BUCKETS, Listing
+from bsrgen.backends.cuda.hopper_shape import Shape
+from bsrgen.backends.cuda.hopper_tiles import Tiles, tiles_of
+from bsrgen.backends.cuda.hopper_turn import MOST_TOKENS, Turning, band_of, turning_of
 from bsrgen.backends.cuda.split import COUNTERS
-from bsrgen.dtypes import FLOAT8
 from bsrgen.gpus import GpuTarget
 from bsrgen.plan import Counts, Plan
-from bsrgen.problem import Problem
-from bsrgen.targets import Target
-from bsrgen.workspaces import WORKSPACE_BYTES
 
 HOPPER = "sm_90a"
 SHARED_BYTES = 227 << 10  # of a thread block on sm_90, when it asks for it
@@ -28,35 +25,33 @@ FEW_STRIDE = SLOT + 4  # sums from token to token of its sums
 STREAM_WARPS = 8
 STAGES = 8  # at most: deeper rings hide nothing more
 DEEP = 12  # where a step is a few KiB, and what is on its way has to hide the memory's latency, not L2's
-MANY_TILES = 8  # of a cluster: dealt out they end within some percent of each other
 DEEP_TOKENS = 32  # up to which it is
 SAID_BYTES = 16  # of shared memory, for what one thread says to all
-SUMS = 64  # of a thread, at most, where parts meet: two sets are in registers; half where four warps gather (spills)
 CHUNK = 32  # tokens of a slot on their way from registers to Y
 BUFFERS = 2  # of results of a warpgroup that the copy engine stores: one is read while the other is filled
-CLUSTER = 8  # thread blocks at most, on every Hopper
 LEAST_BYTES = 16  # of a box's rows
 LEAST_ROWS = 8  # of a block; a slot has 64, and zeros where block rows do not fill it
-TYPES = {"float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}  # of W and X: operators; no unit turns bytes
-NEARLY = 1.07  # times the fastest is as fast: another kernel takes a second to compile
 
 
 @dataclass(frozen=True)
 class HopperPlan(Plan):
     """Knobs of a Hopper kernel.  A thread block has `slots` times 64 rows of Y, half of them each of two warpgroups;
-    `down` of them share what any of them needs of X: each fetches a part of it and sends it to all."""
+    `down` of them share what any of them needs of X: each fetches a part of it and sends it to all.  `turned`: another
+    kernel writes X of `linear` feature by feature into scratch memory first, where narrow columns can be gathered."""
 
     backend: ClassVar[str] = "cuda"
 
     slots: int
     shapes: tuple[Shape, ...]
     down: int = 1
+    turned: bool = False
 
     def __str__(self) -> str:
         rows, cut, last = self.slots * SLOT, self.cut, self.shapes[-1]
         text = f"CUDA, Hopper: {rows} rows x {last.width} tokens a thread block, {self.stages(last)} "
         text += f"stages of {cut.step} features, copied {cut.width} at a time"
         text += f"; {cut.block_rows} block rows share X" if cut.block_rows > 1 else ""
+        text += "; X is turned first" if self.turned else ""
         if self.cluster(last) > 1:
             text += f"; clusters of {last.across} tiles of tokens x {self.down} of rows"
         return "; ".join((text, *(f"tiles of {shape} up to {shape.most} tokens" for shape in self.shapes[:-1])))
@@ -79,15 +74,16 @@ class HopperPlan(Plan):
     def knobs(self) -> dict[str, Any]:
         """The decisions alone, as plain data."""
         shapes = [asdict(shape) for shape in self.shapes]
-        return {"backend": self.backend, "hopper": True, "slots": self.slots, "down": self.down, "shapes": shapes}
+        return {"backend": self.backend, "hopper": True, "slots": self.slots, "down": self.down, "shapes": shapes,
+                "turned": self.turned}  # fmt: skip
 
     def family(self, n: int) -> tuple[Any, ...]:
         """What plans share that do much the same at n tokens."""
-        return "hopper", self.slots, self.down
+        return "hopper", self.slots, self.down, self.turned
 
     def counts(self, n: int) -> Counts:
         """What one call of n tokens does on the whole GPU."""
-        return counts(self, n, self.shape(n))
+        return counts(self, n, self.shape(min(n, self.band)))
 
     def shape(self, n: int) -> Shape:
         """The kernel of a call of n tokens."""
@@ -104,6 +100,35 @@ class HopperPlan(Plan):
         segments, parts = max(SLOT // p.R, 1), -(-p.R // SLOT)
         width = gcd(p.C, step)
         return Cut(segments, parts, self.slots * self.down, p.C // width, width, step)
+
+    @property
+    def token_major(self) -> bool:
+        """Whether X that the products read lies token by token."""
+        return self.problem.operator.token_axis == 0 and not self.turned
+
+    @property
+    def rows_of_x(self) -> int:
+        """Features that the products may read: of X, or of what is turned."""
+        return self.turning.rows if self.turned else self.problem.pattern.K
+
+    @cached_property
+    def turning(self) -> Turning:
+        """Which features of X are turned."""
+        return turning_of(self.problem.pattern)
+
+    @property
+    def band(self) -> int:
+        """Tokens of a launch: where X is turned, a call is cut into bands whose copy stays in L2."""
+        if not self.turned:
+            return MOST_TOKENS
+        return band_of(self.turning.rows * self.problem.dtype.bytes, self.target.l2_bytes)
+
+    @property
+    def scratch_n(self) -> int:
+        """Tokens of the largest call that turns nothing: those of kernels that read X where it lies, if all GPUs of the
+        library have them."""
+        assert isinstance(self.target, GpuTarget)
+        return max((s.most for s in self.shapes if s.streams), default=0) if self.target.archs == (HOPPER,) else 0
 
     @property
     def gathered(self) -> bool:
@@ -189,7 +214,7 @@ class HopperPlan(Plan):
     def lists(self) -> tuple[tuple[Shape, int, Listing], ...]:
         """For calls of as many tokens as one of BUCKETS: kernel, groups of tokens, who has which tiles, where dealing
         them out by turns is slower."""
-        rows = ((n, self.shape(n)) for n in BUCKETS)
+        rows = ((n, self.shape(n)) for n in BUCKETS if n <= self.band)
         found = ((shape, shape.groups(n), listing_of(self, shape, n)) for n, shape in rows)
         return tuple((shape, groups, listing) for shape, groups, listing in found if listing)
 
@@ -216,76 +241,3 @@ class HopperPlan(Plan):
             if shape.streams
             else 1024 + SAID_BYTES + self.stages(shape) * (self.stage_bytes(shape) + 16) + self.staging_bytes(shape)
         )
-
-
-def candidates(problem: Problem, target: Target) -> Iterator[HopperPlan]:
-    """Plans for types of TYPES where the newest GPU is a Hopper and all others can run the second kernel.
-
-    X comes by copies of boxes: 16 bytes of a token at least, or any number of features of many tokens.
-    """
-    p = problem.pattern
-    assert isinstance(target, GpuTarget)
-    axis = problem.operator.token_axis
-    alike = problem.dtype is problem.x_dtype and axis < TYPES.get(problem.dtype.name, 0)
-    if not alike or target.archs[-1] != HOPPER or "sm_75" in target.archs or p.R < LEAST_ROWS or not p.nnzb:
-        return
-    if problem.out_dtype.bytes > 4 or problem.gate_rows or (problem.dtype is FLOAT8 and len(target.archs) > 1):
-        return
-    if axis == 0 and p.C * problem.dtype.bytes % LEAST_BYTES:
-        return
-    for slots, width in ((2, 256), (4, 128)):
-        for down in (1, 2):
-            plan = HopperPlan(problem, target, slots, (Shape(width),), down)
-            if down == 1 or not plan.gathered:  # who gathers sends nothing
-                yield replace(plan, shapes=in_buckets(plan, _shapes(plan, width)))
-
-
-def _shapes(plan: HopperPlan, width: int) -> Iterator[Shape]:
-    """Kernels that a library may have."""
-    for few in (1, STREAM_TOKENS):
-        for parts in (1, 2, 4, 8):
-            yield Shape(few, 0, parts)
-    for few in (16, 64, 128) if plan.problem.operator.token_axis == 0 else (64, 128):
-        for parts in (1, 2, 4, 8):
-            yield Shape(few, 0, parts)
-    for tokens in (width // 2, width):
-        for across in (1, 2, 4, 8) if not plan.gathered else (1,):
-            if across * plan.down <= CLUSTER and _boxes_fit(plan, tokens):
-                yield Shape(tokens, 0, 0, across)
-    for tokens in (8, 16, 32, 64, 128):
-        for across in (1, 2, 4) if tokens >= 64 and not plan.gathered else (1,):
-            shape = Shape(tokens, 0, 0, across, equal=True)
-            fits = 4 * COUNTERS + 2 * plan.sms * plan.sums_bytes(shape) <= WORKSPACE_BYTES
-            if fits and _boxes_fit(plan, tokens) and plan.slots // WARPGROUPS * tokens // 2 <= SUMS >> plan.gathered:
-                yield shape
-
-
-def _boxes_fit(plan: HopperPlan, tokens: int) -> bool:
-    """Whether X of so many tokens is whole boxes for each of those who share it."""
-    return tokens % ((8 if plan.problem.operator.token_axis == 0 else SLOT) * plan.down) == 0
-
-
-def _worth_cutting(plan: HopperPlan, shape: Shape, n: int) -> bool:
-    """Whether tiles are so few that thread blocks with whole ones would wait for each other."""
-    return plan.tiles.steps.size * shape.groups(n) <= MANY_TILES * clusters_of(plan, shape)
-
-
-def in_buckets(plan: HopperPlan, shapes: Iterable[Shape]) -> tuple[Shape, ...]:
-    """Fast ones of `shapes` for the calls of each of BUCKETS, by the model, the last one for all others; one that is
-    there already where it is hardly slower."""
-    shapes, launch = tuple(shapes), plan.target.call_s * plan.target.ghz * 1e9
-    used: list[Shape] = []
-    chosen: list[Shape] = []
-    for n in reversed(BUCKETS):
-        x_bytes = n * plan.problem.pattern.K * plan.problem.x_dtype.bytes
-        near = chosen and x_bytes <= BAND * plan.target.l2_bytes
-        able = [s for s in shapes if not (s.few or s.equal) or (near and (s.few or _worth_cutting(plan, s, n)))]
-        cycles = {shape: launch + counts(plan, n, shape).cycles for shape in able}
-        most = NEARLY * min(cycles.values())
-        shape = min((shape for shape in used if cycles[shape] <= most), key=cycles.__getitem__, default=None)
-        shape = shape or min(able, key=cycles.__getitem__)
-        used += [shape] * (shape not in used)
-        if chosen and replace(chosen[-1], most=0) == shape:
-            continue
-        chosen.append(replace(shape, most=n if chosen else 0))
-    return tuple(reversed(chosen))

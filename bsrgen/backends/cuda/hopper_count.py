@@ -2,17 +2,14 @@
 
 Below 128 rows of W to a tile of X, copies from L2 to shared memory are the limit, not the products: a byte of X is good
 for as many FLOP as the tile has rows (roofline: Williams, Waterman, Patterson, CACM 52(4), 2009, one level further in).
-Steps and tiles of W are counted in the tables of the pattern, or in closed form where it is only known to be even.
 No rate here is measured: data sheets, and where they say nothing, the sources named or a guess.
 """
 
 import math
-from dataclasses import dataclass
-from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bsrgen.backends.cuda.hopper_packing import SLOT
 from bsrgen.backends.cuda.hopper_schedule import (
@@ -27,7 +24,7 @@ from bsrgen.backends.cuda.hopper_schedule import (
     pieces_time,
 )
 from bsrgen.backends.cuda.hopper_shape import Shape
-from bsrgen.even import EvenPattern
+from bsrgen.backends.cuda.hopper_tiles import STEP_CYCLES
 from bsrgen.gpus import WARP, GpuTarget
 from bsrgen.plan import Counts
 
@@ -38,9 +35,11 @@ W_BYTES = 128 * SLOT  # of a tile of W
 WARPGROUPS = 2  # that multiply
 INGEST = 64.0  # bytes that one SM takes from L2 in a cycle, at most, sent to it alone or not: DeepGEMM's model of sm_90
 SHARED = 128.0  # bytes that one SM reads or writes of shared memory in a cycle
+SECTOR = 32  # bytes that L2 sends at least
+TURN_SHARE = 0.8  # of the rate of L2 or memory, where X is read by rows and written by columns: a guess
+TURN_CYCLES = 2500.0  # of the kernel that does it, beside its bytes: until the next one has seen its end; a guess
 BOX_CYCLES = 16.0  # of the copy engine for one box, however small: a guess
 GATHER_CYCLES = 128.0  # of four warps that copy 64 features of 64 tokens, 16 bytes a thread: a guess
-STEP_CYCLES = 40.0  # of barriers and the start of products, the rest hides behind the other warpgroup: a guess
 TILE_CYCLES = 300.0  # from the last product of a tile to the first of the next, beside the traffic of Y: a guess
 TABLE_CYCLES = 300.0  # more where tables of the tile are read only then: a guess
 OUTGO = 64.0  # bytes that one SM gives to L2 in a cycle: as many as it takes; a guess
@@ -48,28 +47,27 @@ STREAM_CYCLES = 300.0  # of a thread block on the ordinary cores, beside its wor
 STREAM_RATE = 3.0  # instructions of an SM in a cycle, of 4: a guess
 CLUSTER_CYCLES = 1000.0  # until the thread blocks of a cluster have met twice: a guess
 OVERLAP = 0.1  # of the resources that do not bound: all of them are asynchronous; a guess
-CLUSTERED = 0.13  # of the steps that rows in any order need, at most, are saved where rows that share columns are put
-# together: 0 to 0.27 in 45 tables of random patterns, 4096 x 4096 in blocks of 16, 32 and 64, densities 0.05 to 0.8
 ODD_SMS = 4  # that clusters of more than two leave idle: processor clusters of 16 and of 18 SMs; a guess
 RESIDENT = 2  # thread blocks of a slot on an SM
 MEET_CYCLES = 1000.0  # of who adds parts of a tile up: a count, a fence, the first of the others' sums; a guess
 CUT_CYCLES = 1500.0  # until a thread block knows where its piece begins and ends: a guess
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Tiles:
-    """What a plan's tiles hold."""
-
-    steps: NDArray[Any]  # of each tile, the most first
-    w_tiles: NDArray[Any]  # 64 x 128 bytes each, zeros included
-
-    def work(self, product: float, down: int) -> NDArray[Any]:
-        """Cycles of one of `down` thread blocks that share a tile, without what waits for copies."""
-        return 4 * self.w_tiles / down * product + self.steps * STEP_CYCLES
-
-
 def counts(plan: "HopperPlan", n: int, shape: Shape) -> Counts:
-    """What one call of n tokens does, by that kernel."""
+    """What one call of n tokens does, by that kernel; those of one band of them as often as there are bands."""
+    if n <= plan.band:
+        return _counts(plan, n, n, shape)
+    one, times = _counts(plan, plan.band, n, shape), n / plan.band
+    scaled = {name: round(getattr(one, name) * times) for name in ("flop", "vector_fma", "vector_loads", "l1_bytes")}
+    memory = one.memory_bytes + round((times - 1) * (one.memory_bytes - one.value_bytes - one.table_bytes))
+    return replace(
+        one, **scaled, effective_flop=plan.problem.flop(n), l2_bytes=round(one.l2_bytes * times), memory_bytes=memory,
+        cycles=one.cycles * times,
+    )  # fmt: skip
+
+
+def _counts(plan: "HopperPlan", n: int, all_n: int, shape: Shape) -> Counts:
+    """Of n tokens of a call of `all_n`."""
     problem, target, p, width = plan.problem, plan.target, plan.problem.pattern, shape.width
     assert isinstance(target, GpuTarget)
     tiles, unit = plan.tiles, problem.dtype.bytes
@@ -78,18 +76,24 @@ def counts(plan: "HopperPlan", n: int, shape: Shape) -> Counts:
     table_bytes = 4 * tiles.steps.size * plan.cut.slots * SLOT + int(steps) * (5 + 4 * plan.cut.pieces)
     widths = shape.groups(n) * shape.across
     bounds, from_l2 = (_split if shape.few else _whole)(plan, shape, n)
-    memory = value_bytes + table_bytes + (p.K * problem.x_dtype.bytes + problem.rows * y_bytes) * n
-    dram = memory / target.dram_bytes_per_cycle if memory > target.l2_bytes else 0.0
+    turns, each = plan.turned and not shape.streams, p.K * problem.x_dtype.bytes + problem.rows * y_bytes
+    memory = value_bytes + table_bytes + each * n
+    beyond = value_bytes + table_bytes + each * all_n > target.l2_bytes
+    x_bytes = p.K * problem.x_dtype.bytes * n if turns else 0  # which whoever turns X reads
+    dram = (memory - x_bytes) / target.dram_bytes_per_cycle if beyond else 0.0
     bounds = (*bounds, from_l2 / target.l2_bytes_per_cycle, dram)
     cycles = max(bounds) + OVERLAP * (sum(bounds) - max(bounds)) + CLUSTER_CYCLES * (plan.cluster(shape) > 1)
     cycles += CUT_CYCLES * shape.equal
+    turned_bytes = 2 * n * plan.turning.rows * unit if turns else 0  # read and written
+    cycles += _turning(target, turned_bytes, x_bytes if beyond else 0)
     flop = int(w_tiles * 128 / unit) * 2 * SLOT * widths * width
     l1_bytes = w_tiles * 4 * widths * _product(plan, shape) * SHARED
     return Counts(
         flop=max(flop, problem.flop(n)), effective_flop=problem.flop(n), vector_fma=flop // (2 * WARP),
         vector_loads=int(w_tiles * 4 * widths), l1_bytes=int(l1_bytes),
-        l2_bytes=int(from_l2), memory_bytes=memory, registers=width // 2 * (1 if shape.few else plan.slots // 2) + 40,
-        code_bytes=64 * 4 * 2 ** (plan.slots // 2), table_bytes=table_bytes, value_bytes=value_bytes, cycles=cycles,
+        l2_bytes=int(from_l2) + turned_bytes, memory_bytes=memory,
+        registers=width // 2 * (1 if shape.few else plan.slots // 2) + 40, code_bytes=64 * 4 * 2 ** (plan.slots // 2),
+        table_bytes=table_bytes, value_bytes=value_bytes, cycles=cycles,
     )  # fmt: skip
 
 
@@ -106,7 +110,21 @@ def _product(plan: "HopperPlan", shape: Shape) -> float:
 
 def _boxes(plan: "HopperPlan", shape: Shape) -> int:
     """That X of a step comes in."""
-    return plan.cut.pieces * (1 if plan.problem.operator.token_axis == 0 else max(shape.width // SLOT, 1))
+    return plan.cut.pieces * (1 if plan.token_major else max(shape.width // SLOT, 1))
+
+
+def _x_bytes(plan: "HopperPlan", shape: Shape) -> float:
+    """Of X of a step, as L2 sends it: whole sectors of each token's piece."""
+    piece_bytes = plan.cut.width * plan.problem.dtype.bytes
+    return 128.0 * shape.width * (max(SECTOR / piece_bytes, 1.0) if plan.token_major else 1.0)
+
+
+def _turning(target: GpuTarget, turned_bytes: int, from_memory: int) -> float:
+    """Cycles of the kernel that turns X, of which so many bytes do not lie in L2; the copy does."""
+    if not turned_bytes:
+        return 0.0
+    moving = max(turned_bytes / target.l2_bytes_per_cycle, from_memory / target.dram_bytes_per_cycle)
+    return TURN_CYCLES + moving / TURN_SHARE
 
 
 Bounds = tuple[tuple[float, ...], float]  # cycles of products, of what an SM takes in, of boxes; bytes from L2
@@ -124,7 +142,7 @@ def line_of(plan: "HopperPlan", shape: Shape) -> Line:
     """What tiles of W, steps and tiles cost a thread block: cycles of what takes longest."""
     target, tiles, down = plan.target, plan.tiles, plan.down
     assert isinstance(target, GpuTarget)
-    l2, x_bytes = target.l2_bytes_per_cycle / target.sms, 128 * shape.width
+    l2, x_bytes = target.l2_bytes_per_cycle / target.sms, _x_bytes(plan, shape)
     rows = (
         (4 * _product(plan, shape) / down, STEP_CYCLES),
         (W_BYTES / down / INGEST, x_bytes / INGEST),
@@ -153,7 +171,7 @@ def _box_cycles(plan: "HopperPlan", shape: Shape) -> float:
 
 def listing_of(plan: "HopperPlan", shape: Shape, n: int) -> Listing | None:
     """Who has which tiles of n tokens, where dealing them out by turns is slower and X stays in L2 beside W and Y."""
-    x_bytes, line, tiles = n * plan.problem.pattern.K * plan.problem.x_dtype.bytes, line_of(plan, shape), plan.tiles
+    x_bytes, line, tiles = n * plan.rows_of_x * plan.problem.x_dtype.bytes, line_of(plan, shape), plan.tiles
     if shape.few or shape.equal or x_bytes > BAND * plan.target.l2_bytes or tiles.steps.size * shape.groups(n) > LISTED:
         return None
     return listed(np.repeat(line.work(tiles.steps, tiles.w_tiles), shape.groups(n)), clusters_of(plan, shape))
@@ -178,7 +196,7 @@ def uneven_of(plan: "HopperPlan", shape: Shape, n: int, line: Line) -> float:
 def _whole(plan: "HopperPlan", shape: Shape, n: int) -> Bounds:
     """Thread blocks that stay, each with whole tiles or a piece of the line of all.  What L2 sends to several counts
     once there, and for each of them where it is taken in."""
-    tiles, width, down = plan.tiles, shape.width, plan.down
+    tiles, x_bytes, down = plan.tiles, _x_bytes(plan, shape), plan.down
     busy, line = clusters_of(plan, shape) * plan.cluster(shape), line_of(plan, shape)
     between, covered = _between(plan, shape)
     work = tiles.work(_product(plan, shape), down) + between - covered
@@ -186,9 +204,9 @@ def _whole(plan: "HopperPlan", shape: Shape, n: int) -> Bounds:
     steps, w_bytes = float(tiles.steps.sum()) * widths, W_BYTES * float(tiles.w_tiles.sum()) * widths
     return (
         float(work.sum()) * widths * down * uneven / busy + covered,  # nothing covers the last tile's
-        (w_bytes + steps * down * 128 * width) * uneven / (INGEST * busy),
+        (w_bytes + steps * down * x_bytes) * uneven / (INGEST * busy),
         steps * down * _box_cycles(plan, shape) * uneven / busy,
-    ), w_bytes / shape.across + steps * 128 * width
+    ), w_bytes / shape.across + steps * x_bytes
 
 
 def _between(plan: "HopperPlan", shape: Shape) -> tuple[float, float]:
@@ -222,10 +240,10 @@ def _split(plan: "HopperPlan", shape: Shape, n: int) -> Bounds:
     else:
         between = (TILE_CYCLES + TABLE_CYCLES) / RESIDENT
         serial, boxes = w_tiles * STEP_CYCLES + parts * (between + staged), _boxes(plan, shape)
-    from_l2 = widths * w_tiles * (W_BYTES + 128 * shape.width)
+    from_l2 = widths * w_tiles * (W_BYTES + _x_bytes(plan, shape))
     uneven = 1 + 0.5 * RESIDENT * sms / (parts * widths)
     if parts * widths <= LISTED:
-        of_w = max(4 * _product(plan, shape), (W_BYTES + 128 * shape.width) / INGEST)
+        of_w = max(4 * _product(plan, shape), (W_BYTES + _x_bytes(plan, shape)) / INGEST)
         own = plan.tiles.w_tiles * of_w + serial / parts
         every = np.repeat(own, plan.cut.slots * shape.parts * widths)
         uneven = dealt_time(every, sms) * sms / float(every.sum())
@@ -234,31 +252,3 @@ def _split(plan: "HopperPlan", shape: Shape, n: int) -> Bounds:
         from_l2 * uneven / (INGEST * sms),
         w_tiles * widths * boxes * BOX_CYCLES * uneven / sms,
     ), from_l2
-
-
-def tiles_of(plan: "HopperPlan") -> Tiles:
-    """Of the pattern's tables, or as they are likely to be."""
-    p, cut = plan.problem.pattern, plan.cut
-    if not isinstance(p, EvenPattern):
-        t = plan.packing
-        return Tiles(np.diff(t.steps).astype(np.float64), np.diff(t.values[t.steps]).astype(np.float64))
-    slots = -(-p.block_rows // cut.segments) * cut.parts
-    count, wide = -(-slots // cut.slots), p.block_cols * cut.wide
-    if not p.nnzb:
-        return Tiles(np.zeros(count), np.zeros(count))
-
-    def united(block_rows: int) -> float:
-        """Pieces that so many block rows need together."""
-        share = 1 - (1 - p.density) ** min(block_rows, p.block_rows)
-        saved = CLUSTERED * (1 - share**4) if block_rows > 1 else 0.0
-        return wide * max(share * (1 - saved), p.density)
-
-    steps = max(math.ceil(united(cut.block_rows)) / cut.pieces, 1.0)
-    per_slot = united(cut.segments) / cut.pieces  # in whole steps, were its pieces side by side
-    mixed = 0.0 if cut.pieces == 1 or cut.block_rows == cut.segments else 0.5 * min(2**cut.slots - 2, steps)
-    w_tiles = max(cut.slots * min(per_slot + mixed, steps), 1.0)
-    blocks = max(cut.block_rows * p.block_cols, 1)  # were each of them stored by chance
-    spread = math.sqrt((1 - p.density) / (p.density * blocks))
-    place = np.linspace(1, 0, 2 * count + 1)[1::2]
-    likely = 1 + spread * np.array([NormalDist().inv_cdf(q) for q in place.tolist()])
-    return Tiles(steps * np.maximum(likely, 0.1), w_tiles * np.maximum(likely, 0.1))

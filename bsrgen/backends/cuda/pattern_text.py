@@ -79,7 +79,7 @@ def _entry(s: PatternProblem, plan: PatternCudaPlan | RowsPlan, table_bytes: int
         "manifest_lines": [json.dumps(line + "\n") for line in json.dumps(manifest, indent=1).splitlines()],
         "blobs": [{"symbol": f"{name}_values", "file": f"{name}_values.bin", "c": "unsigned char"}],
         "data": f"{name}_values", "values_bytes": table_bytes, "errors": ERRORS, "target": plan.target.name,
-        "prepare": None, "workspace_bytes": 0,
+        "prepare": None, "workspace_bytes": 0, "scratch": None,
     }  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def _kernel(plan: PatternCudaPlan) -> dict[str, Any]:
             "by_vector": vectors,
         }  # fmt: skip
     return of_the_plan | {
-        "name": s.name, "kernels": ["product"], "split": None, "matrix": plan.matrix, "linear": plan.linear,
+        "name": s.name, "kernels": ["product"], "split": None, "turn": None, "matrix": plan.matrix, "linear": plan.linear,
         "real_bytes": s.real.bytes, "x": s.dtype.short, "y": s.real.short, "formula": s.operator.formula,
         "M": p.M, "K": p.K, "R": p.R, "C": p.C, "row_pieces": plan.row_pieces, "tiles": len(plan.tiles),
         "tile_rows": plan.tile_rows, "tile_columns": plan.tile_columns, "step": plan.step, "threads": plan.threads,
@@ -113,7 +113,7 @@ def _rows(plan: RowsPlan) -> dict[str, Any]:
     """The same of softmax and attention."""
     s, p = plan.problem, plan.problem.pattern
     return {
-        "name": s.name, "kernels": ["rows"], "split": None, "real_bytes": s.real.bytes, "x": s.dtype.short,
+        "name": s.name, "kernels": ["rows"], "split": None, "turn": None, "real_bytes": s.real.bytes, "x": s.dtype.short,
         "y": s.real.short, "formula": s.operator.formula, "M": p.M, "K": p.K, "R": p.R, "C": p.C,
         "block_rows": p.block_rows, "blocks": p.nnzb, "masked": s.mask is not None, "warps": WARPS,
         "row_pieces": plan.row_pieces if s.head else -(-p.R // WARPS),

@@ -107,15 +107,18 @@ def _entry(plan: CudaPlan, values_bytes: int) -> dict[str, Any]:
 
 
 def entry_of(
-    problem: Problem, target: Target, values_bytes: int, blobs: Mapping[str, str], workspace_bytes: int = 0
-) -> dict[str, Any]:
-    """The part of it that does not depend on the kernel; blobs: NAME_<what>.bin, the C type of its elements."""
+    problem: Problem, target: Target, values_bytes: int, blobs: Mapping[str, str], workspace_bytes: int = 0,
+    scratch: Mapping[str, int] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The part of it that does not depend on the kernel; blobs: NAME_<what>.bin, the C type of its elements; scratch:
+    rows of X that calls of more than `n` tokens turn, each of a multiple of `width` of them."""
     p, name, x, y = problem.pattern, problem.name, problem.x_dtype, problem.out_dtype
     operands = operands_in_c(problem, _KIND_TEXT)
     values = "values" if p.known else "prepared"
     prototype = (
         f"int {name}(int64_t n, const {x.c} *x, int64_t ldx, {y.c} *y, int64_t ldy, "
-        f"{arguments_in_c(operands)}const void *{values}, {'void *workspace, ' if workspace_bytes else ''}void *stream)"
+        f"{arguments_in_c(operands)}const void *{values}, {'void *workspace, ' if workspace_bytes else ''}"
+        f"{'void *scratch, int64_t scratch_bytes, ' if scratch else ''}void *stream)"
     )
     return {
         "name": name, "matrix": False, "hopper": False, "prepare": None, "values_name": values, "operands": operands,
@@ -123,6 +126,7 @@ def entry_of(
         "blobs": [{"symbol": f"{name}_{what}", "file": f"{name}_{what}.bin", "c": c} for what, c in blobs.items()],
         "prototype": prototype, "linear": problem.operator.token_axis == 0, "M": p.M, "rows": problem.rows, "K": p.K,
         "R": p.R, "C": p.C, "nnzb": p.nnzb, "values_bytes": values_bytes, "workspace_bytes": workspace_bytes,
+        "scratch": scratch, "scratch_at": len(operands) + bool(workspace_bytes),
         "source": f"{name}_source", "data": f"{name}_values", "language": "cuda", "W_rows": p.M,
         "columns": problem.pit.groups(p.M) if problem.pit else 0,
         "errors": ERRORS, "target": target.name, "formula": problem.operator.formula,
@@ -174,6 +178,7 @@ def kernel_of(problem: Problem) -> dict[str, Any]:
     return {
         "name": problem.name, "real_bytes": real.bytes, "kinds": kinds, "K": problem.pattern.K, "operands": operands,
         "epilogue": steps, "linear": problem.operator.token_axis == 0, "selecting": SELECTING, "split": None,
+        "turn": None,
     }  # fmt: skip
 
 
