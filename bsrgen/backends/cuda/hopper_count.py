@@ -217,7 +217,7 @@ def _between(plan: "HopperPlan", shape: Shape) -> tuple[float, float]:
     for; else it is written, read again and sent by the threads.
     """
     unit, tiles = plan.problem.out_dtype.bytes, plan.tiles
-    results = plan.slots // plan.down * SLOT * shape.width // WARPGROUPS
+    results = plan.slots * SLOT * shape.width // WARPGROUPS
     if plan.boxed(shape):
         kept = plan.staging_bytes(shape) // WARPGROUPS
         between = results * unit / SHARED + max(results * unit - kept, 0) / OUTGO
