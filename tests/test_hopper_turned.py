@@ -11,6 +11,7 @@ import pytest
 from device_emulation import check_device_calls, emulated, run, said
 from gpu_places import EMULATION, entered, poisoned
 from support import assert_right, make_weight, problem_of
+from test_cuda_ffi import call
 from test_hopper import HOPPER, SMALL, TYPES, library_of, replaced, weight_of
 
 from bsrgen import driver, scratches, tune
@@ -54,7 +55,7 @@ def with_gaps(block, shape, dtype, seed=3):
 
 # block, shape, type of W and X, of Y, epilogue, slots, shapes of kernels, of clusters (down), tokens of calls
 TABLE = {
-    "one column": ((64, 1), (150, 203), "bfloat16", None, ("bias", "silu"), 2,
+    "one column": ((64, 1), (152, 203), "bfloat16", None, ("bias", "silu"), 2,
                    (Shape(4, 4, 1), Shape(64, 64, 2), Shape(64)), 1, (3, 61, 70)),
     "three": ((8, 3), (61, 200), "float16", "float32", ("residual", "token_scale"), 4, (Shape(64),), 1, (1, 133)),
     "eight": ((64, 8), (320, 400), "bfloat16", None, ("bias", "accumulate"), 2, (Shape(128, across=2),), 2, (131,)),
@@ -77,6 +78,7 @@ def test_table(name, rng, tmp_path):
     kernel = exact(emulated(plan, weight, tmp_path, in_bands if name == "three" else lambda text: text))
     check_device_calls(kernel, problem, weight, rng, tokens, exact=False)  # X that is not aligned, too
     assert library_of(kernel).emulation_products() > 0
+    assert (library_of(kernel).emulation_boxes() > 0) == bool(plan.box_rows)
     library_of(kernel).emulation_gpu(8, 9)  # other GPUs read what is turned, too
     check_device_calls(kernel, problem, weight, rng, tokens[-1:], exact=False)
     assert library_of(kernel).emulation_products() == 0
@@ -101,6 +103,9 @@ def test_scratch_memory_is_asked_for(tmp_path, rng):
         )
         with pytest.raises(DeviceError, match=rf"no scratch memory, or less than {kernel.name}_scratch\(n\)"):
             run(kernel, x, y, {})
+    for n, status in ((4, 0), (5, -1)):  # nobody brings scratch memory there
+        there = [np.zeros((n, size), np.float16) for size in (190, 96)]
+        assert call(ctypes.CDLL(str(kernel.artifact.library)), kernel.name, *there) == status
     main = (tmp_path / f"{kernel.name}.h").read_text()
     assert "void *scratch, int64_t scratch_bytes, void *stream" in main
 

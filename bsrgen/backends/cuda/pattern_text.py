@@ -101,9 +101,10 @@ def _kernel(plan: PatternCudaPlan) -> dict[str, Any]:
             "by_vector": vectors,
         }  # fmt: skip
     return of_the_plan | {
-        "name": s.name, "kernels": ["product"], "split": None, "turn": None, "matrix": plan.matrix, "linear": plan.linear,
-        "real_bytes": s.real.bytes, "x": s.dtype.short, "y": s.real.short, "formula": s.operator.formula,
-        "M": p.M, "K": p.K, "R": p.R, "C": p.C, "row_pieces": plan.row_pieces, "tiles": len(plan.tiles),
+        "name": s.name, "kernels": ["product"], "split": None, "turn": None, "matrix": plan.matrix,
+        "linear": plan.linear, "real_bytes": s.real.bytes, "x": s.dtype.short, "y": s.real.short,
+        "formula": s.operator.formula, "M": p.M, "K": p.K, "R": p.R, "C": p.C, "row_pieces": plan.row_pieces,
+        "tiles": len(plan.tiles),
         "tile_rows": plan.tile_rows, "tile_columns": plan.tile_columns, "step": plan.step, "threads": plan.threads,
         "operands": names, "scale": "scale" in names, "accumulate": "alpha" in names,
     }  # fmt: skip
@@ -113,8 +114,8 @@ def _rows(plan: RowsPlan) -> dict[str, Any]:
     """The same of softmax and attention."""
     s, p = plan.problem, plan.problem.pattern
     return {
-        "name": s.name, "kernels": ["rows"], "split": None, "turn": None, "real_bytes": s.real.bytes, "x": s.dtype.short,
-        "y": s.real.short, "formula": s.operator.formula, "M": p.M, "K": p.K, "R": p.R, "C": p.C,
+        "name": s.name, "kernels": ["rows"], "split": None, "turn": None, "real_bytes": s.real.bytes,
+        "x": s.dtype.short, "y": s.real.short, "formula": s.operator.formula, "M": p.M, "K": p.K, "R": p.R, "C": p.C,
         "block_rows": p.block_rows, "blocks": p.nnzb, "masked": s.mask is not None, "warps": WARPS,
         "row_pieces": plan.row_pieces if s.head else -(-p.R // WARPS),
         "inputs": [name for name, _ in s.operator.inputs],

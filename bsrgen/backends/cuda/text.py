@@ -126,10 +126,9 @@ def entry_of(
         "blobs": [{"symbol": f"{name}_{what}", "file": f"{name}_{what}.bin", "c": c} for what, c in blobs.items()],
         "prototype": prototype, "linear": problem.operator.token_axis == 0, "M": p.M, "rows": problem.rows, "K": p.K,
         "R": p.R, "C": p.C, "nnzb": p.nnzb, "values_bytes": values_bytes, "workspace_bytes": workspace_bytes,
-        "scratch": scratch, "scratch_at": len(operands) + bool(workspace_bytes),
-        "source": f"{name}_source", "data": f"{name}_values", "language": "cuda", "W_rows": p.M,
-        "columns": problem.pit.groups(p.M) if problem.pit else 0,
-        "errors": ERRORS, "target": target.name, "formula": problem.operator.formula,
+        "scratch": scratch, "scratch_at": len(operands) + bool(workspace_bytes), "source": f"{name}_source",
+        "data": f"{name}_values", "language": "cuda", "W_rows": p.M, "errors": ERRORS, "target": target.name,
+        "columns": problem.pit.groups(p.M) if problem.pit else 0, "formula": problem.operator.formula,
         "x_shape": problem.operator.x_shape, "y_shape": problem.operator.y_shape,
         "epilogue_formula": epilogue_formula(problem), "ffi": ffi_in_c(problem),
     }  # fmt: skip
@@ -177,8 +176,8 @@ def kernel_of(problem: Problem) -> dict[str, Any]:
     kinds = {"w": problem.dtype.short, "x": problem.x_dtype.short, "y": y.short, "e": element.short}
     return {
         "name": problem.name, "real_bytes": real.bytes, "kinds": kinds, "K": problem.pattern.K, "operands": operands,
-        "epilogue": steps, "linear": problem.operator.token_axis == 0, "selecting": SELECTING, "split": None,
-        "turn": None,
+        "epilogue": steps, "linear": problem.operator.token_axis == 0, "selecting": SELECTING,
+        "split": None, "turn": None,
     }  # fmt: skip
 
 
