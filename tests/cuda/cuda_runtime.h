@@ -58,7 +58,7 @@ static unsigned threads, current, cluster = 1; /* of a thread block; the one tha
 static unsigned waiting[CLUSTER]; /* at the barrier */
 static long progress, barriers[CLUSTER], met[CLUSTER], counted[CLUSTER], counted_at[CLUSTER]; /* of a thread block: times that all met who store, that it counted, and behind which meeting */
 static dim3 thread_index, block_index;
-static bool early, waited[MOST]; /* the launch may overlap the one ahead; a thread knows that that one is over */
+[[maybe_unused]] static bool early, waited[MOST]; /* the launch may overlap the one ahead; a thread knows that that one is over */
 static size_t dynamic_bytes; /* of shared memory, that the launch gives */
 static void (*at_end)(); /* of a thread block: what else is to be checked */
 static void (*landed)(void *); /* who is told of copies that land */
