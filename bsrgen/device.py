@@ -62,23 +62,23 @@ class DeviceKernel(ResidentKernel):
         if target.read_only:
             raise ArgumentError(f"{self.name}: out is read-only")
         y2 = self._matrix("out", target, batch)
-        values = self._values
+        values, device = self._values, self._device(given.device)
         arrays: list[DeviceArray] = [x2, y2]
-        if prepared and prepared.device != given.device and min(prepared.device, given.device) >= 0:
-            raise ArgumentError(f"{self.name}: x is on device {given.device}, the weight on {prepared.device}")
+        if prepared and prepared.device != device:
+            raise ArgumentError(f"{self.name}: x is on device {device}, the weight on {prepared.device}")
         records = [self._record(o, operands, values, y2, batch, arrays) for o in self._call.operands]
         self._check_places(arrays)
         with self._lock:
-            resident = self._resident(values, given.device)
+            resident = self._resident(values, device)
             where = {i: resident.bound[o.name] for i, o in enumerate(self._call.operands) if o.name in resident.bound
                      and operands.get(o.name) is None}  # fmt: skip
             if self.artifact.manifest.workspace_bytes:
-                records.append((self._workspace(given.device, handle, n), 0, 0.0))
+                records.append((self._workspace(device, handle, n), 0, 0.0))
             packed = prepared.memory if prepared else resident.packed
-            with self._scratch(given.device, handle, n) as piece:
+            with self._scratch(device, handle, n) as piece:
                 if self._scratch_of:
                     records.append((piece.address, piece.bytes, 0.0))
-                self._enter(x2, y2, n, packed, records, where, handle, given.device)
+                self._enter(x2, y2, n, packed, records, where, handle, device)
         result = target.owner if out is None else out
         return self._parted(result) if hasattr(result, "__getitem__") else result
 

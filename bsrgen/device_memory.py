@@ -37,6 +37,7 @@ class ResidentKernel(Kernel):
         self._launch = self._in_library("call", "int (*)(const struct bsrgen_call *)")
         self._upload = self._in_library("upload", "int (*)(const void *, int64_t, int, void **)")
         self._release = self._in_library("release", "int (*)(void *)")
+        self._current = self._in_library("device", "int (*)(int *)")
         self._words = self._in_library("error", "const char *(*)(int)")
         m = self.artifact.manifest
         captures = m.workspace_bytes or m.scratch
@@ -56,12 +57,21 @@ class ResidentKernel(Kernel):
 
         Kernels whose thread blocks share work find memory for it in the next CUDA graph, too, and those that turn X
         scratch memory for calls of up to n tokens there."""
+        device = self._device(device)
         with self._lock:
             self._resident(self._values, device)
             if self._scratch_of and (needed := int(self._scratch_of(n))):
                 scratches().reserve(self._memory(device), needed)
             if self.artifact.manifest.workspace_bytes:
                 workspaces().reserve(device, functools.partial(self._zeros, device))
+
+    def _device(self, device: int) -> int:
+        """The number of a device: of -1, that which is current to this thread."""
+        if device >= 0:
+            return device
+        number = interface().new("int *")
+        self._must(self._current(number))
+        return int(number[0])
 
     def _workspace(self, device: int, stream: int, n: int) -> int:
         """Where thread blocks leave partial sums in a call on a stream; 0: nowhere, the same bits in more time."""

@@ -111,7 +111,7 @@ class DynamicDeviceKernel(DeviceKernel):
         if _is_on_host(weight):
             return self._from_host(weight, into, stream)
         arrays = self._triple(weight)
-        handle, device = stream_of(arrays[0], stream), max(array.device for array in arrays)
+        handle, device = stream_of(arrays[0], stream), self._device(max(array.device for array in arrays))
         ready = self._prepare_there(arrays, device, into, handle)
         if check:
             self._look(ready, handle)
@@ -151,11 +151,12 @@ class DynamicDeviceKernel(DeviceKernel):
         refuse_more(self.name, p.nnzb, self.pattern.nnzb)
         hosts = [np.ascontiguousarray(a) for a in (weight.data, p.indices, p.indptr)]
         memory: list[int] = []
+        device = self._device(-1)
         try:
-            memory += (self._to_device(a, -1) for a in hosts)
+            memory += (self._to_device(a, device) for a in hosts)
             data, indices, indptr = (_there(pointer, a) for pointer, a in zip(memory, hosts, strict=True))
             handle = stream_of(data, stream)
-            ready = self._prepare_there((data, indices, indptr), -1, into, handle)
+            ready = self._prepare_there((data, indices, indptr), device, into, handle)
             self._look(ready, handle)
             ready._ordered = isinstance(W, Weight)
         finally:

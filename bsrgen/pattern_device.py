@@ -45,9 +45,10 @@ class PatternDeviceKernel(OfPattern, DeviceKernel):
             self._number(name, scale, numbers, used) for name in self._able(scale, numbers)
         ]
         self._check_places(used)
+        device = self._device(like.device)
         with self._lock:
-            tables = self._resident(self._values, like.device).packed
-            self._start_with(n, x, (target.pointer, 0), tables, records, handle, like.device)
+            tables = self._resident(self._values, device).packed
+            self._start_with(n, x, (target.pointer, 0), tables, records, handle, device)
         return target.owner if out is None else out
 
     def _made(self, like: DeviceArray, shape: tuple[int, ...], stream: int) -> Any:

@@ -123,7 +123,8 @@ class OfPattern(Kernel):
 class PatternKernel(OfPattern):
     """A kernel of a pattern, without values: data = k(a, b), y = k(q, k, v).  Safe to call from many threads.
 
-    sddmm: a is [M, N], b [K, N], the result data[nnzb, R, C], block rows in order, columns ascending, zero in padding.
+    sddmm: a is [M, N], b [K, N], the result data[nnzb, R, C], block rows in order, columns ascending, zero
+    in padding where a and b are finite.
     linear_grad: the same of a [N, M] and b [N, K].  attention: q is [..., M, D], k and v are [..., K, D], the result
     [..., M, D]; a query for which no key counts gives zeros.  softmax: p = k(s), [..., nnzb, R, C] both, zero where an
     element does not count.

@@ -23,7 +23,7 @@ from bsrgen.errors import ArtifactError, BsrgenError
 MODULE = "_bsrgen_trampoline"
 SOURCE = "bsrgen_trampoline.c"  # in runtime/
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
-OVERLAP = 4  # returned by the trampoline alone: y overlaps x
+OVERLAP = -1  # returned by the trampoline alone: y overlaps x
 
 STRUCTS = """
 struct bsrgen_operand { const void *data; int64_t ld; double scalar; };

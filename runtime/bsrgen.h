@@ -8,7 +8,7 @@
 enum bsrgen_status {
     BSRGEN_OK = 0,
     BSRGEN_NO_ISA = 1,      /* this CPU lacks features that every kernel of the artifact needs: NAME_info(1) lists them */
-    BSRGEN_BAD_ARGUMENT = 2, /* negative n, a null pointer, or a leading dimension shorter than a row */
+    BSRGEN_BAD_ARGUMENT = 2, /* negative n, a null pointer, a leading dimension shorter than a row, or an expert that is not there */
     BSRGEN_NO_MEMORY = 3,
     BSRGEN_NO_SCRATCH = 4,  /* of a GPU: none, or less than the call needs */
     BSRGEN_CUDA = 1000, /* and the CUDA runtime's own number on top: NAME_error has words for it */

@@ -20,7 +20,7 @@ DEVICE uint64_t operand(const void *at, uint32_t leading_bytes, uint32_t stride_
 }
 
 #ifndef BSRGEN_EMULATION /* tests/cuda/cuda.h has its own */
-#define DYNAMIC_SHARED(name, bytes) extern __shared__ unsigned char name[]
+#define DYNAMIC_SHARED(name, bytes) extern __shared__ __align__(1024) unsigned char name[]
 #define PARAMETER const __grid_constant__ /* the copy engine reads the tensor map where the parameter lies */
 
 /* A barrier turns its phase when `arrivals` have come and all bytes that were announced. */

@@ -11,7 +11,7 @@ static int bsrgen_trampoline(void *function, int64_t n, const void *x, int64_t l
                              const struct bsrgen_operand *operands, int threads)
 {
     const uintptr_t a = (uintptr_t)x, b = (uintptr_t)y;
-    if (a < b + y_bytes && b < a + x_bytes) return 4;
+    if (a < b + y_bytes && b < a + x_bytes) return -1; /* which no kernel returns */
     const struct bsrgen_call call = {
         .n = n, .x = x, .ldx = ldx, .y = y, .ldy = ldy, .values = values, .operands = operands,
         .parallel = bsrgen_parallel, .threads = threads,

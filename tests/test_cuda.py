@@ -124,7 +124,7 @@ def test_memory_of_a_device_is_given_back(rng, tmp_path):
     kernel, released = emulated(plan_of(problem), weight, tmp_path), []
     kernel._release = lambda memory: released.append(int(device_memory.interface().cast("uintptr_t", memory))) or 0
     check_device_calls(kernel, problem, weight, rng, (3,))
-    first = kernel._residents[-1].packed
+    first = kernel._residents[0].packed
     kernel.update(Weight(weight.pattern, 2 * weight.data))
     assert not released
     kernel.upload()

@@ -107,7 +107,7 @@ def write(folder: Path, files: list[Path], threads: int) -> Path:
     """folder/report.html and folder/report.md of those points."""
     points = [json.loads(path.read_text()) for path in files]
     tables = [*quality(points), *latency(points)]
-    asked = shlex.join("FOLDER" if word == str(folder) else word for word in sys.argv[1:])
+    asked = shlex.join("FOLDER" if Path(word) == folder else word for word in sys.argv[1:])
     head = f"`python examples/bert/study.py {asked}`, threads: {threads}; {date.today()}, {cpu_model()}, "
     head += f"torch {torch.__version__}, bsrgen {bsrgen.__version__}"
     (folder / "report.md").write_text(f"# Encoders: block shape, quality, latency\n\n{head}\n\n{markdown(tables)}")

@@ -126,6 +126,8 @@ class Run:
     def load(cls, path: Path, student: Encoder) -> "Run":
         """The run of a checkpoint, in `student`."""
         state = torch.load(path)
+        if "block" not in state:
+            raise SystemExit(f"{path} is of an older version of this script: begin in another folder")
         student.load_state_dict(state["student"])
         run = cls(student, state["block"])
         run.adam.load_state_dict(state["adam"])

@@ -7,14 +7,13 @@ from typing import TypeVar
 from bsrgen.backends.cuda import dynamic, hopper, hopper_candidates
 from bsrgen.backends.cuda.matrix import MatrixFeaturesPlan, MatrixPlan, tokens
 from bsrgen.backends.cuda.pit import fits_selection
-from bsrgen.backends.cuda.plan import SHARED_BYTES, CudaPlan, Lanes
+from bsrgen.backends.cuda.plan import INT_MAX, SHARED_BYTES, CudaPlan, Lanes
 from bsrgen.dtypes import HOPPER
 from bsrgen.gpus import GpuTarget
 from bsrgen.problem import Problem
 from bsrgen.targets import Target
 
 AnyPlan = TypeVar("AnyPlan", bound=CudaPlan)
-INT_MAX = 2**31 - 1
 TABLE_ENTRIES = 1 << 21  # that nvcc reads as text in some 15 s
 ROWS = (8, 4, 2, 1)
 LANES = (Lanes(4, 32), Lanes(2, 32), Lanes(1, 32))

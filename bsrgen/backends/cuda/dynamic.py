@@ -9,10 +9,9 @@ from math import gcd
 from typing import Any
 
 from bsrgen.backends.cuda.matrix import MatrixPlan
-from bsrgen.backends.cuda.plan import CudaPlan
+from bsrgen.backends.cuda.plan import INT_MAX, CudaPlan
 
 LINE = 128
-INT_MAX = 2**31 - 1
 MAP_BYTES = 32 << 10  # shared memory of the thread block that numbers the columns of a group
 WORD = 32
 VALUES_OF_BLOCK = 1024  # that a thread block packs, on average

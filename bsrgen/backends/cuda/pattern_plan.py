@@ -8,14 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsrgen.backends.cuda.count import MMA_SHARE, OVERLAP, SHARED_CYCLES, STEP_CYCLES
-from bsrgen.backends.cuda.plan import SHARED_BYTES, WARP
+from bsrgen.backends.cuda.plan import INT_MAX, SHARED_BYTES, WARP
 from bsrgen.gpus import GpuTarget
 from bsrgen.operators import SDDMM
 from bsrgen.pattern_problem import PatternProblem
 from bsrgen.plan import Counts, Plan
 
 Array = NDArray[Any]
-INT_MAX = 2**31 - 1
 SECTOR_BYTES = 32  # that memory and L2 are read in
 STAGES = 3  # steps in shared memory for matrix units, one of which is multiplied
 FRAGMENT_N = 32  # of a step on matrix units: one load of four matrices for each 8 rows

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsrgen.backends.cuda.count import OVERLAP, SHARED_CYCLES, STEP_CYCLES
-from bsrgen.backends.cuda.plan import SHARED_BYTES, WARP
+from bsrgen.backends.cuda.plan import INT_MAX, SHARED_BYTES, WARP
 from bsrgen.gpus import GpuTarget
 from bsrgen.operators import ATTENTION
 from bsrgen.pattern_problem import PatternProblem
@@ -64,9 +64,11 @@ class RowsPlan(Plan):
 
     @property
     def fits(self) -> bool:
-        """Shared memory, and sums of a thread, within their limits."""
+        """Shared memory, sums of a thread and the places of a block row's columns within their limits."""
+        p = self.problem.pattern
         sums = self.queries * -(-self.problem.head // WARP) * self.problem.real.bytes // 4
-        return self.shared_bytes <= SHARED_BYTES and sums <= 64
+        counted = p.nnzb * p.C < INT_MAX - WARP and max(p.M, p.K) < INT_MAX
+        return counted and self.shared_bytes <= SHARED_BYTES and sums <= 64
 
     @cached_property
     def order(self) -> NDArray[Any]:

@@ -14,6 +14,7 @@ from bsrgen.gpus import GpuTarget
 from bsrgen.plan import Counts, Plan
 
 SHARED_BYTES = 48 << 10  # static shared memory of a thread block, on every architecture
+INT_MAX = 2**31 - 1  # places in tables are ints of the device
 WARP = 32
 
 

@@ -29,7 +29,7 @@ class Packed:
 
     def __init__(self, kernel: Kernel, values: Sequence[Any], bias: Sequence[Any], which: tuple[str, str]) -> None:
         self.which, self.stale = which, False
-        gone = functools.partial(_drop, which)
+        gone = functools.partial(_drop, which, tuple(map(id, values)))
         self.seen = [_look(tensor, gone) for tensor in (*values, *bias)]
         data = values[0].detach() if len(values) == 1 else torch.cat([tensor.detach() for tensor in values])
         self.instance = Instance(kernel, Weight(kernel._given, view(data.resolve_neg().contiguous())))
@@ -86,12 +86,16 @@ def _look(tensor: Any, gone: Any) -> tuple[Any, int, int, Any]:
     return weakref.ref(tensor, gone), tensor.data_ptr(), 0 if copy is not None else tensor._version, copy
 
 
-def _drop(which: tuple[str, str], ref: Any) -> None:
-    """A tensor does not exist any more: nobody asks again for what was packed of it."""
-    for key in [key for key, known in _known.items() if which in known and known[which].reads(ref)]:
-        _known[key].pop(which).stale = True
-        if not _known[key]:
-            del _known[key]
+def _drop(which: tuple[str, str], keys: tuple[int, ...], ref: Any) -> None:
+    """A tensor does not exist any more: nobody asks again for what was packed of it.  Runs at any time, in any thread."""
+    for key in keys:
+        known = _known.get(key, {})
+        packed = known.get(which)
+        if packed is not None and packed.reads(ref):
+            packed.stale = True
+            known.pop(which, None)
+            if not known:
+                _known.pop(key, None)
 
 
 def find(first: Any, which: tuple[str, str]) -> Packed | None:
