@@ -40,7 +40,7 @@ class Workspaces:
             return self._of[key]
 
     def key(self, device: int, stream: int, capture: int) -> Key:
-        """Who may not share memory with any other: streams, those of one capture too, which are branches of its graph."""
+        """Who may not share memory with any other: streams, of one capture too, which are branches of its graph."""
         capture = IN_TURN if capture and getattr(self._here, "in_turn", False) else capture
         thread = threading.get_ident() if stream == PER_THREAD else 0
         return device, 0 if capture == IN_TURN else stream, thread, capture

@@ -245,7 +245,7 @@ def test_streams_and_graphs(place, rng, tmp_path, monkeypatch):
     for n, found in zip((9, 70, 9) * 2, outs, strict=True):
         assert_right(problem, weight, found.fetch(), xs[n])
     assert len({piece.address for piece in own._of.values()}) == 3
-    stale = own._of[-1, one.handle, 0, 0]
+    stale = own._of[0, one.handle, 0, 0]
     with own.lent(kernel._memory(0), one.handle, 0, 2 * stale.bytes):
         pass
     monkeypatch.setattr(own, "lent", lambda *_: nullcontext(stale))

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from bsrgen.backends.cuda.candidates import FEATURES, FEW, INT_MAX, LANES, WARPS, fits, rows_of_tiles
+from bsrgen.backends.cuda.candidates import FEATURES, FEW, LANES, WARPS, fits, rows_of_tiles
+from bsrgen.backends.cuda.plan import INT_MAX
 from bsrgen.backends.mlir.gpu_plan import MlirGpuPlan
 from bsrgen.gpus import GpuTarget
 from bsrgen.problem import Problem

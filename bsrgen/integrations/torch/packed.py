@@ -87,7 +87,7 @@ def _look(tensor: Any, gone: Any) -> tuple[Any, int, int, Any]:
 
 
 def _drop(which: tuple[str, str], keys: tuple[int, ...], ref: Any) -> None:
-    """A tensor does not exist any more: nobody asks again for what was packed of it.  Runs at any time, in any thread."""
+    """A tensor does not exist any more: nobody asks for what was packed of it.  Runs at any time, in any thread."""
     for key in keys:
         known = _known.get(key, {})
         packed = known.get(which)
