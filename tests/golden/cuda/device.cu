@@ -226,6 +226,7 @@ HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_copy(const void *host, int64_t bytes, 
     if (!error && device >= 0) error = cudaSetDevice(device);
     if (!error) error = cudaMalloc(to, bytes ? (size_t)bytes : 1);
     if (!error && host && bytes) error = cudaMemcpy(*to, host, (size_t)bytes, cudaMemcpyHostToDevice);
+    if (!error && host && bytes) error = cudaStreamSynchronize(NULL); /* the copy returns once it is staged; other streams do not wait for it */
     cudaFuncAttributes attributes;
     if (!error) error = cudaFuncGetAttributes(&attributes, linear_f32_18x24_b5x3_c8cf43a9_few);
     if (!error) error = cudaFuncGetAttributes(&attributes, linear_f32_18x24_b5x3_c8cf43a9_many);
@@ -233,6 +234,8 @@ HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_copy(const void *host, int64_t bytes, 
     if (device >= 0 && before >= 0) cudaSetDevice(before);
     return failed(error);
 }
+
+HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_current(int *device) { return failed(cudaGetDevice(device)); }
 
 HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_free(void *memory) { return failed(cudaFree(memory)); }
 

@@ -39,6 +39,9 @@ int linear_f32_18x24_b5x3_c8cf43a9_call(const struct bsrgen_call *call);
 /* New memory of a device (-1: the current one) with `bytes` from the host; NULL: the values in this library.  Once for
  * each device and each set of values; waits until all is there. */
 int linear_f32_18x24_b5x3_c8cf43a9_upload(const void *host, int64_t bytes, int device, void **memory);
+/* The device that is current to this thread. */
+int linear_f32_18x24_b5x3_c8cf43a9_device(int *device);
+
 int linear_f32_18x24_b5x3_c8cf43a9_release(void *memory);
 
 /* New values, same pattern, in host memory: data is [6][5][3], block rows in order, columns ascending.

@@ -29,6 +29,7 @@ extern const int64_t linear_f32_18x24_b5x3_c8cf43a9_source[] __attribute__((visi
 #define HIDDEN __attribute__((visibility("hidden")))
 HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_launch(const struct bsrgen_call *call);
 HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_copy(const void *host, int64_t bytes, int device, void **to);
+HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_current(int *device);
 HIDDEN int linear_f32_18x24_b5x3_c8cf43a9_free(void *memory);
 HIDDEN const char *linear_f32_18x24_b5x3_c8cf43a9_words(int error);
 
@@ -79,6 +80,8 @@ int linear_f32_18x24_b5x3_c8cf43a9_upload(const void *host, int64_t bytes, int d
 {
     return host ? linear_f32_18x24_b5x3_c8cf43a9_copy(host, bytes, device, memory) : linear_f32_18x24_b5x3_c8cf43a9_copy(linear_f32_18x24_b5x3_c8cf43a9_values, 360, device, memory);
 }
+
+int linear_f32_18x24_b5x3_c8cf43a9_device(int *device) { return linear_f32_18x24_b5x3_c8cf43a9_current(device); }
 
 int linear_f32_18x24_b5x3_c8cf43a9_release(void *memory) { return linear_f32_18x24_b5x3_c8cf43a9_free(memory); }
 

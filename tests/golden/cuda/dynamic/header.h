@@ -37,6 +37,9 @@ int linear_f32_18x24_b5x3_bf664555_call(const struct bsrgen_call *call);
 /* New memory of a device (-1: the current one) with `bytes` from the host; NULL: with nothing in it.  Waits until all is
  * there.  Once before the first call on a device is recorded in a graph: it loads the kernels' code. */
 int linear_f32_18x24_b5x3_bf664555_upload(const void *host, int64_t bytes, int device, void **memory);
+/* The device that is current to this thread. */
+int linear_f32_18x24_b5x3_bf664555_device(int *device);
+
 int linear_f32_18x24_b5x3_bf664555_release(void *memory);
 
 /* What calls take for W: any 18x24 of up to 30 blocks of 5x3, whose data is float; columns in any order

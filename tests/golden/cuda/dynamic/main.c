@@ -20,6 +20,7 @@ __asm__(".pushsection .rodata\n"
 #define HIDDEN __attribute__((visibility("hidden")))
 HIDDEN int linear_f32_18x24_b5x3_bf664555_launch(const struct bsrgen_call *call);
 HIDDEN int linear_f32_18x24_b5x3_bf664555_copy(const void *host, int64_t bytes, int device, void **to);
+HIDDEN int linear_f32_18x24_b5x3_bf664555_current(int *device);
 HIDDEN int linear_f32_18x24_b5x3_bf664555_free(void *memory);
 HIDDEN const char *linear_f32_18x24_b5x3_bf664555_words(int error);
 
@@ -78,6 +79,8 @@ int linear_f32_18x24_b5x3_bf664555_upload(const void *host, int64_t bytes, int d
 {
     return linear_f32_18x24_b5x3_bf664555_copy(host, bytes, device, memory);
 }
+
+int linear_f32_18x24_b5x3_bf664555_device(int *device) { return linear_f32_18x24_b5x3_bf664555_current(device); }
 
 int linear_f32_18x24_b5x3_bf664555_release(void *memory) { return linear_f32_18x24_b5x3_bf664555_free(memory); }
 
