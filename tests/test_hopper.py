@@ -156,8 +156,10 @@ FEW_MUTATIONS = {
 SPLIT_MUTATIONS = {  # of what comes before the kernel ahead is over
     "X before it may be there": ("    earlier_done();\n    next_may_begin();\n    for (bool", "    for (bool"),
     "results before they may come": ("        earlier_done(); /* Y", "        /* Y"),
-    "W of the first stages once more": ("stage = 0, parity ^= 1, first = false;", "stage = 0, parity ^= 1;"),
     "tokens of the first tile": ("(blockIdx.x / PARTS % a.tiles * WIDTH)", "0"),
+}
+RING_MUTATIONS = {  # of more steps than stages
+    "W of the first stages once more": ("stage = 0, parity ^= 1, first = false;", "stage = 0, parity ^= 1;"),
 }
 STREAM_MUTATIONS = {
     "the last warp left out": ("w < STREAM_WARPS; w++", "w < STREAM_WARPS - 1; w++"),
@@ -304,11 +306,17 @@ def test_mutation_of_boxes_is_found(name, boxed_victim, rng, tmp_path):
     assert found.type is not DeviceError or said(kernel.artifact)
 
 
-@pytest.mark.parametrize("name", [*MUTATIONS, *FEW_MUTATIONS, *SPLIT_MUTATIONS, *STREAM_MUTATIONS, *CLUSTER_MUTATIONS])
+@pytest.mark.parametrize(
+    "name", [*MUTATIONS, *FEW_MUTATIONS, *RING_MUTATIONS, *SPLIT_MUTATIONS, *STREAM_MUTATIONS, *CLUSTER_MUTATIONS]
+)
 def test_mutation_is_found(name, victim, rng, tmp_path):
     (weight, problem, tokens), plan = victim, plan_of(victim[1], 2, (64,))
-    changes = MUTATIONS | FEW_MUTATIONS | SPLIT_MUTATIONS | STREAM_MUTATIONS | CLUSTER_MUTATIONS
+    changes = MUTATIONS | FEW_MUTATIONS | RING_MUTATIONS | SPLIT_MUTATIONS | STREAM_MUTATIONS | CLUSTER_MUTATIONS
     if name in FEW_MUTATIONS | SPLIT_MUTATIONS:
+        tokens, plan = (19,), HopperPlan(problem, SMALL, 2, (Shape(16, 32, 2), Shape(64)))
+    elif name in RING_MUTATIONS:
+        weight = weight_of("full", (64, 64 * 30), (64, 64), "bfloat16")
+        problem = problem_of(weight)
         tokens, plan = (19,), HopperPlan(problem, SMALL, 2, (Shape(16, 32, 2), Shape(64)))
     elif name in STREAM_MUTATIONS:
         tokens, plan = (4,), plan_of(problem, 2, (4, 64), parts=1)
