@@ -151,6 +151,21 @@ def operands_in_c(problem: Problem, text: Mapping[str, str]) -> list[dict[str, A
     ]
 
 
+def pattern_operands_in_c(s: PatternProblem, rows: str) -> list[dict[str, str]]:
+    """What a C program gives behind the arrays of a product at a pattern; `rows` says what one for each row is."""
+    types = {
+        "row": (f"const {s.real.c} *{{name}}", rows),
+        "scalar": (f"{s.real.c} {{name}}", "one number"),
+    }
+    names = [(o.name, o.kind) for step in s.epilogue for o in step.operands if o.kind != "out"]
+    if s.operator.headed:
+        names = [("scale", "scalar")]
+    return [
+        {"name": name, "kind": kind, "text": types[kind][1], "c": types[kind][0].format(name=name)}
+        for name, kind in names
+    ]
+
+
 def arguments_in_c(operands: Sequence[Mapping[str, Any]]) -> str:
     """Their part of a prototype, each with the comma behind it."""
     return "".join(f"{_C_KIND[o['kind']].format(type=o['type'], name=o['name'])}, " for o in operands)

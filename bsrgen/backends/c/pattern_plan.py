@@ -99,8 +99,10 @@ class PatternPlan(Plan):
         """Rows of the register tile: folded, a square one as far as the block goes."""
         if self.problem.head:
             return 8 if self.target.registers > 16 else 4
-        if self.outer or self.upright:
-            return self.outer or self.vectors * self.lanes
+        if self.outer:
+            return self.outer
+        if self.upright:
+            return self.vectors * self.lanes
         fits = 1 << (self.lanes.bit_length() - 1) // 2
         return min(fits, 1 << (self.problem.pattern.R.bit_length() - 1))
 

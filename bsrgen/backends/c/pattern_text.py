@@ -9,23 +9,20 @@ from bsrgen.backends.c.pattern_plan import PatternPlan
 from bsrgen.backends.c.products import FMA
 from bsrgen.backends.c.text import FLOP_PER_PART, ONE, PERMISSION, RUNTIME_FILES, c_string
 from bsrgen.backends.c.tiling import folds
-from bsrgen.emit import Source, Unit, banner, render, runtime_file
+from bsrgen.emit import Source, Unit, banner, pattern_operands_in_c, render, runtime_file
 from bsrgen.operators import LINEAR_GRAD
 from bsrgen.pattern_problem import PatternProblem
 from bsrgen.targets import baseline
 
 _TEMPLATE = {"sddmm": "product", "linear_grad": "product", "softmax": "softmax", "attention": "attention"}
-_IN_C = {
-    "row": ("const {type} *{name}", "[M], one for each row of the pattern"),
-    "scalar": ("{type} {name}", "one number"),
-}
+_ROWS = "[M], one for each row of the pattern"
 
 
 def emit_pattern(plans: tuple[PatternPlan, ...]) -> Source:
     """Sources and tables of one artifact: one kernel text for each ISA level, best first.  Pure."""
     s = plans[0].problem
     files, blobs = _tables(s, plans[0])
-    head, operands = banner(s, plans), _operands(s)
+    head, operands = banner(s, plans), pattern_operands_in_c(s, _ROWS)
     levels: list[dict[str, Any]] = [
         {"name": f"{s.name}_{plan.target.name.replace('-', '_')}", "target": plan.target.name,
          "family": plan.target.family, "requires": plan.target.requires, "tables": s.name, "work": f"{s.name}_work",
@@ -79,17 +76,6 @@ def _mask_row_count(s: PatternProblem) -> int:
 
 def _mask_bytes(plan: PatternPlan) -> int:
     return -(-plan.padded(plan.problem.pattern.C) // 64) * 8 + 8  # the same for every target
-
-
-def _operands(s: PatternProblem) -> list[dict[str, str]]:
-    """What a C program gives behind the arrays."""
-    names = [(o.name, o.kind) for step in s.epilogue for o in step.operands if o.kind != "out"]
-    if s.operator.headed:
-        names = [("scale", "scalar")]
-    return [
-        {"name": name, "kind": kind, "text": _IN_C[kind][1], "c": _IN_C[kind][0].format(type=s.real.c, name=name)}
-        for name, kind in names
-    ]
 
 
 def _entry(

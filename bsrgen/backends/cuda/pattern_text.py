@@ -6,14 +6,11 @@ from typing import Any
 
 from bsrgen.backends.cuda.pattern_plan import CoresPlan, PatternCudaPlan, UnitsPlan
 from bsrgen.backends.cuda.pattern_rows import WARPS, RowsPlan
-from bsrgen.emit import Source, Unit, banner, render, runtime_file
+from bsrgen.emit import Source, Unit, banner, pattern_operands_in_c, render, runtime_file
 from bsrgen.gpus import ERRORS, GpuTarget
 from bsrgen.pattern_problem import PatternProblem
 
-_IN_C = {
-    "row": ("const {type} *{name}", "[M] of the device, one for each row of the pattern; NULL: ones"),
-    "scalar": ("{type} {name}", "one number"),
-}
+_ROWS = "[M] of the device, one for each row of the pattern; NULL: ones"
 
 
 def emit_pattern(plans: tuple[PatternCudaPlan | RowsPlan, ...]) -> Source:
@@ -47,20 +44,9 @@ def _tables(plan: PatternCudaPlan | RowsPlan) -> bytes:
     return b"".join(part.astype("<i4").tobytes() for part in parts) + bits or bytes(4)
 
 
-def _operands(s: PatternProblem) -> list[dict[str, str]]:
-    """What a C program gives behind the arrays."""
-    if s.operator.headed:
-        return [{"name": "scale", "kind": "scalar", "text": _IN_C["scalar"][1], "c": f"{s.real.c} scale"}]
-    return [
-        {"name": o.name, "kind": o.kind, "text": _IN_C[o.kind][1],
-         "c": _IN_C[o.kind][0].format(type=s.real.c, name=o.name)}
-        for step in s.epilogue for o in step.operands if o.kind != "out"
-    ]  # fmt: skip
-
-
 def _entry(s: PatternProblem, plan: PatternCudaPlan | RowsPlan, table_bytes: int) -> dict[str, Any]:
     """What the host's text and the companions of the library see."""
-    p, name, x, operands = s.pattern, s.name, s.dtype.c, _operands(s)
+    p, name, x, operands = s.pattern, s.name, s.dtype.c, pattern_operands_in_c(s, _ROWS)
     size, headed = {"M": p.M, "K": p.K, "N": "n", "D": s.head, "C": p.C}, s.operator.headed
     inputs = [
         {"name": array, "shape": f"[{','.join(letters)}]", "least": size[letters[-1]], "rows": size[letters[0]],
@@ -86,7 +72,7 @@ def _entry(s: PatternProblem, plan: PatternCudaPlan | RowsPlan, table_bytes: int
 def _kernel(plan: PatternCudaPlan) -> dict[str, Any]:
     """What the device's text sees."""
     s, p = plan.problem, plan.problem.pattern
-    names = [o["name"] for o in _operands(s)]
+    names = [o["name"] for o in pattern_operands_in_c(s, _ROWS)]
     of_the_plan: dict[str, Any] = {}
     if isinstance(plan, CoresPlan):
         of_the_plan = {
